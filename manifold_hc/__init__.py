@@ -1,0 +1,9 @@
+"""Manifold-constrained hyper-connections for PyTorch: `import manifold_hc as mhc`."""
+
+from manifold_hc import diagnostics, functional
+from manifold_hc.connection import Connection, ConnectionConfig
+from manifold_hc.stack import Stack
+
+__version__ = "0.1.0"
+
+__all__ = ["Connection", "ConnectionConfig", "Stack", "diagnostics", "functional"]

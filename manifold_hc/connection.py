@@ -1,0 +1,281 @@
+"""One sublayer's connection: residual, hyper-connection (HC) or manifold-constrained (mHC)."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from manifold_hc import constraints, functional
+from manifold_hc.constraints import ConstraintName
+from manifold_hc.errors import ConfigError, ShapeError
+from manifold_hc.numerics import PRESETS, NumericsName, preset
+from manifold_hc.reference import Coefficients
+
+Kind = Literal["residual", "hc", "mhc"]
+Part = Literal["pre", "post", "res"]
+
+Branch = Callable[[Tensor], Tensor]
+"""A sublayer, its own norm inside: [..., C] -> [..., C]."""
+
+POST_SPREAD = 0.2
+"""Half the range of mHC's initial write logits: different values, so that streams separate."""
+
+SATURATED = 40.0
+"""A logit whose sigmoid is 1 in float64."""
+
+
+@dataclass(frozen=True)
+class ConnectionConfig:
+    """What joins a sublayer to the rest of the network."""
+
+    kind: Kind = "mhc"
+    """residual, hc (arXiv 2409.19606) or mhc (arXiv 2512.24880)."""
+    streams: int = 4
+    """Number n of residual streams, the papers' expansion rate; residual always has one."""
+    dynamic: bool = True
+    """Whether the coefficients depend on the token, or are plain parameters."""
+    constraint: ConstraintName = "sinkhorn"
+    """What mHC's mixing matrix is made by."""
+    iterations: int = 20
+    """Sinkhorn-Knopp iterations."""
+    numerics: NumericsName = "paper"
+    """mHC's preset of orders and epsilons."""
+    norm_eps: float | None = None
+    """Epsilon inside the RMS norm of the streams; the preset's when left out."""
+    hc_eps: float | None = None
+    """Epsilon of the deepseek_v4 preset, which alone has one; the preset's when left out."""
+    alpha: float = 0.01
+    """Initial gate of the dynamic part."""
+    phi_std: float = 0.0
+    """Standard deviation of the dynamic part's initial projection."""
+    disable: tuple[Part, ...] = ()
+    """Parts replaced by constants, as in the paper's Table 1: pre 1/n, post 1, res identity."""
+    backend: str = "auto"
+    """Which implementation computes the connection."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for anything that cannot be built."""
+        if self.kind not in ("residual", "hc", "mhc"):
+            raise ConfigError(f"kind: must be residual, hc or mhc but is {self.kind!r}")
+        if self.streams < 1:
+            raise ConfigError(f"streams: must be at least 1 but is {self.streams}")
+        if self.iterations < 1:
+            raise ConfigError(f"iterations: must be at least 1 but is {self.iterations}")
+        if self.phi_std < 0:
+            raise ConfigError(f"phi_std: must not be negative but is {self.phi_std}")
+        if unknown := [part for part in self.disable if part not in ("pre", "post", "res")]:
+            raise ConfigError(f"disable: takes any of pre, post, res but has {unknown[0]!r}")
+        constraints.constraint(self.constraint, self.streams)
+        preset(self.numerics, norm_eps=self.norm_eps, hc_eps=self.hc_eps)
+
+    @property
+    def n(self) -> int:
+        """Streams the network really carries: `streams`, or 1 for residual."""
+        return 1 if self.kind == "residual" else self.streams
+
+    @property
+    def exit(self) -> Literal["mean", "sum", "learned"]:
+        """How the streams become one after the last sublayer."""
+        if self.kind == "hc":
+            return "sum"
+        if self.kind == "residual":
+            return "mean"
+        return PRESETS[self.numerics].exit
+
+
+class Maps(nn.Module):
+    """The learned maps of one connection: streams [..., n, C] -> (pre, post, res).
+
+    Parameters `phi`, `alpha` and `bias` never fall below float32: `.to(bfloat16)` and `.half()`
+    leave them, `.double()` converts them. A forward hook here sees the coefficients that the
+    forward pass uses.
+    """
+
+    def __init__(self, channels: int, config: ConnectionConfig, sublayer: int) -> None:
+        """Initialise so that a network of these equals the pre-norm residual network."""
+        super().__init__()
+        self.config = config
+        n = config.n
+        initial = _hc_bias(n, sublayer) if config.kind == "hc" else _mhc_bias(n, self._constraint)
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.bias = nn.Parameter(initial.to(wide))
+        if config.dynamic:
+            shape = (2 + n, channels) if config.kind == "hc" else (len(initial), n * channels)
+            self.phi = nn.Parameter(torch.empty(shape, dtype=wide))
+            self.alpha = nn.Parameter(torch.full((3,), config.alpha, dtype=wide))
+            _fill(self.phi, config.phi_std)
+        else:
+            self.register_parameter("phi", None)
+            self.register_parameter("alpha", None)
+
+    @property
+    def _constraint(self) -> str:
+        return "identity" if "res" in self.config.disable else self.config.constraint
+
+    def forward(self, x: Float[Tensor, "*batch n C"]) -> Coefficients:
+        """The coefficients of every token."""
+        config = self.config
+        if config.kind == "hc":
+            pre, post, res = functional.hc_coefficients(
+                x,
+                self.phi,
+                self.alpha,
+                self.bias,
+                norm_eps=1e-20 if config.norm_eps is None else config.norm_eps,
+                backend=config.backend,
+            )
+        else:
+            pre, post, res = functional.coefficients(
+                x,
+                self.phi,
+                self.alpha,
+                self.bias,
+                iterations=config.iterations,
+                constraint=self._constraint,
+                numerics=config.numerics,
+                norm_eps=config.norm_eps,
+                hc_eps=config.hc_eps,
+                backend=config.backend,
+            )
+        if "pre" in config.disable:
+            pre = torch.full_like(pre, 1 / config.n)
+        if "post" in config.disable:
+            post = torch.ones_like(post)
+        if "res" in config.disable:
+            res = constraints.identity(config.n, pre)
+        return pre, post, res
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Maps":
+        return cast("Maps", super()._apply(lambda t: _at_least_float32(fn, t), recurse))
+
+
+class ResidualMaps(nn.Module):
+    """The maps of a plain residual connection: one stream, every coefficient 1."""
+
+    def forward(self, x: Float[Tensor, "*batch 1 C"]) -> Coefficients:
+        """Ones, as views of a single number."""
+        one = torch.ones((), dtype=torch.float32, device=x.device)
+        batch = x.shape[:-2]
+        return one.expand(*batch, 1), one.expand(*batch, 1), one.expand(*batch, 1, 1)
+
+
+class Connection(nn.Module):
+    """One sublayer's connection; wraps any branch.
+
+    connection = Connection(channels, ConnectionConfig(kind="mhc", streams=4), sublayer=index)
+    x = connection(x, branch)      x: [..., n, C], from `functional.expand` or the one before
+
+    sublayer: the index in depth order; HC's first read takes stream `sublayer % n`.
+    """
+
+    def __init__(
+        self, channels: int, config: ConnectionConfig | None = None, sublayer: int = 0
+    ) -> None:
+        """Raises ConfigError for channels < 1 or a negative sublayer."""
+        super().__init__()
+        if channels < 1:
+            raise ConfigError(f"Connection: channels must be at least 1 but is {channels}")
+        if sublayer < 0:
+            raise ConfigError(f"Connection: sublayer must not be negative but is {sublayer}")
+        self.channels = channels
+        self.config = config or ConnectionConfig()
+        self.sublayer = sublayer
+        residual = self.config.kind == "residual"
+        self.maps = ResidualMaps() if residual else Maps(channels, self.config, sublayer)
+
+    def forward(
+        self, x: Float[Tensor, "*batch n C"], branch: Branch
+    ) -> Float[Tensor, "*batch n C"]:
+        """Read the streams, run the branch, mix and write: [..., n, C] -> [..., n, C].
+
+        Raises ShapeError when x does not hold this connection's streams.
+        """
+        if x.shape[-2:] != (self.config.n, self.channels):
+            raise ShapeError(
+                f"Connection: x must be [..., {self.config.n}, {self.channels}] "
+                f"but is {list(x.shape)}; was expand() called after the embedding?"
+            )
+        pre, post, res = self.maps(x)
+        if self.config.kind == "residual":
+            return x + branch(x.squeeze(-2)).unsqueeze(-2)
+        y = branch(functional.read(x, pre, self.config.backend))
+        return functional.write(x, y, post, res, self.config.backend)
+
+    def extra_repr(self) -> str:
+        """Kind, streams and channels."""
+        return f"{self.config.kind}, streams={self.config.n}, channels={self.channels}"
+
+
+class LearnedExit(nn.Module):
+    """DeepSeek-V4's exit: the streams summed with weights computed from them (`hc_head`).
+
+    Starts as the mean. Its parameters never fall below float32.
+    """
+
+    def __init__(self, channels: int, config: ConnectionConfig) -> None:
+        """`phi` [n, nC], `alpha` [1], `bias` [n]."""
+        super().__init__()
+        self.config = config
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.phi = nn.Parameter(torch.empty(config.n, config.n * channels, dtype=wide))
+        self.alpha = nn.Parameter(torch.full((1,), config.alpha, dtype=wide))
+        self.bias = nn.Parameter(torch.full((config.n,), _logit_of_mean(config.n), dtype=wide))
+        _fill(self.phi, config.phi_std)
+
+    def forward(self, x: Float[Tensor, "*batch n C"]) -> Float[Tensor, "*batch C"]:
+        """[..., n, C] -> [..., C]."""
+        config = self.config
+        weights = functional.exit_coefficients(
+            x,
+            self.phi,
+            self.alpha,
+            self.bias,
+            numerics=config.numerics,
+            norm_eps=config.norm_eps,
+            hc_eps=config.hc_eps,
+            backend=config.backend,
+        )
+        return functional.collapse(x, weights, config.backend)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LearnedExit":
+        return cast("LearnedExit", super()._apply(lambda t: _at_least_float32(fn, t), recurse))
+
+
+def _logit_of_mean(n: int) -> float:
+    """The logit of 1/n."""
+    return -math.log(max(n - 1, math.exp(-SATURATED)))
+
+
+def _mhc_bias(n: int, constraint: str) -> Tensor:
+    """pre = 1/n, post different for every stream with mean 1, res near the identity.
+
+    The mean of the streams then moves exactly as the residual network's state.
+    """
+    pre = torch.full((n,), _logit_of_mean(n))
+    position = (2 * torch.arange(n) - (n - 1)) / max(n - 1, 1)
+    return torch.cat([pre, POST_SPREAD * position, constraints.CONSTRAINTS[constraint].initial(n)])
+
+
+def _hc_bias(n: int, sublayer: int) -> Tensor:
+    """Read stream `sublayer % n`, write to all, mix nothing (arXiv 2409.19606, equation 14)."""
+    pre = torch.zeros(n)
+    pre[sublayer % n] = 1
+    return torch.cat([pre, torch.ones(n), torch.eye(n).flatten()])
+
+
+def _fill(phi: Tensor, std: float) -> None:
+    # Zero draws nothing, so that all kinds of connection leave the branches the same random state.
+    with torch.no_grad():
+        phi.normal_(0, std) if std else phi.zero_()
+
+
+def _at_least_float32(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """`fn`, the conversion that a module passes down, without its fall below float32."""
+    result: Any = fn(tensor)
+    if result.is_floating_point() and result.dtype.itemsize < 4:
+        return tensor.to(device=result.device, dtype=torch.float32)
+    return cast(Tensor, result)

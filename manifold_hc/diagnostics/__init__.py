@@ -1,0 +1,22 @@
+"""Figures that show whether training is stable."""
+
+from manifold_hc.diagnostics.gain import (
+    AmaxGain,
+    amax_gain,
+    composites,
+    log_column_sum,
+    stochastic_distance,
+)
+from manifold_hc.diagnostics.monitor import GainMonitor
+from manifold_hc.diagnostics.streams import effective_rank, pairwise_cosine
+
+__all__ = [
+    "AmaxGain",
+    "GainMonitor",
+    "amax_gain",
+    "composites",
+    "effective_rank",
+    "log_column_sum",
+    "pairwise_cosine",
+    "stochastic_distance",
+]

@@ -1,0 +1,88 @@
+"""Stability figures of a whole network, taken from outside on a fixed probe batch."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manifold_hc.connection import Connection
+from manifold_hc.diagnostics.gain import (
+    amax_gain,
+    composites,
+    log_column_sum,
+    stochastic_distance,
+)
+from manifold_hc.diagnostics.streams import effective_rank, pairwise_cosine
+
+
+class GainMonitor:
+    """Runs a probe batch and reports what the connections did to it.
+
+    The matrices are those that the forward pass used, caught on their way from every connection's
+    maps. The model's mode, gradients and random state are left as they were.
+    """
+
+    name = "gain"
+    shown = ("gain_forward", "gain_backward")
+
+    def __init__(self, probe: Tensor) -> None:
+        """probe: the model's input, kept for every call."""
+        self.probe = probe
+
+    def __call__(self, model: nn.Module) -> dict[str, Any]:
+        """Lists have one entry a sublayer, in depth order.
+
+        gain_forward, gain_backward: largest composite gain over depth, mean over tokens of gains;
+        gains, matrices: the four rows of `AmaxGain` for both token averages;
+        composite: token mean of the composite matrices [L, n, n];
+        log_column_sum, composite_log_column_sum, stochastic_distance: of single and composite;
+        stream_cosine, stream_rank: of the streams that each sublayer met.
+        """
+        matrices, streams = capture(model, self.probe)
+        products = composites(matrices)
+        gains = {average: amax_gain(matrices, average) for average in ("gains", "matrices")}
+        return {
+            "gain_forward": float(gains["gains"].composite_forward.max()),
+            "gain_backward": float(gains["gains"].composite_backward.max()),
+            **{
+                average: {name: row.tolist() for name, row in gain._asdict().items()}
+                for average, gain in gains.items()
+            },
+            "composite": products.mean(1).tolist(),
+            "log_column_sum": log_column_sum(matrices).tolist(),
+            "composite_log_column_sum": log_column_sum(products).tolist(),
+            "stochastic_distance": stochastic_distance(matrices).tolist(),
+            "stream_cosine": [pairwise_cosine(x) for x in streams],
+            "stream_rank": [effective_rank(x) for x in streams],
+        }
+
+
+@torch.no_grad()
+def capture(model: nn.Module, probe: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Every connection's `res` [L, tokens, n, n] and its streams [tokens, n, C], in depth order."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    connections = [module for module in model.modules() if isinstance(module, Connection)]
+    if not connections:
+        raise ValueError("GainMonitor: the model has no manifold_hc.Connection")
+
+    def keep(depth: int) -> Any:
+        def hook(_: nn.Module, arguments: tuple[Tensor], coefficients: tuple[Tensor, ...]) -> None:
+            x, res = arguments[0], coefficients[2]
+            found[depth] = (res.flatten(0, -3), x.flatten(0, -3))
+
+        return hook
+
+    handles = [
+        connection.maps.register_forward_hook(keep(depth))
+        for depth, connection in enumerate(connections)
+    ]
+    was_training = model.training
+    try:
+        model.eval()
+        model(probe)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    depths = sorted(found)
+    return torch.stack([found[d][0] for d in depths]), [found[d][1] for d in depths]

@@ -1,0 +1,39 @@
+"""The errors a user can cause or meet, each with one message: operation, wanted, got, repair."""
+
+
+class ManifoldError(Exception):
+    """Any error of this package; the command line prints it as one line."""
+
+
+class ConfigError(ManifoldError, ValueError):
+    """A configuration that cannot be built."""
+
+
+class ShapeError(ManifoldError, ValueError):
+    """A tensor whose shape does not fit the operation."""
+
+
+class DtypeError(ManifoldError, TypeError):
+    """A tensor whose dtype the operation does not take."""
+
+
+class BackendError(ManifoldError, RuntimeError):
+    """A named backend that cannot serve the call; never answered by another backend."""
+
+
+class DataError(ManifoldError, ValueError):
+    """Training data that is missing, empty, binary or too short."""
+
+
+class RunFolderError(ManifoldError, RuntimeError):
+    """A run folder that is in use, or that holds something else."""
+
+
+class DivergedError(ManifoldError, ArithmeticError):
+    """A loss or gradient norm that is not finite; training stopped there."""
+
+    def __init__(self, step: int, what: str) -> None:
+        """`step`: the first step whose `what` ("loss" or "gradient norm") was not finite."""
+        super().__init__(f"train: {what} is not finite at step {step}; lower optimizer.lr")
+        self.step = step
+        self.what = what

@@ -1,0 +1,301 @@
+"""The connections as functions, for anybody's model: reference signatures plus `backend`.
+
+Shapes and letters as in `manifold_hc.reference`. Any leading shape, any n >= 1, streams in
+float64, float32, bfloat16 or float16; coefficient parameters in float32 or float64. Autocast does
+not reach inside: the same inputs give the same answers with and without it.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from manifold_hc import constraints, reference
+from manifold_hc.errors import ConfigError, DtypeError, ShapeError
+from manifold_hc.kernels import pick
+from manifold_hc.numerics import preset
+from manifold_hc.reference import Coefficients
+
+__all__ = [
+    "coefficients",
+    "collapse",
+    "exit_coefficients",
+    "expand",
+    "hc_coefficients",
+    "read",
+    "sinkhorn",
+    "write",
+]
+
+
+def expand(h: Float[Tensor, "*batch C"], n: int) -> Float[Tensor, "*batch n C"]:
+    """Copy the embedding to n streams: [..., C] -> [..., n, C].
+
+    Raises ConfigError for n < 1, ShapeError for a scalar.
+    """
+    if n < 1:
+        raise ConfigError(f"expand: streams must be at least 1 but is {n}")
+    if h.dim() < 1:
+        raise ShapeError("expand: h must be [..., C] but is a scalar; pass the embedding's output")
+    return reference.expand(h, n)
+
+
+def sinkhorn(
+    logits: Float[Tensor, "*batch n n"],
+    iterations: int = 20,
+    numerics: str = "paper",
+    backend: str = "auto",
+    *,
+    hc_eps: float | None = None,
+) -> Float[Tensor, "*batch n n"]:
+    """Sinkhorn-Knopp towards the doubly stochastic matrices (arXiv 2512.24880, section 4.2).
+
+    logits: `res` logits [..., o, i] for "paper", `comb` logits [..., source, target] for
+    "deepseek_v4". Returns `res[..., o, i]` in float32 or float64, with the exact gradient of the
+    finite iteration. With "paper" the rows sum to 1 exactly and the truncation error is in the
+    columns; with "deepseek_v4" the other way round, up to `hc_eps`.
+
+    Raises ShapeError, DtypeError, or ConfigError for iterations < 1 or unknown numerics.
+    """
+    chosen = preset(numerics, hc_eps=hc_eps)
+    _check_iterations("sinkhorn", iterations)
+    if logits.dim() < 2 or logits.shape[-1] != logits.shape[-2] or not logits.shape[-1]:
+        raise ShapeError(
+            f"sinkhorn: logits must be [..., n, n] but are {_shape(logits)}; "
+            "unflatten the last dimension of a projection first"
+        )
+    _check_real("sinkhorn", logits=logits)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    result: Tensor = _run("sinkhorn", backend, logits.device, wide, iterations, chosen)
+    return result
+
+
+def coefficients(
+    x: Float[Tensor, "*batch n C"],
+    phi: Float[Tensor, "rows nC"] | None,
+    alpha: Float[Tensor, "3"] | None,
+    bias: Float[Tensor, "rows"],
+    *,
+    iterations: int = 20,
+    constraint: str = "sinkhorn",
+    numerics: str = "paper",
+    norm_eps: float | None = None,
+    hc_eps: float | None = None,
+    backend: str = "auto",
+) -> Coefficients:
+    """mHC's read, write and mixing coefficients of every token (arXiv 2512.24880, section 4.2).
+
+    x: [..., n, C]; phi: [2n + k, nC]; alpha: [3] (pre, post, res); bias: [2n + k], rows
+    pre | post | res, where k = n*n for "sinkhorn", "exact" and "none", 0 for "identity", n! for
+    "permutation" and 2 log2(n) for "kronecker". The n*n rows are `res[o, i]` row-major for
+    "paper", `comb[source, target]` row-major for "deepseek_v4". With phi and alpha None the maps
+    are static. `norm_eps` and `hc_eps` default to the preset's.
+
+    Returns (pre [..., n], post [..., n], res [..., o, i]) in float32, or float64 where an input is.
+    Raises ShapeError, DtypeError (integer or complex input, parameters below float32),
+    ConfigError, BackendError.
+    """
+    chosen = preset(numerics, norm_eps=norm_eps, hc_eps=hc_eps)
+    _check_iterations("coefficients", iterations)
+    n, channels = _streams("coefficients", x)
+    rows = 2 * n + constraints.constraint(constraint, n).size(n)
+    _check_parameters("coefficients", x, phi, alpha, bias, (rows, n * channels), rows, 3)
+    result: Coefficients = _run(
+        "coefficients", backend, x.device, x, phi, alpha, bias, iterations, constraint, chosen
+    )
+    return result
+
+
+def hc_coefficients(
+    x: Float[Tensor, "*batch n C"],
+    phi: Float[Tensor, "rows C"] | None,
+    alpha: Float[Tensor, "3"] | None,
+    bias: Float[Tensor, "static"],
+    *,
+    norm_eps: float = 1e-20,
+    backend: str = "auto",
+) -> Coefficients:
+    """HC's coefficients: static, or dynamic through tanh (arXiv 2409.19606, section 2).
+
+    x: [..., n, C]; phi: [2 + n, C], rows pre | post | res by output stream; alpha: [3] (pre, post,
+    res; the paper's shared `s_a` is alpha[0] == alpha[2]); bias: [2n + n*n], the static
+    pre | post | res row-major [o, i], which is the transpose of the paper's `A_r`. With phi and
+    alpha None the maps are static. The normalisation is RMS over C, its weight folded into phi.
+
+    Returns (pre [..., n], post [..., n], res [..., o, i]) in float32, or float64 where an input is.
+    Raises ShapeError, DtypeError, ConfigError, BackendError.
+    """
+    n, channels = _streams("hc_coefficients", x)
+    _check_parameters("hc_coefficients", x, phi, alpha, bias, (2 + n, channels), 2 * n + n * n, 3)
+    result: Coefficients = _run(
+        "hc_coefficients", backend, x.device, x, phi, alpha, bias, norm_eps
+    )
+    return result
+
+
+def exit_coefficients(
+    x: Float[Tensor, "*batch n C"],
+    phi: Float[Tensor, "n nC"],
+    alpha: Float[Tensor, "1"],
+    bias: Float[Tensor, "n"],
+    *,
+    numerics: str = "deepseek_v4",
+    norm_eps: float | None = None,
+    hc_eps: float | None = None,
+    backend: str = "auto",
+) -> Float[Tensor, "*batch n"]:
+    """Weights of DeepSeek-V4's learned exit, for `collapse` (`hc_head`, arXiv 2606.19348).
+
+    x: [..., n, C]; phi: [n, nC]; alpha: [1]; bias: [n]. Returns [..., n].
+    Raises ShapeError, DtypeError, ConfigError, BackendError.
+    """
+    chosen = preset(numerics, norm_eps=norm_eps, hc_eps=hc_eps)
+    n, channels = _streams("exit_coefficients", x)
+    _check_parameters("exit_coefficients", x, phi, alpha, bias, (n, n * channels), n, 1)
+    result: Tensor = _run("exit_coefficients", backend, x.device, x, phi, alpha, bias, chosen)
+    return result
+
+
+def read(
+    x: Float[Tensor, "*batch n C"], pre: Float[Tensor, "*#batch n"], backend: str = "auto"
+) -> Float[Tensor, "*batch C"]:
+    """A sublayer's input `u = sum_i pre[i] x[i]`: [..., n, C] -> [..., C], in x's dtype.
+
+    Raises ShapeError, DtypeError, BackendError.
+    """
+    n, _ = _streams("read", x)
+    _check_coefficient("read", "pre", pre, x, (n,))
+    result: Tensor = _run("read", backend, x.device, x, pre)
+    return result
+
+
+def write(
+    x: Float[Tensor, "*batch n C"],
+    y: Float[Tensor, "*batch C"],
+    post: Float[Tensor, "*#batch n"],
+    res: Float[Tensor, "*#batch n n"],
+    backend: str = "auto",
+) -> Float[Tensor, "*batch n C"]:
+    """The next streams `x'[o] = sum_i res[o, i] x[i] + post[o] y`: [..., n, C], in x's dtype.
+
+    Raises ShapeError, DtypeError, BackendError.
+    """
+    n, channels = _streams("write", x)
+    wanted = (*x.shape[:-2], channels)
+    if y.shape != wanted:
+        raise ShapeError(
+            f"write: y must be {list(wanted)} for x {_shape(x)} but is {_shape(y)}; "
+            "a branch must keep the shape of its input"
+        )
+    _check_real("write", y=y)
+    _check_coefficient("write", "post", post, x, (n,))
+    _check_coefficient("write", "res", res, x, (n, n))
+    result: Tensor = _run("write", backend, x.device, x, y, post, res)
+    return result
+
+
+def collapse(
+    x: Float[Tensor, "*batch n C"],
+    weights: Float[Tensor, "*#batch n"] | None = None,
+    backend: str = "auto",
+) -> Float[Tensor, "*batch C"]:
+    """The streams as one: their mean, or their sum weighted by `weights` [..., n] or [n].
+
+    Raises ShapeError, DtypeError, BackendError.
+    """
+    n, _ = _streams("collapse", x)
+    if weights is not None:
+        _check_coefficient("collapse", "weights", weights, x, (n,))
+    result: Tensor = _run("collapse", backend, x.device, x, weights)
+    return result
+
+
+def _run(operator: str, backend: str, device: torch.device, *arguments: Any) -> Any:
+    function = pick(operator, backend)
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            return function(*arguments)
+    return function(*arguments)
+
+
+def _streams(operation: str, x: Tensor) -> tuple[int, int]:
+    """n and C of the streams, checked."""
+    if x.dim() < 2 or not x.shape[-2]:
+        raise ShapeError(
+            f"{operation}: x must be [..., n, C] but is {_shape(x)}; "
+            "was expand() called after the embedding?"
+        )
+    _check_real(operation, x=x)
+    return x.shape[-2], x.shape[-1]
+
+
+def _check_iterations(operation: str, iterations: int) -> None:
+    if iterations < 1:
+        raise ConfigError(f"{operation}: iterations must be at least 1 but is {iterations}")
+
+
+def _check_real(operation: str, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.dtype.is_floating_point:
+            raise DtypeError(
+                f"{operation}: {name} must be a real floating-point tensor but is {tensor.dtype}; "
+                "convert it first"
+            )
+
+
+def _check_wide(operation: str, name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise DtypeError(
+            f"{operation}: {name} must be float32 or float64 but is {tensor.dtype}; "
+            "keep coefficients out of .to(bfloat16), as mhc.Connection does"
+        )
+    if tensor.device != device:
+        raise ShapeError(
+            f"{operation}: {name} must be on {device} like x but is on {tensor.device}; "
+            "move both to one device"
+        )
+
+
+def _check_parameters(
+    operation: str,
+    x: Tensor,
+    phi: Tensor | None,
+    alpha: Tensor | None,
+    bias: Tensor,
+    phi_shape: tuple[int, int],
+    bias_size: int,
+    gates: int,
+) -> None:
+    if (phi is None) != (alpha is None):
+        raise ShapeError(f"{operation}: phi and alpha go together; give both, or None for both")
+    wanted = {"phi": (phi, phi_shape), "alpha": (alpha, (gates,)), "bias": (bias, (bias_size,))}
+    for name, (tensor, shape) in wanted.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ShapeError(
+                f"{operation}: {name} must be {list(shape)} for these streams "
+                f"but is {_shape(tensor)}; rows are pre | post | res"
+            )
+        _check_wide(operation, name, tensor, x.device)
+
+
+def _check_coefficient(
+    operation: str, name: str, tensor: Tensor, x: Tensor, own: tuple[int, ...]
+) -> None:
+    """[*leading, *own], the leading shape that of x or broadcasting to it."""
+    leading, wanted = tensor.shape[: tensor.dim() - len(own)], x.shape[:-2]
+    fits = len(leading) <= len(wanted) and all(
+        a in (1, b) for a, b in zip(reversed(leading), reversed(wanted), strict=False)
+    )
+    if tensor.shape[len(leading) :] != own or tensor.dim() < len(own) or not fits:
+        raise ShapeError(
+            f"{operation}: {name} must be {[*wanted, *own]} for x {_shape(x)} "
+            f"but is {_shape(tensor)}; coefficients come from the same x"
+        )
+    _check_wide(operation, name, tensor, x.device)
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)

@@ -1,0 +1,88 @@
+"""Multi-head latent attention with rotary position embedding (DeepSeek-V2, arXiv 2405.04434)."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from manifold_hc.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Sizes of latent attention; D = `head_size`, R = `rotary_size`."""
+
+    heads: int = 4
+    """Attention heads."""
+    head_size: int = 16
+    """Size of a head's value and of the part of its query and key without position."""
+    rotary_size: int = 8
+    """Size of the part of query and key that carries the position, shared by all heads in key."""
+    latent_size: int = 48
+    """Rank of the joint compression of keys and values."""
+    theta: float = 10000.0
+    """Base of the rotary wavelengths."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for sizes that cannot be built."""
+        for name in ("heads", "head_size", "rotary_size", "latent_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: must be at least 1 but is {getattr(self, name)}")
+        if self.rotary_size % 2:
+            raise ConfigError(f"rotary_size: must be even but is {self.rotary_size}")
+
+
+class LatentAttention(nn.Module):
+    """Causal attention whose keys and values come from one small latent vector per token."""
+
+    def __init__(self, channels: int, config: AttentionConfig, norm_eps: float) -> None:
+        """channels: C; norm_eps: epsilon of the norm on the latent vector."""
+        super().__init__()
+        self.config = config
+        heads, size, rotary = config.heads, config.head_size, config.rotary_size
+        self.query = nn.Linear(channels, heads * (size + rotary), bias=False)
+        self.compress = nn.Linear(channels, config.latent_size + rotary, bias=False)
+        self.latent_norm = nn.RMSNorm(config.latent_size, eps=norm_eps)
+        self.decompress = nn.Linear(config.latent_size, heads * 2 * size, bias=False)
+        self.output = nn.Linear(heads * size, channels, bias=False)
+
+    def forward(self, u: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+        """Attend to all earlier tokens of the sequence."""
+        config = self.config
+        rotation = _rotation(u.shape[1], config.rotary_size, config.theta, u.device)
+
+        query = self.query(u).unflatten(-1, (config.heads, -1)).transpose(1, 2)  # B H T D+R
+        query, query_rotary = query.split([config.head_size, config.rotary_size], -1)
+
+        latent, key_rotary = self.compress(u).split([config.latent_size, config.rotary_size], -1)
+        key_value = self.decompress(self.latent_norm(latent))
+        key, value = key_value.unflatten(-1, (config.heads, -1)).transpose(1, 2).chunk(2, -1)
+        key_rotary = _rotate(key_rotary.unsqueeze(1), rotation).expand(-1, config.heads, -1, -1)
+
+        attended = scaled_dot_product_attention(
+            torch.cat([query, _rotate(query_rotary, rotation)], -1),
+            torch.cat([key, key_rotary], -1),
+            value,
+            is_causal=True,
+        )
+        return self.output(attended.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
+
+
+def _rotation(
+    length: int, size: int, theta: float, device: torch.device
+) -> tuple[Float[Tensor, "T half"], Float[Tensor, "T half"]]:
+    """Cosine and sine of every position's angles, in float32: bfloat16 positions collide."""
+    frequency = theta ** -(torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
+    angle = torch.arange(length, dtype=torch.float32, device=device).outer(frequency)
+    return angle.cos(), angle.sin()
+
+
+def _rotate(
+    x: Float[Tensor, "B H T R"], rotation: tuple[Float[Tensor, "T half"], Float[Tensor, "T half"]]
+) -> Float[Tensor, "B H T R"]:
+    """Rotate the two halves of the last dimension into each other (RoPE, arXiv 2104.09864)."""
+    cosine, sine = rotation
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cosine - b * sine, b * cosine + a * sine], -1).to(x.dtype)

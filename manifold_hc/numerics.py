@@ -1,0 +1,52 @@
+"""The numerics presets: the same mathematics, with the details two codebases disagree on."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from manifold_hc.errors import ConfigError
+
+NumericsName = Literal["paper", "deepseek_v4"]
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """One preset. Every detail that tells two implementations apart has a row here."""
+
+    name: NumericsName
+    norm_eps: float
+    """Inside the root of the RMS norm over the nC stream values."""
+    hc_eps: float
+    """Added to pre, to the row softmax and to every Sinkhorn denominator."""
+    res_is_transposed: bool
+    """Whether the n*n rows of phi and bias hold `comb[source, target]` instead of `res[o, i]`."""
+    exit: Literal["mean", "learned"]
+    """How the streams become one again after the last sublayer."""
+
+
+PRESETS: dict[str, Numerics] = {
+    # arXiv 2512.24880: columns first, rows last, no epsilon; the exit is a choice of this package.
+    "paper": Numerics("paper", norm_eps=1e-20, hc_eps=0.0, res_is_transposed=False, exit="mean"),
+    # arXiv 2606.19348 and its released code: softmax rows first, columns last, epsilons throughout.
+    "deepseek_v4": Numerics(
+        "deepseek_v4", norm_eps=1e-6, hc_eps=1e-6, res_is_transposed=True, exit="learned"
+    ),
+}
+
+
+def preset(name: str, *, norm_eps: float | None = None, hc_eps: float | None = None) -> Numerics:
+    """The preset `name`, with its epsilons replaced where they are given.
+
+    Raises ConfigError for an unknown name and for an `hc_eps` with "paper", which has none.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"numerics: must be one of {', '.join(PRESETS)} but is {name!r}")
+    chosen = PRESETS[name]
+    if hc_eps is not None and name == "paper":
+        raise ConfigError(
+            'hc_eps: numerics "paper" has none; leave it out or use numerics="deepseek_v4"'
+        )
+    if norm_eps is not None:
+        chosen = replace(chosen, norm_eps=norm_eps)
+    if hc_eps is not None:
+        chosen = replace(chosen, hc_eps=hc_eps)
+    return chosen

@@ -1,0 +1,55 @@
+"""What a person sees while a run goes on: a bar in a terminal, plain lines elsewhere."""
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LINE_EVERY = 50
+"""Steps between two lines where there is no terminal."""
+
+
+class ProgressView:
+    """Shows the newest figures of a run; a context manager."""
+
+    def __init__(self, console: Console, title: str, steps: int) -> None:
+        """`title` names the run; `steps` is its length."""
+        self.console = console
+        self.title = title
+        self.steps = steps
+        self._figures: dict[str, str] = {}
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(title, total=steps, figures="")
+
+    def update(self, step: int, **figures: float) -> None:
+        """Show `figures` beside those of earlier calls; `step` counts from 0."""
+        self._figures |= {name: f"{name} {value:.4g}" for name, value in figures.items()}
+        text = "  ".join(self._figures.values())
+        self._bar.update(self._task, completed=step + 1, figures=text)
+        due = (step + 1) % LINE_EVERY == 0 or step + 1 == self.steps
+        if due and "loss" in figures and not self.console.is_terminal:
+            line = f"{self.title}  step {step + 1}/{self.steps}  {text}"
+            self.console.print(line, soft_wrap=True, highlight=False)
+
+    def __enter__(self) -> Self:
+        """Start the bar."""
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave the last figures standing."""
+        self._bar.stop()
