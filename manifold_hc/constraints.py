@@ -103,7 +103,7 @@ def exact(logits: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
     `sinkhorn` tends to, and the judge of its truncation error. Raises ManifoldError when the
     logits span so much that float64 holds no such matrix.
     """
-    result: Tensor = _Exact.apply(logits.double())  # type: ignore[no-untyped-call]
+    result: Tensor = _Exact.apply(logits.double())
     return result.to(logits.dtype)
 
 

@@ -75,7 +75,7 @@ def coefficients(
     x: Float[Tensor, "*batch n C"],
     phi: Float[Tensor, "rows nC"] | None,
     alpha: Float[Tensor, "3"] | None,
-    bias: Float[Tensor, "rows"],
+    bias: Float[Tensor, " rows"],
     *,
     iterations: int = 20,
     constraint: str = "sinkhorn",
@@ -111,7 +111,7 @@ def hc_coefficients(
     x: Float[Tensor, "*batch n C"],
     phi: Float[Tensor, "rows C"] | None,
     alpha: Float[Tensor, "3"] | None,
-    bias: Float[Tensor, "static"],
+    bias: Float[Tensor, " static"],
     *,
     norm_eps: float = 1e-20,
     backend: str = "auto",
@@ -128,9 +128,7 @@ def hc_coefficients(
     """
     n, channels = _streams("hc_coefficients", x)
     _check_parameters("hc_coefficients", x, phi, alpha, bias, (2 + n, channels), 2 * n + n * n, 3)
-    result: Coefficients = _run(
-        "hc_coefficients", backend, x.device, x, phi, alpha, bias, norm_eps
-    )
+    result: Coefficients = _run("hc_coefficients", backend, x.device, x, phi, alpha, bias, norm_eps)
     return result
 
 
@@ -138,7 +136,7 @@ def exit_coefficients(
     x: Float[Tensor, "*batch n C"],
     phi: Float[Tensor, "n nC"],
     alpha: Float[Tensor, "1"],
-    bias: Float[Tensor, "n"],
+    bias: Float[Tensor, " n"],
     *,
     numerics: str = "deepseek_v4",
     norm_eps: float | None = None,

@@ -43,7 +43,7 @@ def coefficients(
     x: Float[Tensor, "*batch n C"],
     phi: Float[Tensor, "rows nC"] | None,
     alpha: Float[Tensor, "3"] | None,
-    bias: Float[Tensor, "rows"],
+    bias: Float[Tensor, " rows"],
     iterations: int,
     constraint: str,
     numerics: Numerics,
@@ -71,7 +71,7 @@ def hc_coefficients(
     x: Float[Tensor, "*batch n C"],
     phi: Float[Tensor, "rows C"] | None,
     alpha: Float[Tensor, "3"] | None,
-    bias: Float[Tensor, "static"],
+    bias: Float[Tensor, " static"],
     norm_eps: float,
 ) -> Coefficients:
     """HC's maps (HC, equations 10 to 13); without `phi` and `alpha` the static ones.
@@ -100,7 +100,7 @@ def exit_coefficients(
     x: Float[Tensor, "*batch n C"],
     phi: Float[Tensor, "n nC"],
     alpha: Float[Tensor, "1"],
-    bias: Float[Tensor, "n"],
+    bias: Float[Tensor, " n"],
     numerics: Numerics,
 ) -> Float[Tensor, "*batch n"]:
     """DeepSeek-V4's learned exit (`hc_head`): the weights `collapse` sums the streams with."""

@@ -99,9 +99,7 @@ def _docstrings() -> list[str]:
         except (SyntaxError, ValueError, OSError):
             continue  # templates and deliberately broken examples
         for node in ast.walk(tree):
-            if isinstance(
-                node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-            ):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 text = ast.get_docstring(node)
                 if text and len(text) >= LONG:
                     found[text] = None

@@ -17,12 +17,12 @@ class AmaxGain(NamedTuple):
     Entry l of a composite is the gain of `res_{L-1} ... res_l`: from sublayer l to the exit.
     """
 
-    forward: Float[Tensor, "L"]
+    forward: Float[Tensor, " L"]
     """Largest |row sum| of each matrix: how much a signal can grow."""
-    backward: Float[Tensor, "L"]
+    backward: Float[Tensor, " L"]
     """Largest |column sum| of each matrix: how much a gradient can grow."""
-    composite_forward: Float[Tensor, "L"]
-    composite_backward: Float[Tensor, "L"]
+    composite_forward: Float[Tensor, " L"]
+    composite_backward: Float[Tensor, " L"]
 
 
 def amax_gain(
@@ -56,7 +56,7 @@ def composites(
 
 def log_column_sum(
     matrices: Float[Tensor, "L n n"] | Float[Tensor, "L tokens n n"],
-) -> Float[Tensor, "L"]:
+) -> Float[Tensor, " L"]:
     """Largest |log |column sum|| of each matrix, mean over tokens: attenuation counts too."""
     sums = _tokenwise(matrices).sum(-2).abs()
     return sums.log().abs().amax(-1).mean(1)
@@ -64,7 +64,7 @@ def log_column_sum(
 
 def stochastic_distance(
     matrices: Float[Tensor, "L n n"] | Float[Tensor, "L tokens n n"],
-) -> Float[Tensor, "L"]:
+) -> Float[Tensor, " L"]:
     """How far each matrix is from doubly stochastic, mean over tokens; 0 if it is.
 
     The largest of |row sum - 1|, |column sum - 1| and the size of a negative entry.

@@ -13,6 +13,7 @@ from manifold_hc.diagnostics.gain import (
     stochastic_distance,
 )
 from manifold_hc.diagnostics.streams import effective_rank, pairwise_cosine
+from manifold_hc.errors import ConfigError
 
 
 class GainMonitor:
@@ -22,8 +23,8 @@ class GainMonitor:
     maps. The model's mode, gradients and random state are left as they were.
     """
 
-    name = "gain"
-    shown = ("gain_forward", "gain_backward")
+    name: str = "gain"
+    shown: tuple[str, ...] = ("gain_forward", "gain_backward")
 
     def __init__(self, probe: Tensor) -> None:
         """probe: the model's input, kept for every call."""
@@ -63,7 +64,7 @@ def capture(model: nn.Module, probe: Tensor) -> tuple[Tensor, list[Tensor]]:
     found: dict[int, tuple[Tensor, Tensor]] = {}
     connections = [module for module in model.modules() if isinstance(module, Connection)]
     if not connections:
-        raise ValueError("GainMonitor: the model has no manifold_hc.Connection")
+        raise ConfigError("GainMonitor: the model has no manifold_hc.Connection to look at")
 
     def keep(depth: int) -> Any:
         def hook(_: nn.Module, arguments: tuple[Tensor], coefficients: tuple[Tensor, ...]) -> None:

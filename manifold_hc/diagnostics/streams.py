@@ -1,5 +1,7 @@
 """Whether the streams still hold different things."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -18,9 +20,13 @@ def pairwise_cosine(x: Float[Tensor, "*batch n C"]) -> float:
 def effective_rank(x: Float[Tensor, "*batch n C"]) -> float:
     """Exponential of the entropy of a token's normalised singular values, mean over tokens.
 
-    Between 1, when all streams point one way, and n (Roy and Vetterli, 2007).
+    Between 1, when all streams point one way, and n (Roy and Vetterli, 2007); NaN for
+    streams that are not finite.
     """
-    values = torch.linalg.eigvalsh(_gram(x.double())).clamp_min(0).sqrt()
+    gram = _gram(x.double())
+    if not gram.isfinite().all():
+        return math.nan
+    values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     share = values / values.sum(-1, keepdim=True)
     return float(torch.special.entr(share).sum(-1).exp().mean())
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import torch
+
 from manifold_hc import constraints, reference
 from manifold_hc.errors import BackendError
 
@@ -41,8 +43,13 @@ def pick(operator: str, backend: str) -> Callable[..., Any]:
     return function
 
 
-@cache
+@torch.compiler.assume_constant_result  # Dynamo traces neither a log message nor a cache
 def _automatic() -> str:
+    return _logged_choice()
+
+
+@cache
+def _logged_choice() -> str:
     chosen = backends()[0]
     logger.info('backend "auto": %s', chosen)
     return chosen

@@ -67,7 +67,7 @@ class LatentAttention(nn.Module):
             value,
             is_causal=True,
         )
-        return self.output(attended.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
+        return self.output(attended.transpose(1, 2).flatten(-2))
 
 
 def _rotation(

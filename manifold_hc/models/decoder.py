@@ -71,4 +71,4 @@ class Decoder(nn.Module):
         """Logits of every next token."""
         h = self.embedding(tokens)  # B T C
         h = self.stack(h, list(self.branches))  # B T C, over B T n C
-        return self.head(self.norm(h))  # type: ignore[no-any-return]
+        return self.head(self.norm(h))

@@ -17,4 +17,4 @@ class GatedFeedForward(nn.Module):
     def forward(self, u: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
         """[..., C] -> [..., C]."""
         gate, up = self.gate_up(u).chunk(2, -1)
-        return self.down(silu(gate) * up)  # type: ignore[no-any-return]
+        return self.down(silu(gate) * up)

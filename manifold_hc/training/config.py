@@ -45,7 +45,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     """Decay of matrices; norms, gates and static coefficients have none."""
     clip: float = 1.0
-    """Largest norm of the whole gradient; inf leaves it alone."""
+    """Largest norm of the whole gradient; 0 leaves it alone."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that cannot be used."""
@@ -60,8 +60,9 @@ class OptimizerConfig:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas: must be two numbers from 0 to below 1 but are {self.betas}")
         for name in ("eps", "weight_decay", "clip"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name}: must not be negative but is {getattr(self, name)}")
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{name}: must be a number from 0 on but is {value}")
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,11 @@
 """A run folder: the one place that knows where a run keeps what.
 
-    config.json        the configuration
-    metrics.jsonl      one record a line: {"event": "step" | "validation" | ..., "step": ...}
-    model.safetensors  the final weights
-    summary.json       the run's figures; its presence means that the run is complete
+config.json        the configuration
+metrics.jsonl      one record a line: {"event": "step" | "validation" | ..., "step": ...}
+model.safetensors  the final weights
+summary.json       the run's figures; its presence means that the run is complete
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,9 +73,9 @@ class RunFolder:
         write_atomically(self.config_file, msgspec.json.format(msgspec.json.encode(config)))
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add one line to the metrics; it is on its way to disk when this returns."""
+        """Add one line to the metrics, null for a number that is not finite."""
         with self.metrics_file.open("ab") as file:
-            file.write(json.dumps(record).encode() + b"\n")
+            file.write(msgspec.json.encode(record) + b"\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """All records so far; a last line cut short by a crash is left out."""
@@ -92,10 +91,9 @@ class RunFolder:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary, which marks the run as complete."""
-        write_atomically(self.summary_file, json.dumps(summary, indent=2) + "\n")
+        write_atomically(self.summary_file, msgspec.json.format(msgspec.json.encode(summary)))
 
     def summary(self) -> dict[str, Any]:
         """The figures of a complete run."""
         summary: dict[str, Any] = msgspec.json.decode(self.summary_file.read_bytes())
         return summary
-

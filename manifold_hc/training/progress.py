@@ -1,7 +1,6 @@
 """What a person sees while a run goes on: a bar in a terminal, plain lines elsewhere."""
 
 from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -40,7 +39,7 @@ class ProgressView:
             line = f"{self.title}  step {step + 1}/{self.steps}  {text}"
             self.console.print(line, soft_wrap=True, highlight=False)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "ProgressView":
         """Start the bar."""
         self._bar.start()
         return self

@@ -59,6 +59,7 @@ def train(
     watching = [make(held_out[0][0].to(device)) for make in observers]
 
     folder.begin(config)
+    limit = config.optimizer.clip or math.inf
     steps, seconds, largest_norm, validation = config.training.steps, [], 0.0, math.nan
     with ProgressView(console or Console(stderr=True), title, steps) as view:
         for step in range(steps):
@@ -67,8 +68,8 @@ def train(
             inputs, targets = (tensor.to(device) for tensor in batches[step])
 
             loss = next_token_loss(model, inputs, targets)
-            loss.backward()  # type: ignore[no-untyped-call]
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
             record = _finite(step, loss=loss.item(), gradient_norm=norm.item())
             for group in optimizer.param_groups:
                 group["lr"] = rate

@@ -1,0 +1,54 @@
+# `make` alone lists the targets. Everything is installed into .venv.
+#
+#   PYTHON=python3.12          another interpreter, 3.11 to 3.14
+#   TORCH=torch==2.14.0        another PyTorch than the one pinned here, or a wheel's path
+#   TORCH_INDEX=URL            another package index for PyTorch alone (CPU, CUDA or ROCm builds)
+#   TEST_DATA=PATH             real text for the tests that want it
+#   ARGS="..."                 more arguments for mhc (demo) or pytest (test)
+
+PYTHON ?= python3
+# torch goes first and by exact version: a range would let pip take the newest CUDA build.
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+TEST_DATA ?=
+ARGS ?=
+
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/ready  ## train residual, HC and mHC on Python's own documentation, make a page
+	$(BIN)/mhc compare --out runs/demo $(ARGS)
+
+test: .venv/ready-to-develop  ## run the tests
+	$(BIN)/pytest $(if $(TEST_DATA),--test-data $(TEST_DATA)) $(ARGS)
+
+check: .venv/ready-to-develop  ## lint, formatting, types, order of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+golden: .venv/ready-to-develop  ## record the golden losses anew
+	$(BIN)/python -m tests.golden
+
+clean:  ## remove .venv and caches; runs stay
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.venv/torch:
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 14) else f"$(PYTHON) is Python {v[0]}.{v[1]}; make PYTHON=... takes 3.11 to 3.14")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	touch $@
+
+.venv/ready: .venv/torch pyproject.toml
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+.venv/ready-to-develop: .venv/torch pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@ .venv/ready
+
+.PHONY: help demo test check golden clean

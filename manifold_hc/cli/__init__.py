@@ -1,0 +1,63 @@
+"""The command `mhc`."""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+import click
+
+import manifold_hc
+from manifold_hc.cli.compare import compare
+from manifold_hc.cli.info import info
+from manifold_hc.cli.report import report
+from manifold_hc.cli.train import train
+from manifold_hc.errors import ConfigError, DataError, ManifoldError, RunFolderError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(manifold_hc.__version__, prog_name="mhc", message="%(prog)s %(version)s")
+def commands() -> None:
+    r"""Manifold-constrained hyper-connections: train, compare, and see what stays stable.
+
+    \b
+    mhc compare            residual, HC and mHC on Python's own documentation
+    mhc COMMAND --help     options and configuration keys of a command
+    """
+
+
+for command in (train, compare, report, info):
+    commands.add_command(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; exit status 0, 2 for the user's mistakes, 1 for a failed run."""
+    _log_to_stderr()
+    try:
+        commands.main(args=arguments, prog_name="mhc", standalone_mode=False)
+    except click.Abort:
+        _fail("stopped", 130)
+    except click.ClickException as error:
+        _fail(error.format_message(), 2)
+    except (ConfigError, DataError, RunFolderError) as error:
+        _fail(str(error), 2)
+    except ManifoldError as error:
+        _fail(str(error), 1)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"mhc: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("manifold_hc")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)

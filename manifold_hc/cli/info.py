@@ -1,0 +1,67 @@
+"""`mhc info`."""
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+
+import click
+from rich.table import Table
+
+from manifold_hc.cli.terminal import console
+
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers")
+
+
+@click.command()
+def info() -> None:
+    r"""Versions, devices, backends, compiler and caches: what to send with a bug report.
+
+    \b
+    mhc info
+    """
+    import torch
+
+    import manifold_hc
+    from manifold_hc.data.corpus import cache_folder
+    from manifold_hc.kernels import backends
+
+    rows = {
+        "manifold-hc": manifold_hc.__version__,
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        **{name: _version(name) for name in PACKAGES},
+        "devices": ", ".join(_devices(torch)),
+        "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
+        "backends": ", ".join(backends()),
+        "compiler": _compiler(),
+        "cache": str(cache_folder()),
+    }
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for row in rows.items():
+        table.add_row(*row)
+    console().print(table)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices(torch) -> list[str]:  # type: ignore[no-untyped-def]
+    found = [f"cpu ({torch.backends.cpu.get_cpu_capability()})"]
+    found += [
+        f"cuda:{index} ({torch.cuda.get_device_name(index)})"
+        for index in range(torch.cuda.device_count())
+    ]
+    return found + (["mps"] if torch.backends.mps.is_available() else [])
+
+
+def _compiler() -> str:
+    path = shutil.which(os.environ.get("CC", "cc"))
+    if path is None:
+        return "none found"
+    answer = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    return next(iter(answer.stdout.splitlines()), path)

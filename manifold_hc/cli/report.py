@@ -1,0 +1,49 @@
+"""`mhc report`."""
+
+from pathlib import Path
+
+import click
+import msgspec
+
+from manifold_hc.cli.terminal import console
+from manifold_hc.files import write_atomically
+
+
+@click.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="The page.  [default: FOLDER/report.html]",
+)
+@click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write the figures there too.",
+)
+def report(folder: Path, out: Path | None, json_file: Path | None) -> None:
+    r"""Make the page, the table and its CSV and JSON from a run folder's files.
+
+    \b
+    mhc report runs/compare
+    """
+    publish(folder, out or folder / "report.html", json_file)
+
+
+def publish(folder: Path, page: Path, json_file: Path | None) -> None:
+    """Print the table of `folder` and write page, picture, CSV and JSON beside one another."""
+    from manifold_hc.compare import comparison_record
+    from manifold_hc.report import as_csv, as_json, as_table, load_runs, summarise, write_page
+
+    runs = load_runs(folder)
+    rows = summarise(runs)
+    figures = msgspec.json.format(msgspec.json.encode(as_json(rows, runs)))
+    write_page(runs, comparison_record(folder), page)
+    write_atomically(page.with_suffix(".csv"), as_csv(rows))
+    for file in filter(None, {page.with_suffix(".json"), json_file}):
+        write_atomically(file, figures)
+    console().print(as_table(rows))
+    click.echo(f"report: {page}")

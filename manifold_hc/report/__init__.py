@@ -1,0 +1,16 @@
+"""From a run folder to a table and a page."""
+
+from manifold_hc.report.page import write_page
+from manifold_hc.report.runs import Run, load_runs
+from manifold_hc.report.table import VariantRow, as_csv, as_json, as_table, summarise
+
+__all__ = [
+    "Run",
+    "VariantRow",
+    "as_csv",
+    "as_json",
+    "as_table",
+    "load_runs",
+    "summarise",
+    "write_page",
+]

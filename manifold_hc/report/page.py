@@ -1,0 +1,116 @@
+"""One self-contained HTML page for a run folder."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import msgspec
+import numpy as np
+
+from manifold_hc.files import write_atomically
+from manifold_hc.report import figures
+from manifold_hc.report.runs import Run
+from manifold_hc.report.table import as_table, summarise
+
+
+@dataclass(frozen=True)
+class _Section:
+    title: str
+    text: str
+    svg: str
+
+
+def write_page(runs: Sequence[Run], record: dict[str, Any], page: Path) -> None:
+    """Write `page`, which needs no other file, and a picture of its main plots beside it.
+
+    record: command, machine and versions, shown as they are.
+    """
+    write_atomically(page, render(runs, record))
+    write_atomically(page.with_suffix(".png"), figures.to_png(figures.overview(runs)))
+
+
+def render(runs: Sequence[Run], record: dict[str, Any]) -> str:
+    """The page as text."""
+    variants = list(dict.fromkeys(run.variant for run in runs))
+    table = as_table(summarise(runs))
+    columns = [list(column.cells) for column in table.columns]
+    steps = runs[0].config.training.steps
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("manifold_hc.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template("page.html.jinja").render(
+        title=" · ".join(variants),
+        subtitle=f"{steps} steps, {len({run.seed for run in runs})} seed(s)",
+        command=record.get("command"),
+        several=len(runs) > len(variants),
+        headings=[column.header for column in table.columns],
+        rows=list(zip(*columns, strict=True)),
+        sections=_sections(runs, "residual" if "residual" in variants else None),
+        probes=[_probe(run) for run in runs if run.gains],
+        configurations=[
+            {"name": f"{run.variant} seed {run.seed}", "json": _pretty(run.config)} for run in runs
+        ],
+        record=json.dumps({k: v for k, v in record.items() if k != "command"}, indent=2)
+        if record
+        else None,
+    )
+
+
+def _sections(runs: Sequence[Run], baseline: str | None) -> list[_Section]:
+    """The plots; those of the stability figures only where they were taken."""
+    plots = [
+        ("Loss", "Running mean over 3 % of the run.", figures.loss(runs, baseline)),
+        (
+            "Gradient norm",
+            "Of all parameters, before clipping; running mean over 3 % of the run.",
+            figures.gradient_norm(runs, baseline),
+        ),
+    ]
+    if any(run.gains for run in runs):
+        plots += [
+            (
+                "Gain over training",
+                "The largest composite gain over depth. Unconstrained matrices multiply up; "
+                "doubly stochastic ones cannot.",
+                figures.gain_over_training(runs),
+            ),
+            (
+                "Gain over depth",
+                "At the last step: each sublayer's own matrix, and the product from it to the "
+                "exit.",
+                figures.gain_over_depth(runs),
+            ),
+            (
+                "Composite matrices",
+                "The product over the whole network at the last step, mean over tokens: how much "
+                "of each input stream arrives in each output stream.",
+                figures.composite_matrices(runs),
+            ),
+            (
+                "Streams",
+                "Before each sublayer at the last step. Equal streams have cosine 1 and rank 1.",
+                figures.streams_over_depth(runs),
+            ),
+        ]
+    return [_Section(title, text, figures.to_svg(figure)) for title, text, figure in plots]
+
+
+def _probe(run: Run) -> list[str]:
+    last = run.gains[-1]
+    cells = [
+        np.max(last[average][f"composite_{direction}"])
+        for direction in ("forward", "backward")
+        for average in ("gains", "matrices")
+    ]
+    cells += [np.max(last[key]) for key in ("log_column_sum", "composite_log_column_sum")]
+    cells.append(np.max(last["stochastic_distance"]))
+    return [f"{run.variant} seed {run.seed}", *(f"{cell:.4g}" for cell in cells)]
+
+
+def _pretty(config: object) -> str:
+    return msgspec.json.format(msgspec.json.encode(config)).decode()

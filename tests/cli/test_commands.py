@@ -1,0 +1,238 @@
+import json
+import os
+import subprocess
+import sys
+
+import click
+import pytest
+
+from manifold_hc import cli
+from manifold_hc.cli import keys, main
+from manifold_hc.cli.compare import parse_variant
+from manifold_hc.connection import ConnectionConfig
+from manifold_hc.errors import ConfigError
+from manifold_hc.training import RunConfig
+from manifold_hc.training.folder import locked
+
+pytestmark = pytest.mark.usefixtures("unchecked")
+
+SMALL = [
+    "model.channels=16",
+    "model.blocks=1",
+    "model.feed_forward=16",
+    "data.sequence=16",
+    "training.steps=3",
+    "training.batch=2",
+    "training.validation_batches=1",
+]
+
+
+def mhc(capfd, *arguments):
+    """Exit status, standard output and standard error of the command line."""
+    try:
+        main([str(argument) for argument in arguments])
+        status = 0
+    except SystemExit as stop:
+        status = stop.code or 0
+    return status, *capfd.readouterr()
+
+
+def test_train_compare_and_report(capfd, tmp_path, text_file, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, both = tmp_path / "one", tmp_path / "both"
+    status, out, _ = mhc(capfd, "train", "--data", text_file, "--out", run, *SMALL)
+    assert status == 0
+    assert f"run folder: {run}" in out
+    files = {"config.json", "metrics.jsonl", "model.safetensors", "summary.json"}
+    assert files <= {file.name for file in run.iterdir()}
+
+    again = ["compare", "--data", text_file, "--out", both, "--seeds", "2", *SMALL]
+    status, out, err = mhc(capfd, *again, "--json", tmp_path / "figures.json")
+    assert status == 0
+    assert "largest composite gain" in out
+    assert f"report: {both / 'report.html'}" in out
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [row["variant"] for row in figures["variants"]] == ["residual", "hc", "mhc"]
+    assert {"report.html", "report.png", "report.csv", "report.json"} <= {
+        file.name for file in both.iterdir()
+    }
+    _, second, err = mhc(capfd, *again)
+    assert second == out, "complete runs are kept"
+    assert err.count("complete, kept") == 6
+
+    (both / "report.html").unlink()
+    assert mhc(capfd, "report", both)[0] == 0
+    assert (both / "report.html").exists()
+    assert mhc(capfd, "report", run, "--out", tmp_path / "page.html")[0] == 0
+    assert (tmp_path / "page.html").exists()
+
+
+def test_a_run_can_start_from_anothers_configuration(capfd, tmp_path, text_file):
+    first, second = tmp_path / "first", tmp_path / "second"
+    mhc(capfd, "train", "--data", text_file, "--out", first, *SMALL, "connection.streams=3")
+    config = ["--config", first / "config.json", "training.seed=7"]
+    assert mhc(capfd, "train", *config, "--out", second)[0] == 0
+    one, two = (json.loads((f / "config.json").read_text()) for f in (first, second))
+    assert two["training"].pop("seed") == 7
+    assert one["training"].pop("seed") == 0
+    assert one == two
+
+
+BAD_INPUT = {
+    "missing data": (["--data", "nowhere.txt"], "nowhere.txt does not exist"),
+    "empty data": (["--data", "empty"], "is empty"),
+    "binary data": (["--data", "binary"], "binary"),
+    "a folder as data": (["--data", "."], "is a folder"),
+    "text shorter than one sequence": (["--data", "short"], "at least 34"),
+    "an unknown key": (["training.step=9"], "did you mean training.steps?"),
+    "a key without its section": (["stream=2"], "did you mean connection.streams?"),
+    "an unknown section": (["conection.kind=hc"], "did you mean connection.kind?"),
+    "streams = 0": (["connection.streams=0"], "connection.streams: must be at least 1 but is 0"),
+    "no number": (["training.steps=many"], "training.steps: must be int but is 'many'"),
+    "no such kind": (["connection.kind=mch"], "one of residual, hc, mhc"),
+    "a section as a key": (["training=3"], "its keys are training.steps"),
+    "no key": (["steps"], "not an option or key=value"),
+    "an unknown option": (["--step=3"], "No such option"),
+    "a broken configuration": (["--config", "broken.json"], "broken.json"),
+    "a device that is not there": (["training.device=tpu"], "training.device: must be"),
+}
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_line_and_status_2(capfd, tmp_path, text_file, monkeypatch, command, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "binary").write_bytes(bytes(range(256)))
+    (tmp_path / "short").write_text("too short")
+    (tmp_path / "broken.json").write_text("{")
+    arguments, message = BAD_INPUT[name]
+    data = [] if "--data" in arguments else ["--data", text_file]
+    out = tmp_path / "runs"
+    status, printed, err = mhc(capfd, command, "--out", out, *SMALL, *data, *arguments)
+    assert status == 2
+    assert printed == ""
+    assert err.startswith("mhc: error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not [p for p in out.rglob("*") if p.name != ".lock"], "nothing was written"
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_a_run_folder_in_use(capfd, tmp_path, text_file, command):
+    out = tmp_path / "run"
+    with locked(out):
+        status, _, err = mhc(capfd, command, "--data", text_file, "--out", out, *SMALL)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "is in use by another process" in err
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_what_is_saved_is_not_touched(capfd, tmp_path, text_file, command):
+    out = tmp_path / "run"
+    base = [command, "--data", text_file, "--out", out, *SMALL]
+    assert mhc(capfd, *base)[0] == 0
+    before = {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
+    status, _, err = mhc(capfd, *base, "training.steps=4")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "choose another with --out" in err
+    assert {f: f.read_bytes() for f in out.rglob("*") if f.is_file()} == before
+
+
+def test_a_diverged_run_is_status_1_with_the_folder(capfd, tmp_path, text_file):
+    out = tmp_path / "run"
+    wild = ["training.steps=60", "optimizer.lr=1e30", "optimizer.warmup=0", "optimizer.clip=0"]
+    status, _, err = mhc(capfd, "train", "--data", text_file, "--out", out, *SMALL, *wild)
+    assert status == 1
+    assert err.splitlines()[-1].startswith("mhc: error: train: ")
+    assert str(out) in err
+
+
+def test_report_of_nothing(capfd, tmp_path):
+    status, _, err = mhc(capfd, "report", tmp_path)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "no complete run" in err
+    assert mhc(capfd, "report", tmp_path / "missing")[0] == 2
+
+
+def test_version_info_and_help(capfd):
+    import manifold_hc
+
+    assert mhc(capfd, "--version")[1] == f"mhc {manifold_hc.__version__}\n"
+    out = mhc(capfd, "info")[1]
+    for row in ("manifold-hc", "torch", "devices", "backends", "compiler", "cache", "reference"):
+        assert row in out
+    for name in cli.commands.commands:
+        status, out, _ = mhc(capfd, name, "--help")
+        assert status == 0
+        assert f"mhc {name}" in out.split("Usage:")[1].split("\n", 1)[1], "an example"
+    assert "training.steps=300" in mhc(capfd, "train", "--help")[1]
+
+
+def test_every_key_has_a_sentence():
+    rows = list(keys.describe(RunConfig()))
+    assert len(rows) > 30
+    for key, _, sentence in rows:
+        assert sentence.rstrip().endswith("."), key
+
+
+def test_values_of_every_type():
+    config = keys.override(
+        RunConfig(),
+        [
+            "connection.disable=pre,post",
+            "connection.dynamic=false",
+            "connection.norm_eps=1e-6",
+            "optimizer.betas=0.8,0.9",
+            "connection.constraint=none",
+            "data.path=a=b.txt",
+        ],
+    )
+    assert config.connection.disable == ("pre", "post")
+    assert config.connection.dynamic is False
+    assert config.connection.norm_eps == 1e-6
+    assert config.optimizer.betas == (0.8, 0.9)
+    assert config.connection.constraint == "none"
+    assert config.data.path == "a=b.txt"
+    back = keys.override(config, ["connection.disable=", "connection.norm_eps=null"])
+    assert back.connection.disable == ()
+    assert back.connection.norm_eps is None
+    with pytest.raises(ConfigError, match=r"optimizer\.betas: must be .* but is '1'"):
+        keys.override(RunConfig(), ["optimizer.betas=1"])
+
+
+def test_variants():
+    variant = parse_variant("hc:disable=pre,post", ConnectionConfig(streams=3))
+    assert variant.name == "hc disable=pre,post"
+    assert variant.connection == ConnectionConfig(kind="hc", streams=3, disable=("pre", "post"))
+    with pytest.raises(ConfigError, match="must start with residual, hc or mhc"):
+        parse_variant("kind=hc", ConnectionConfig())
+    with pytest.raises(ConfigError, match="kind: must be one of residual, hc, mhc"):
+        parse_variant("gpt", ConnectionConfig())
+
+
+def test_output_without_a_terminal_is_plain(tmp_path, text_file):
+    """A process of its own, as in a pipe: no colour, no cursor movement, no wrapped table."""
+    command = [sys.executable, "-m", "manifold_hc", "compare", "--data", str(text_file)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "FORCE_COLOR")}
+    answer = subprocess.run(
+        [*command, "--out", str(tmp_path / "run"), *SMALL],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    )
+    assert "\x1b" not in answer.stdout + answer.stderr
+    assert "\r" not in answer.stdout + answer.stderr
+    assert 'backend "auto": reference' in answer.stderr
+    lines = answer.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["variant", "residual", "hc", "mhc", "report:"]
+
+
+def test_an_abort_is_one_line(capfd, monkeypatch):
+    def stop(**_):
+        raise click.Abort
+
+    monkeypatch.setattr(cli.commands.commands["info"], "callback", stop)
+    status, _, err = mhc(capfd, "info")
+    assert (status, err) == (130, "mhc: error: stopped\n")

@@ -1,0 +1,57 @@
+"""Options and fixtures; the whole package runs under jaxtyping's shape checks."""
+
+from jaxtyping import config as shape_checks
+from jaxtyping import install_import_hook
+
+install_import_hook("manifold_hc", "beartype.beartype")
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption("--test-data", type=Path, default=None, help="folder with real text")
+
+
+@pytest.fixture
+def test_data(request) -> Path:
+    folder = request.config.getoption("--test-data")
+    if folder is None:
+        pytest.skip("needs the test data: pytest --test-data PATH")
+    return folder
+
+
+@pytest.fixture
+def unchecked():
+    """Without jaxtyping's checks, so that a user's mistake reaches our own error."""
+    shape_checks.update("jaxtyping_disable", True)
+    yield
+    shape_checks.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def text_file(tmp_path) -> Path:
+    """A text generated from a seed: words of a small made-up vocabulary."""
+    path = tmp_path / "text.txt"
+    path.write_text(generated_text(40_000))
+    return path
+
+
+def generated_text(length: int, seed: int = 0) -> str:
+    import random
+
+    draw = random.Random(seed)
+    words = [
+        "".join(draw.choice("aeioulnrst") for _ in range(draw.randint(2, 7))) for _ in range(60)
+    ]
+    text = ""
+    while len(text) < length:
+        text += " ".join(draw.choices(words, k=draw.randint(3, 9))) + ".\n"
+    return text[:length]

@@ -1,0 +1,160 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import manifold_hc as mhc
+from manifold_hc import diagnostics
+from manifold_hc.diagnostics import GainMonitor, amax_gain
+from manifold_hc.errors import ConfigError, ShapeError
+
+FIRST = torch.tensor([[1.0, 2.0], [0.0, 3.0]])
+SECOND = torch.tensor([[0.0, 1.0], [5.0, -4.0]])
+
+
+def test_two_asymmetric_matrices_by_hand():
+    """SECOND FIRST = [[0, 3], [5, -2]]: rows 3 and 3, columns 5 and 1.
+
+    Alone: FIRST has rows 3, 3 and columns 1, 5; SECOND has rows 1, 1 (signed) and columns 5, 3.
+    """
+    gain = amax_gain(torch.stack([FIRST, SECOND]))
+    assert gain.forward.tolist() == [3, 1]
+    assert gain.backward.tolist() == [5, 5]
+    assert gain.composite_forward.tolist() == [3, 1]
+    assert gain.composite_backward.tolist() == [5, 5]
+
+
+def test_forward_is_what_a_signal_does_and_backward_what_a_gradient_does():
+    """The maps themselves are the judge: equal streams in, largest stream out."""
+    matrices = torch.rand(5, 3, 3)
+    gain = amax_gain(matrices)
+    signal = torch.ones(3, 1)
+    for res in matrices:
+        signal = mhc.functional.write(signal, torch.zeros(1), torch.zeros(3), res)
+    gradient_in = torch.ones(3, 1, requires_grad=True)
+    x = gradient_in
+    for res in matrices:
+        x = mhc.functional.write(x, torch.zeros(1), torch.zeros(3), res)
+    (gradient,) = torch.autograd.grad(x.sum(), gradient_in)
+    assert float(signal.max()) == pytest.approx(float(gain.composite_forward[0]))
+    assert float(gradient.max()) == pytest.approx(float(gain.composite_backward[0]))
+    assert float(gain.composite_forward[0]) != pytest.approx(float(gain.composite_backward[0]))
+
+
+def test_composites_multiply_towards_the_exit():
+    products = diagnostics.composites(torch.stack([FIRST, SECOND]))
+    assert products[0].tolist() == [[0, 3], [5, -2]]
+    assert products[1].tolist() == SECOND.tolist()
+
+
+def test_the_two_token_averages():
+    """Two tokens, I and -I: each has gain 1, their mean has gain 0."""
+    eye = torch.eye(2)
+    matrices = torch.stack([eye, -eye]).unsqueeze(0)
+    assert amax_gain(matrices, "gains").forward.tolist() == [1]
+    assert amax_gain(matrices, "matrices").forward.tolist() == [0]
+
+
+def test_composites_are_taken_token_by_token():
+    """Token means multiply to 0; tokens themselves to I."""
+    eye = torch.eye(2)
+    layer = torch.stack([eye, -eye])
+    gain = amax_gain(torch.stack([layer, layer]), "matrices")
+    assert gain.composite_forward.tolist() == [1, 0]
+
+
+def test_products_of_doubly_stochastic_matrices_have_gain_one():
+    gain = amax_gain(mhc.constraints.exact(torch.randn(30, 7, 4, 4, dtype=torch.float64)))
+    for row in gain:
+        torch.testing.assert_close(row, torch.ones_like(row))
+
+
+def test_attenuation_shows_in_the_log_column_sum():
+    half = 0.5 * torch.eye(3).unsqueeze(0)
+    assert amax_gain(half).backward.tolist() == [0.5]
+    assert diagnostics.log_column_sum(half).tolist() == pytest.approx([math.log(2)])
+
+
+def test_distance_to_doubly_stochastic():
+    matrices = torch.stack([torch.eye(2), FIRST, torch.tensor([[1.5, -0.5], [-0.5, 1.5]])])
+    assert diagnostics.stochastic_distance(matrices).tolist() == [0, 4, 0.5]
+
+
+def test_stream_figures():
+    equal = torch.randn(5, 1, 8).expand(5, 4, 8)
+    assert diagnostics.pairwise_cosine(equal) == pytest.approx(1)
+    assert diagnostics.effective_rank(equal) == pytest.approx(1, abs=1e-3)
+    orthogonal = torch.eye(4, 8).expand(5, 4, 8)
+    assert diagnostics.pairwise_cosine(orthogonal) == pytest.approx(0)
+    assert diagnostics.effective_rank(orthogonal) == pytest.approx(4)
+    assert diagnostics.pairwise_cosine(torch.randn(5, 1, 8)) == 1
+    assert math.isnan(diagnostics.effective_rank(torch.full((5, 4, 8), math.nan)))
+
+
+class Network(nn.Module):
+    def __init__(self, config, sublayers=3):
+        super().__init__()
+        self.stack = mhc.Stack(8, config, sublayers)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, h):
+        return self.stack(self.dropout(h), [torch.sin] * len(self.stack.connections))
+
+
+@pytest.mark.parametrize("kind", ["residual", "hc", "mhc"])
+def test_the_monitor_reports_what_the_forward_pass_used(kind):
+    model = Network(mhc.ConnectionConfig(kind=kind, streams=3, phi_std=1.0))
+    if kind != "residual":
+        for connection in model.stack.connections:
+            nn.init.normal_(connection.maps.bias)
+    model.train()
+    probe, used = torch.randn(2, 5, 8), []
+    figures = GainMonitor(probe)(model)
+
+    model.eval()
+    x = mhc.functional.expand(probe, model.stack.config.n)
+    for connection in model.stack.connections:
+        used.append(connection.maps(x)[2].flatten(0, 1))
+        x = connection(x, torch.sin)
+    wanted = amax_gain(torch.stack(used))
+    for name, row in wanted._asdict().items():
+        assert figures["gains"][name] == pytest.approx(row.tolist(), rel=1e-6)
+    assert figures["gain_forward"] == max(figures["gains"]["composite_forward"])
+    assert figures["gain_backward"] == max(figures["gains"]["composite_backward"])
+    other = amax_gain(torch.stack(used), "matrices")
+    assert figures["matrices"]["forward"] == pytest.approx(other.forward.tolist(), rel=1e-6)
+    n = model.stack.config.n
+    assert torch.tensor(figures["composite"]).shape == (3, n, n)
+    assert all(len(figures[key]) == 3 for key in ("log_column_sum", "stream_cosine", "stream_rank"))
+    if kind == "residual":
+        assert figures["gain_forward"] == figures["gain_backward"] == 1
+
+
+def test_the_monitor_leaves_no_trace():
+    model = Network(mhc.ConnectionConfig())
+    model.train()
+    state = torch.get_rng_state()
+    GainMonitor(torch.randn(2, 8))(model)
+    assert model.training
+    assert model.dropout.training
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(c.maps._forward_hooks for c in model.stack.connections)
+    torch.randn(2, 8)
+    after = torch.get_rng_state()
+    torch.set_rng_state(state)
+    torch.randn(2, 8)
+    torch.randn(2, 8)
+    assert torch.equal(after, torch.get_rng_state())
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_misuse_is_named():
+    with pytest.raises(ShapeError, match=r"matrices must be \[L, n, n\]"):
+        amax_gain(torch.randn(3, 4))
+    with pytest.raises(ShapeError, match="empty"):
+        amax_gain(torch.randn(0, 4, 4))
+    with pytest.raises(ConfigError, match="average must be gains or matrices"):
+        amax_gain(torch.randn(1, 4, 4), "mean")
+    with pytest.raises(ConfigError, match=r"no manifold_hc\.Connection"):
+        GainMonitor(torch.randn(2, 8))(nn.Linear(8, 8))

@@ -1,0 +1,27 @@
+"""The claim of the demo, on its own configuration but fewer steps."""
+
+from dataclasses import replace
+
+from manifold_hc.connection import ConnectionConfig
+from manifold_hc.data import load
+from manifold_hc.diagnostics import GainMonitor
+from manifold_hc.training import OptimizerConfig, RunConfig, RunFolder, TrainingConfig, train
+
+
+def test_hc_amplifies_and_mhc_does_not(tmp_path):
+    largest = {}
+    for kind in ("hc", "mhc"):
+        folder = RunFolder(tmp_path / kind)
+        folder.path.mkdir()
+        config = RunConfig(
+            connection=ConnectionConfig(kind=kind),
+            optimizer=OptimizerConfig(schedule="constant"),
+            training=replace(TrainingConfig(), steps=60, validation_batches=1),
+        )
+        train(config, load(""), folder, [GainMonitor])
+        gains = [record for record in folder.metrics() if record["event"] == "gain"]
+        largest[kind] = tuple(
+            max(record[key] for record in gains) for key in ("gain_forward", "gain_backward")
+        )
+    assert min(largest["hc"]) > 10
+    assert max(largest["mhc"]) < 2

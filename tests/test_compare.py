@@ -1,0 +1,151 @@
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from manifold_hc.compare import Variant, compare, comparison_record, run_folder
+from manifold_hc.errors import RunFolderError
+from manifold_hc.report import as_csv, as_json, as_table, load_runs, summarise, write_page
+from manifold_hc.training import OptimizerConfig
+from tests import golden
+from tests.conftest import generated_text
+
+TOKENS = np.frombuffer(generated_text(40_000).encode(), dtype=np.uint8)
+CONFIG = golden.config("mhc")
+VARIANTS = [Variant(kind, golden.config(kind).connection) for kind in golden.KINDS]
+
+
+def run(folder: Path, config=CONFIG, variants=VARIANTS, seeds=1, tokens=TOKENS):
+    quiet = Console(quiet=True)
+    compare(config, variants, seeds, tokens, folder, "mhc compare 'a b'", quiet)
+    return load_runs(folder)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    run(folder, seeds=2)
+    return folder
+
+
+def test_variants_and_seeds_share_data_order_and_budget(finished):
+    runs = load_runs(finished)
+    assert [(r.variant, r.seed) for r in runs] == [
+        (kind, seed) for seed in (0, 1) for kind in golden.KINDS
+    ]
+    first = [r.series("step", "loss")[1][0] for r in runs]
+    assert first[0] == pytest.approx(first[1], rel=1e-6) == pytest.approx(first[2], rel=1e-6)
+    assert first[3] != pytest.approx(first[0], rel=1e-6)
+    assert {len(r.series("step", "loss")[0]) for r in runs} == {20}
+    losses = [r.series("step", "loss")[1].tolist() for r in runs]
+    recorded = json.loads(golden.FILE.read_text())
+    for kind, loss in zip(golden.KINDS, losses, strict=False):
+        assert loss == pytest.approx(recorded[kind], rel=1e-3)
+
+
+def test_complete_runs_are_kept_and_missing_ones_made(tmp_path):
+    run(tmp_path)
+    before = {
+        f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.json*") if f.name != "comparison.json"
+    }
+    run_folder(tmp_path, "hc", 0).summary_file.unlink()
+    losses = run_folder(tmp_path, "hc", 0).metrics()
+    run(tmp_path)
+    for file, time in before.items():
+        assert (file.stat().st_mtime_ns == time) == ("hc" not in file.parts)
+    again = run_folder(tmp_path, "hc", 0).metrics()
+    assert [r["loss"] for r in again if "loss" in r] == [r["loss"] for r in losses if "loss" in r]
+
+
+def test_other_settings_or_data_touch_nothing(tmp_path):
+    run(tmp_path, variants=VARIANTS[:1])
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    other = replace(CONFIG, optimizer=OptimizerConfig(lr=1.0))
+    with pytest.raises(RunFolderError, match="another configuration"):
+        run(tmp_path, config=other)
+    with pytest.raises(RunFolderError, match="other data"):
+        run(tmp_path, tokens=TOKENS[1:])
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
+    with pytest.raises(RunFolderError, match="something else"):
+        run(foreign)
+    assert {f: f.read_bytes() for f in before} == before
+    assert [f.name for f in foreign.iterdir()] == ["thesis.txt"]
+
+
+def test_a_variant_that_diverges_does_not_end_the_comparison(tmp_path):
+    wild = replace(CONFIG, optimizer=OptimizerConfig(lr=1e30, warmup=0, clip=0.0))
+    runs = run(tmp_path, config=wild, variants=VARIANTS[:2])
+    assert all(r.diverged_at is not None for r in runs)
+    rows = summarise(runs)
+    assert [row.diverged for row in rows] == [1, 1]
+    assert json.loads(json.dumps(as_json(rows, runs)))["variants"][0]["validation_loss"] is None
+    write_page(runs, comparison_record(tmp_path), tmp_path / "report.html")
+    assert "1 of 1 diverged" in (tmp_path / "report.html").read_text()
+
+
+def test_the_rows_are_what_the_runs_measured(finished):
+    runs = load_runs(finished)
+    row = next(row for row in summarise(runs) if row.variant == "hc")
+    own = [r for r in runs if r.variant == "hc"]
+    losses = [r.summary["validation_loss"] for r in own]
+    assert row.validation_loss == pytest.approx(sum(losses) / 2)
+    assert row.interval == pytest.approx(12.706 * abs(losses[0] - losses[1]) / 2, rel=1e-6)
+    gains = [r["gain_backward"] for run in own for r in run.metrics if r["event"] == "gain"]
+    assert row.largest_backward_gain == max(gains)
+    norms = [r["gradient_norm"] for run in own for r in run.metrics if r["event"] == "step"]
+    assert row.largest_gradient_norm == max(norms)
+
+
+def test_table_csv_and_json_say_the_same(finished):
+    runs = load_runs(finished)
+    rows = summarise(runs)
+    lines = as_csv(rows).splitlines()
+    assert [line.split(",")[0] for line in lines] == ["variant", *golden.KINDS]
+    figures = as_json(rows, runs)
+    assert len(figures["runs"]) == 6
+    assert float(lines[3].split(",")[3]) == figures["variants"][2]["validation_loss"]
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(as_table(rows))
+    text = console.export_text()
+    assert f"{rows[2].validation_loss:.4f} ± " in text
+
+
+def test_the_page_needs_no_other_file_and_is_the_same_every_time(finished, tmp_path):
+    runs, record = load_runs(finished), comparison_record(finished)
+    for name in ("a.html", "b.html"):
+        write_page(runs, record, tmp_path / name)
+    page = (tmp_path / "a.html").read_text()
+    assert page == (tmp_path / "b.html").read_text()
+    assert "mhc compare &#39;a b&#39;" in page
+    for absent in ("<script", "<link", "src=", "@import", "url(http"):
+        assert absent not in page
+    for present in (
+        "difference to residual",
+        "composite gain, forward",
+        "output stream",
+        "effective rank",
+        "mean of gains",
+        "gain of mean",
+        "&#34;kind&#34;: &#34;hc&#34;",
+    ):
+        assert present in page, present
+    assert page.count("<svg") == 6
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_single_run_has_a_page_too(finished, tmp_path):
+    runs = load_runs(finished / "mhc" / "seed-0")
+    assert [r.variant for r in runs] == ["mhc"]
+    write_page(runs, {}, tmp_path / "page.html")
+    assert "difference to" not in (tmp_path / "page.html").read_text()
+
+
+def test_a_folder_without_runs_is_named(tmp_path):
+    with pytest.raises(RunFolderError, match="no complete run"):
+        load_runs(tmp_path)

@@ -1,0 +1,292 @@
+import pytest
+import torch
+from torch import nn
+
+import manifold_hc as mhc
+from manifold_hc import functional
+from manifold_hc.connection import ConnectionConfig, LearnedExit
+from manifold_hc.constraints import CONSTRAINTS
+from manifold_hc.errors import ConfigError, ShapeError
+
+L, C = 24, 32
+
+
+def network(config, dtype=torch.float64, embedding_std=0.006):
+    """The last hidden state of a random pre-norm network, after a final norm with epsilon 0."""
+    torch.manual_seed(0)
+    branches = nn.ModuleList(
+        nn.Sequential(nn.RMSNorm(C, eps=1e-20), nn.Linear(C, 2 * C), nn.SiLU(), nn.Linear(2 * C, C))
+        for _ in range(L)
+    ).to(dtype)
+    h = embedding_std * torch.randn(2, 7, C, dtype=dtype)
+    stack = mhc.Stack(C, config, L).to(dtype)
+    return nn.functional.rms_norm(stack(h, list(branches)), (C,), eps=0.0), stack, branches, h
+
+
+def distance(a, b):
+    return float(((a - b).abs().max() / b.abs().max()).detach())
+
+
+@pytest.fixture(scope="module")
+def residual():
+    return network(ConnectionConfig(kind="residual"))[0]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("kind", ["hc", "mhc"])
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_starts_as_the_residual_network(residual, kind, n, dynamic):
+    config = ConnectionConfig(kind=kind, streams=n, dynamic=dynamic)
+    assert distance(network(config)[0], residual) < 1e-12
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+def test_starts_as_the_residual_network_under_every_constraint(residual, constraint):
+    assert distance(network(ConnectionConfig(constraint=constraint))[0], residual) < 1e-12
+
+
+def test_deepseeks_numerics_start_close_to_the_residual_network(residual):
+    n1, n4 = (
+        distance(network(ConnectionConfig(numerics="deepseek_v4", streams=n))[0], residual)
+        for n in (1, 4)
+    )
+    assert 1e-7 < n1 < L * 1e-6
+    assert 1e-7 < n4 < L * 1e-6
+
+
+def walk(config):
+    """Streams after the last sublayer, and what every branch read."""
+    _, stack, branches, h = network(config)
+    x, reads = functional.expand(h, config.n), []
+
+    def watched(branch):
+        def run(u):
+            reads.append(u)
+            return branch(u)
+
+        return run
+
+    with torch.no_grad():
+        for connection, branch in zip(stack.connections, branches, strict=True):
+            x = connection(x, watched(branch))
+    return x, reads
+
+
+def test_streams_differ_after_the_first_forward_pass():
+    """The outermost pair by 5 % at any n; its neighbours share that range of write weights."""
+    for n in (2, 3, 4, 8):
+        x, _ = walk(ConnectionConfig(streams=n))
+        pairs = {
+            (a, b): float((x[..., a, :] - x[..., b, :]).norm() / x[..., b, :].norm())
+            for a in range(n)
+            for b in range(n)
+            if a != b
+        }
+        assert pairs[0, n - 1] > 0.05
+        assert min(pairs.values()) > 0.1 / n
+
+
+def test_hc_sublayers_read_different_streams():
+    """At step 0 sublayer l reads stream l mod n alone."""
+    for index in range(6):
+        maps = mhc.Connection(C, ConnectionConfig(kind="hc", streams=4), index).maps
+        pre, post, res = maps(torch.randn(2, 4, C))
+        assert pre[0].tolist() == [float(stream == index % 4) for stream in range(4)]
+        assert torch.equal(post, torch.ones(2, 4))
+        assert torch.equal(res, torch.eye(4).expand(2, 4, 4))
+
+
+def test_training_keeps_the_streams_apart():
+    """Streams with equal parameters would get equal gradients and stay equal for ever."""
+    _, stack, branches, h = network(ConnectionConfig(), embedding_std=1.0)
+    optimizer = torch.optim.SGD(stack.parameters(), lr=1.0)
+    direction = torch.randn(2, 7, C)
+    for _ in range(3):
+        (stack(h, list(branches)) * direction).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for connection in stack.connections:
+        rows = connection.maps.phi[4:8].detach()
+        for a in range(4):
+            for b in range(a):
+                assert (rows[a] - rows[b]).norm() > 1e-3 * rows[a].norm() > 0
+
+
+def test_a_connection_is_coefficients_read_branch_write():
+    connection = mhc.Connection(8, ConnectionConfig(streams=3, phi_std=0.3), sublayer=2)
+    x = torch.randn(2, 5, 3, 8)
+    pre, post, res = connection.maps(x)
+    wanted = functional.write(x, torch.sin(functional.read(x, pre)), post, res)
+    assert torch.equal(connection(x, torch.sin), wanted)
+
+
+def test_residual_is_an_addition():
+    connection = mhc.Connection(8, ConnectionConfig(kind="residual"))
+    x = torch.randn(2, 1, 8)
+    assert torch.equal(connection(x, torch.sin), x + x.sin())
+    assert list(connection.parameters()) == []
+
+
+@pytest.mark.parametrize("kind", ["hc", "mhc"])
+def test_parameter_count_is_the_documented_one(kind):
+    connection = mhc.Connection(1280, ConnectionConfig(kind=kind))
+    count = sum(p.numel() for p in connection.parameters())
+    assert count == (96 * 1280 + 27 if kind == "mhc" else 6 * 1280 + 3 + 24)
+
+
+@pytest.mark.parametrize("kind", ["hc", "mhc"])
+@pytest.mark.parametrize("part", ["pre", "post", "res"])
+def test_disabled_parts_are_constants(kind, part):
+    maps = mhc.Connection(8, ConnectionConfig(kind=kind, disable=(part,), phi_std=1.0), 1).maps
+    full = mhc.Connection(8, ConnectionConfig(kind=kind, phi_std=1.0), 1).maps
+    for module in (maps, full):
+        nn.init.normal_(module.bias)
+    x = torch.randn(5, 4, 8)
+    constants = {
+        "pre": torch.full((5, 4), 0.25),
+        "post": torch.ones(5, 4),
+        "res": torch.eye(4).expand(5, 4, 4),
+    }
+    for name, off, on in zip(("pre", "post", "res"), maps(x), full(x), strict=True):
+        assert torch.equal(off, constants[name]) == (name == part)
+        assert not torch.equal(on, constants[name])
+
+
+@pytest.mark.parametrize("disable", [("post",), ("post", "pre")])
+def test_mhc_without_post_is_the_residual_network_whatever_it_learns(disable):
+    """Streams stay copies of one another, and rows of `res` and pre's mean sum to 1.
+
+    With pre learned the read is scaled, so its bias stays; `res` alone may be anything.
+    """
+    config = ConnectionConfig(disable=disable)
+    _, stack, branches, h = network(config, embedding_std=1.0)
+    wanted, *_ = network(ConnectionConfig(kind="residual"), embedding_std=1.0)
+    for connection in stack.connections:
+        bias = connection.maps.bias
+        with torch.no_grad():
+            bias[8:] = torch.randn(16, dtype=bias.dtype)
+    got = nn.functional.rms_norm(stack(h, list(branches)), (C,), eps=0.0)
+    assert distance(got, wanted) < 1e-12
+
+
+class TestPrecision:
+    """Coefficient parameters never fall below float32."""
+
+    @pytest.mark.parametrize("convert", [nn.Module.bfloat16, nn.Module.half])
+    @pytest.mark.parametrize("numerics", ["paper", "deepseek_v4"])
+    @pytest.mark.parametrize("kind", ["hc", "mhc"])
+    def test_half_precision_leaves_them(self, convert, kind, numerics):
+        stack = mhc.Stack(8, ConnectionConfig(kind=kind, numerics=numerics), 2)
+        model = nn.ModuleDict({"stack": stack, "head": nn.Linear(8, 8)})
+        before = {name: p.clone() for name, p in stack.named_parameters()}
+        convert(model)
+        assert model["head"].weight.dtype in (torch.bfloat16, torch.float16)
+        for name, parameter in stack.named_parameters():
+            assert parameter.dtype == torch.float32
+            assert torch.equal(parameter, before[name])
+
+    def test_to_and_type_leave_them_and_double_converts(self):
+        stack = mhc.Stack(8, ConnectionConfig(), 1)
+        for convert in (
+            lambda: stack.to(torch.bfloat16),
+            lambda: stack.to("cpu", torch.float16),
+            lambda: stack.type(torch.bfloat16),
+        ):
+            convert()
+            assert {p.dtype for p in stack.parameters()} == {torch.float32}
+        stack.double()
+        assert {p.dtype for p in stack.parameters()} == {torch.float64}
+        stack.bfloat16()
+        assert {p.dtype for p in stack.parameters()} == {torch.float32}
+
+    def test_devices_are_still_followed(self):
+        stack = mhc.Stack(8, ConnectionConfig(), 1).to("meta", torch.bfloat16)
+        assert {(p.device.type, p.dtype) for p in stack.parameters()} == {("meta", torch.float32)}
+
+    def test_a_low_default_dtype_does_not_reach_them(self):
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            stack = mhc.Stack(8, ConnectionConfig(numerics="deepseek_v4"), 1)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert {p.dtype for p in stack.parameters()} == {torch.float32}
+
+    @pytest.mark.parametrize("kind", ["residual", "hc", "mhc"])
+    def test_bfloat16_streams_run_and_keep_their_dtype(self, kind):
+        stack = mhc.Stack(8, ConnectionConfig(kind=kind), 4).bfloat16()
+        h = torch.randn(3, 8, dtype=torch.bfloat16, requires_grad=True)
+        out = stack(h, [torch.sin] * 4)
+        assert out.dtype == torch.bfloat16
+        out.sum().backward()
+        assert all(p.grad.dtype == torch.float32 for p in stack.parameters())
+
+    def test_autocast_gives_the_same_coefficients(self):
+        maps = mhc.Connection(8, ConnectionConfig(phi_std=0.5)).maps
+        x = torch.randn(5, 4, 8)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = maps(x)
+        for a, b in zip(inside, maps(x), strict=True):
+            assert torch.equal(a, b)
+
+
+class TestStack:
+    def test_exits(self):
+        x = torch.randn(5, 4, 8)
+        hc, paper, v4 = (
+            mhc.Stack(8, config, 1)
+            for config in (
+                ConnectionConfig(kind="hc"),
+                ConnectionConfig(),
+                ConnectionConfig(numerics="deepseek_v4"),
+            )
+        )
+        torch.testing.assert_close(hc.collapse(x), x.sum(1))
+        torch.testing.assert_close(paper.collapse(x), x.mean(1))
+        assert isinstance(v4.exit, LearnedExit)
+        torch.testing.assert_close(v4.collapse(x), x.mean(1) + 1e-6 * x.sum(1))
+
+    def test_state_dict_round_trip(self):
+        config = ConnectionConfig(numerics="deepseek_v4", phi_std=0.2)
+        stack, other = mhc.Stack(8, config, 3), mhc.Stack(8, config, 3)
+        other.load_state_dict(stack.state_dict())
+        h = torch.randn(2, 8)
+        assert torch.equal(stack(h, [torch.sin] * 3), other(h, [torch.sin] * 3))
+
+    def test_branches_must_match_the_sublayers(self):
+        with pytest.raises(ShapeError, match=r"branches must be 3, .* but are 2"):
+            mhc.Stack(8, ConnectionConfig(), 3)(torch.randn(2, 8), [torch.sin] * 2)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "hcc"}, "kind: must be residual, hc or mhc"),
+        ({"streams": 0}, "streams: must be at least 1 but is 0"),
+        ({"iterations": 0}, "iterations: must be at least 1"),
+        ({"constraint": "orthogonal"}, "constraint: must be one of"),
+        ({"constraint": "kronecker", "streams": 3}, "power of two"),
+        ({"constraint": "permutation", "streams": 6}, "n <= 5"),
+        ({"numerics": "v3"}, "numerics: must be one of"),
+        ({"hc_eps": 1e-6}, "hc_eps"),
+        ({"disable": ("comb",)}, "takes any of pre, post, res but has 'comb'"),
+        ({"phi_std": -1.0}, "phi_std"),
+    ],
+)
+def test_configurations_that_cannot_be_built(options, message):
+    with pytest.raises(ConfigError, match=message):
+        ConnectionConfig(**options)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_misuse_is_named():
+    with pytest.raises(ShapeError, match=r"x must be \[..., 4, 8\] .* expand\(\)"):
+        mhc.Connection(8)(torch.randn(2, 8), torch.sin)
+    with pytest.raises(ShapeError, match=r"x must be \[..., 1, 8\]"):
+        mhc.Connection(8, ConnectionConfig(kind="residual"))(torch.randn(2, 4, 8), torch.sin)
+    with pytest.raises(ShapeError, match="a branch must keep the shape"):
+        mhc.Connection(8)(torch.randn(2, 4, 8), lambda u: u[..., :4])
+    with pytest.raises(ConfigError, match="channels must be at least 1"):
+        mhc.Connection(0)
+    with pytest.raises(ConfigError, match="sublayers must be at least 1"):
+        mhc.Stack(8, ConnectionConfig(), 0)

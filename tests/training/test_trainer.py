@@ -1,0 +1,186 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from manifold_hc.connection import ConnectionConfig
+from manifold_hc.diagnostics import GainMonitor
+from manifold_hc.errors import ConfigError, DataError, DivergedError, RunFolderError
+from manifold_hc.files import write_atomically
+from manifold_hc.models import Decoder
+from manifold_hc.training import OptimizerConfig, RunConfig, RunFolder, TrainingConfig, train
+from manifold_hc.training.folder import locked
+from manifold_hc.training.trainer import find_device, next_token_loss
+from tests import golden
+from tests.conftest import generated_text
+
+TOKENS = np.frombuffer(generated_text(40_000).encode(), dtype=np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    return RunFolder(tmp_path / "run")
+
+
+def small(kind="mhc", **training):
+    config = golden.config(kind)
+    return replace(config, training=replace(config.training, **training))
+
+
+def test_a_run_leaves_everything_it_measured(folder):
+    summary = train(small(steps=25, probe_every=10), TOKENS, folder, [GainMonitor])
+    assert summary == folder.summary()
+    assert folder.is_complete()
+    assert folder.config() == small(steps=25, probe_every=10)
+    records = folder.metrics()
+    steps = [r for r in records if r["event"] == "step"]
+    assert [r["step"] for r in steps] == list(range(25))
+    assert set(steps[0]) >= {"loss", "gradient_norm", "lr", "seconds", "tokens_per_second"}
+    assert [r["step"] for r in records if r["event"] == "validation"] == [9, 19, 24]
+    assert [r["step"] for r in records if r["event"] == "gain"] == [0, 10, 20, 24]
+    assert summary["largest_gradient_norm"] == max(r["gradient_norm"] for r in steps)
+    assert summary["validation_loss"] == records[-1 - 1]["loss"]
+    assert records[-1]["composite_log_column_sum"]
+
+
+def test_the_saved_weights_are_the_trained_ones(folder):
+    config = small(steps=12, validation_batches=1)
+    summary = train(config, TOKENS, folder)
+    model = Decoder(config.model, config.connection)
+    model.load_state_dict(load_file(folder.model_file))
+    from manifold_hc.data import Batches, Split
+
+    held_out = Split.of(TOKENS, 32, config.data.validation).validation
+    inputs, targets = Batches(held_out, 32, 4, config.training.seed)[0]
+    loss = next_token_loss(model, inputs, targets).item()
+    assert loss == pytest.approx(summary["validation_loss"], rel=1e-6)
+
+
+def test_observers_do_not_change_the_run(tmp_path):
+    def losses(name, observers):
+        run = RunFolder(tmp_path / name)
+        run.path.mkdir()
+        train(small(probe_every=1), TOKENS, run, observers)
+        return [r["loss"] for r in run.metrics() if r["event"] == "step"]
+
+    assert losses("watched", [GainMonitor]) == losses("alone", [])
+
+
+def test_training_learns(folder):
+    train(small(steps=60), TOKENS, folder)
+    losses = [r["loss"] for r in folder.metrics() if r["event"] == "step"]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_clipping_limits_the_step_not_the_reported_norm(tmp_path):
+    norms = []
+    for name, clip in (("clipped", 1e-3), ("free", 0.0)):
+        run = RunFolder(tmp_path / name)
+        run.path.mkdir()
+        config = replace(small(steps=1), optimizer=OptimizerConfig(clip=clip))
+        norms.append(train(config, TOKENS, run)["largest_gradient_norm"])
+    assert norms[0] == norms[1] > 1e-3
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(folder):
+    config = replace(small("hc", steps=60), optimizer=OptimizerConfig(lr=1e30, warmup=0, clip=0.0))
+    with pytest.raises(DivergedError, match=r"(loss|gradient norm) is not finite at step \d+") as e:
+        train(config, TOKENS, folder)
+    records = folder.metrics()
+    assert not folder.is_complete()
+    assert [r["step"] for r in records if r["event"] == "step"] == list(range(e.value.step))
+
+
+def test_nothing_is_written_for_a_text_too_short(folder):
+    with pytest.raises(DataError):
+        train(small(), TOKENS[:50], folder)
+    assert folder.is_empty()
+
+
+def test_equal_data_for_every_kind(tmp_path):
+    """The first loss is the same because weights, batch and function are."""
+    first = []
+    for kind in golden.KINDS:
+        run = RunFolder(tmp_path / kind)
+        run.path.mkdir()
+        train(small(kind, steps=1), TOKENS, run)
+        first.append(run.metrics()[0]["loss"])
+    assert first == pytest.approx([first[0]] * 3, rel=1e-6)
+
+
+def test_a_metrics_line_cut_short_by_a_crash_is_left_out(folder):
+    folder.append({"event": "step", "step": 0})
+    with folder.metrics_file.open("ab") as file:
+        file.write(b'{"event": "ste')
+    assert folder.metrics() == [{"event": "step", "step": 0}]
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_metrics(folder):
+    folder.append({"gain": float("inf"), "list": [float("nan"), 1.0]})
+    assert json.loads(folder.metrics_file.read_text()) == {"gain": None, "list": [None, 1.0]}
+
+
+def test_a_folder_can_be_held_once(tmp_path):
+    held, again = locked(tmp_path / "run"), locked(tmp_path / "run")
+    with held, pytest.raises(RunFolderError, match="in use"), again:
+        pass
+    with locked(tmp_path / "run"):
+        pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunFolderError, match="is a file"), locked(tmp_path / "file"):
+        pass
+
+
+def test_a_folder_without_a_valid_config_is_named(folder):
+    with pytest.raises(RunFolderError, match=r"has no config\.json"):
+        folder.config()
+    folder.config_file.write_text("{}}")
+    with pytest.raises(RunFolderError, match="is not valid"):
+        folder.config()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    write_atomically(file, "old")
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(OSError, match="full"):
+        write_atomically(file, "new")
+    assert file.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: TrainingConfig(steps=0), "steps: must be at least 1"),
+        (lambda: TrainingConfig(seed=-1), "seed: must not be negative"),
+        (lambda: TrainingConfig(device="tpu"), "device: must be"),
+        (lambda: OptimizerConfig(lr=0.0), "lr: must be positive"),
+        (lambda: OptimizerConfig(lr=float("nan")), "lr: must be positive"),
+        (lambda: OptimizerConfig(betas=(0.9, 1.0)), "betas"),
+        (lambda: OptimizerConfig(eps=-1.0), "eps: must be a number from 0 on"),
+        (lambda: OptimizerConfig(schedule="linear"), "schedule"),
+    ],
+)
+def test_values_that_cannot_be_used(build, message):
+    with pytest.raises(ConfigError, match=message):
+        build()
+
+
+def test_a_model_must_hold_every_byte():
+    config = small()
+    with pytest.raises(ConfigError, match=r"model\.vocabulary: bytes need at least 256"):
+        RunConfig(model=replace(config.model, vocabulary=100))
+
+
+def test_devices():
+    assert find_device("cpu") == torch.device("cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="torch finds no cuda here"):
+            find_device("cuda")
+    assert ConnectionConfig().backend == "auto"
