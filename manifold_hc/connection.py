@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from manifold_hc import constraints, functional
 from manifold_hc.constraints import ConstraintName
-from manifold_hc.errors import ConfigError, ShapeError
+from manifold_hc.errors import ConfigError, ShapeError, require_at_least_one
 from manifold_hc.numerics import PRESETS, NumericsName, preset
 from manifold_hc.reference import Coefficients
 
@@ -61,10 +61,7 @@ class ConnectionConfig:
         """Raise ConfigError for anything that cannot be built."""
         if self.kind not in ("residual", "hc", "mhc"):
             raise ConfigError(f"kind: must be residual, hc or mhc but is {self.kind!r}")
-        if self.streams < 1:
-            raise ConfigError(f"streams: must be at least 1 but is {self.streams}")
-        if self.iterations < 1:
-            raise ConfigError(f"iterations: must be at least 1 but is {self.iterations}")
+        require_at_least_one(self, "streams", "iterations")
         if self.phi_std < 0:
             raise ConfigError(f"phi_std: must not be negative but is {self.phi_std}")
         if unknown := [part for part in self.disable if part not in ("pre", "post", "res")]:
@@ -87,12 +84,29 @@ class ConnectionConfig:
         return PRESETS[self.numerics].exit
 
 
-class Maps(nn.Module):
+class WideModule(nn.Module):
+    """A module whose own parameters never fall below float32.
+
+    `.to(bfloat16)`, `.half()` and a checkpoint in half precision leave them in float32,
+    `.double()` converts them.
+    """
+
+    def __init__(self) -> None:
+        """Parameters are made in `self.dtype`: float32, or float64 where that is torch's default."""
+        super().__init__()
+        self.dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.register_load_state_dict_pre_hook(_widen_entries)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "WideModule":
+        return cast("WideModule", super()._apply(lambda t: _at_least_float32(fn, t), recurse))
+
+
+class Maps(WideModule):
     """The learned maps of one connection: streams [..., n, C] -> (pre, post, res).
 
-    Parameters `phi`, `alpha` and `bias` never fall below float32: `.to(bfloat16)` and `.half()`
-    leave them, `.double()` converts them. A forward hook here sees the coefficients that the
-    forward pass uses.
+    Parameters `phi`, `alpha` and `bias`, packed as `functional.coefficients` and
+    `functional.hc_coefficients` say. A forward hook here sees the coefficients that the forward
+    pass uses.
     """
 
     def __init__(self, channels: int, config: ConnectionConfig, sublayer: int) -> None:
@@ -101,12 +115,11 @@ class Maps(nn.Module):
         self.config = config
         n = config.n
         initial = _hc_bias(n, sublayer) if config.kind == "hc" else _mhc_bias(n, self._constraint)
-        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        self.bias = nn.Parameter(initial.to(wide))
+        self.bias = nn.Parameter(initial.to(self.dtype))
         if config.dynamic:
             shape = (2 + n, channels) if config.kind == "hc" else (len(initial), n * channels)
-            self.phi = nn.Parameter(torch.empty(shape, dtype=wide))
-            self.alpha = nn.Parameter(torch.full((3,), config.alpha, dtype=wide))
+            self.phi = nn.Parameter(torch.empty(shape, dtype=self.dtype))
+            self.alpha = nn.Parameter(torch.full((3,), config.alpha, dtype=self.dtype))
             _fill(self.phi, config.phi_std)
         else:
             self.register_parameter("phi", None)
@@ -148,9 +161,6 @@ class Maps(nn.Module):
         if "res" in config.disable:
             res = constraints.identity(config.n, pre)
         return pre, post, res
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Maps":
-        return cast("Maps", super()._apply(lambda t: _at_least_float32(fn, t), recurse))
 
 
 class ResidualMaps(nn.Module):
@@ -210,20 +220,20 @@ class Connection(nn.Module):
         return f"{self.config.kind}, streams={self.config.n}, channels={self.channels}"
 
 
-class LearnedExit(nn.Module):
+class LearnedExit(WideModule):
     """DeepSeek-V4's exit: the streams summed with weights computed from them (`hc_head`).
 
-    Starts as the mean. Its parameters never fall below float32.
+    Starts as the mean.
     """
 
     def __init__(self, channels: int, config: ConnectionConfig) -> None:
         """`phi` [n, nC], `alpha` [1], `bias` [n]."""
         super().__init__()
         self.config = config
-        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        self.phi = nn.Parameter(torch.empty(config.n, config.n * channels, dtype=wide))
-        self.alpha = nn.Parameter(torch.full((1,), config.alpha, dtype=wide))
-        self.bias = nn.Parameter(torch.full((config.n,), _logit_of_mean(config.n), dtype=wide))
+        n = config.n
+        self.phi = nn.Parameter(torch.empty(n, n * channels, dtype=self.dtype))
+        self.alpha = nn.Parameter(torch.full((1,), config.alpha, dtype=self.dtype))
+        self.bias = nn.Parameter(torch.full((n,), _logit_of_mean(n), dtype=self.dtype))
         _fill(self.phi, config.phi_std)
 
     def forward(self, x: Float[Tensor, "*batch n C"]) -> Float[Tensor, "*batch C"]:
@@ -240,9 +250,6 @@ class LearnedExit(nn.Module):
             backend=config.backend,
         )
         return functional.collapse(x, weights, config.backend)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LearnedExit":
-        return cast("LearnedExit", super()._apply(lambda t: _at_least_float32(fn, t), recurse))
 
 
 def _logit_of_mean(n: int) -> float:
@@ -279,3 +286,12 @@ def _at_least_float32(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     if result.is_floating_point() and result.dtype.itemsize < 4:
         return tensor.to(device=result.device, dtype=torch.float32)
     return cast(Tensor, result)
+
+
+def _widen_entries(
+    module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *rest: object
+) -> None:
+    """Half-precision entries of a checkpoint, which `assign=True` would put in as they are."""
+    for name, _ in module.named_parameters(prefix=prefix.removesuffix("."), recurse=False):
+        if name in state_dict:
+            state_dict[name] = _at_least_float32(lambda tensor: tensor, state_dict[name])

@@ -29,6 +29,13 @@ class RunFolderError(ManifoldError, RuntimeError):
     """A run folder that is in use, or that holds something else."""
 
 
+def require_at_least_one(config: object, *names: str) -> None:
+    """Raise ConfigError for the first of `config`'s sizes `names` that is below 1."""
+    for name in names:
+        if (value := getattr(config, name)) < 1:
+            raise ConfigError(f"{name}: must be at least 1 but is {value}")
+
+
 class DivergedError(ManifoldError, ArithmeticError):
     """A loss or gradient norm that is not finite; training stopped there."""
 

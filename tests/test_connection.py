@@ -199,6 +199,16 @@ class TestPrecision:
         stack.bfloat16()
         assert {p.dtype for p in stack.parameters()} == {torch.float32}
 
+    @pytest.mark.parametrize("assign", [True, False])
+    def test_a_checkpoint_in_bfloat16_is_widened(self, assign):
+        model = nn.ModuleDict({"stack": mhc.Stack(8, ConnectionConfig(phi_std=0.1), 2)})
+        half = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+        model.load_state_dict(half, assign=assign)
+        for name, parameter in model.named_parameters():
+            assert parameter.dtype == torch.float32
+            assert torch.equal(parameter, half[name].float())
+        assert {tensor.dtype for tensor in half.values()} == {torch.bfloat16}
+
     def test_devices_are_still_followed(self):
         stack = mhc.Stack(8, ConnectionConfig(), 1).to("meta", torch.bfloat16)
         assert {(p.device.type, p.dtype) for p in stack.parameters()} == {("meta", torch.float32)}

@@ -18,7 +18,7 @@ from manifold_hc.errors import ConfigError, DataError, ManifoldError, RunFolderE
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(manifold_hc.__version__, prog_name="mhc", message="%(prog)s %(version)s")
 def commands() -> None:
-    r"""Manifold-constrained hyper-connections: train, compare, and see what stays stable.
+    """Manifold-constrained hyper-connections: train, compare, and see what stays stable.
 
     \b
     mhc compare            residual, HC and mHC on Python's own documentation

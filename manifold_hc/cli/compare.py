@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from manifold_hc.cli.keys import ConfiguredCommand, load, override
+from manifold_hc.cli.keys import override
 from manifold_hc.cli.report import publish
+from manifold_hc.cli.run_options import RunCommand, run_options
 from manifold_hc.cli.terminal import console
 from manifold_hc.compare import Variant
 from manifold_hc.connection import ConnectionConfig
@@ -15,14 +16,8 @@ from manifold_hc.errors import ConfigError
 from manifold_hc.training import RunConfig
 
 
-class CompareCommand(ConfiguredCommand):
-    """`mhc compare`, with the keys of a run."""
-
-    configuration = RunConfig
-
-
-@click.command(cls=CompareCommand)
-@click.option("--data", metavar="FILE", help="UTF-8 text to train on; short for data.path=FILE.")
+@click.command(cls=RunCommand)
+@run_options
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -49,30 +44,16 @@ class CompareCommand(ConfiguredCommand):
     help="Seeds a variant, from training.seed on.",
 )
 @click.option(
-    "--config",
-    "config_file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Start from a run's config.json instead of the defaults.",
-)
-@click.option(
     "--json",
     "json_file",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
     help="Write the figures there too.",
 )
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def compare(
-    data: str | None,
-    out: Path,
-    variants: tuple[str, ...],
-    seeds: int,
-    config_file: Path | None,
-    json_file: Path | None,
-    overrides: tuple[str, ...],
+    config: RunConfig, out: Path, variants: tuple[str, ...], seeds: int, json_file: Path | None
 ) -> None:
-    r"""Train variants on the same data in the same order, and show what stays stable.
+    """Train variants on the same data in the same order, and show what stays stable.
 
     \b
     mhc compare --seeds 3 --out runs/three training.steps=300
@@ -84,8 +65,6 @@ def compare(
     from manifold_hc.data import load as load_text
     from manifold_hc.training.folder import locked
 
-    config = load(RunConfig, config_file) if config_file else RunConfig()
-    config = override(config, [*overrides, *([f"data.path={data}"] if data else [])])
     chosen = [parse_variant(text, config.connection) for text in dict.fromkeys(variants)]
     tokens = load_text(config.data.path)
     command = shlex.join(["mhc", *sys.argv[1:]])

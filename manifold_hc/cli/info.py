@@ -16,7 +16,7 @@ PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers")
 
 @click.command()
 def info() -> None:
-    r"""Versions, devices, backends, compiler and caches: what to send with a bug report.
+    """Versions, devices, backends, compiler and caches: what to send with a bug report.
 
     \b
     mhc info

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-import click
 import docstring_parser
 import msgspec
 
@@ -29,24 +28,26 @@ def override(config: Config, pairs: Sequence[str]) -> Config:
     return config
 
 
-def load(kind: type[Config], file: Path) -> Config:
-    """A configuration from the `config.json` of a run folder or a file like it."""
+def override_from(config: Config, file: Path) -> Config:
+    """A copy of `config` with the keys of a JSON file, such as a run folder's `config.json`.
+
+    The file may leave keys out. Raises ConfigError as `override` does, with the file's name.
+    """
     try:
-        return msgspec.json.decode(file.read_bytes(), type=kind)
-    except msgspec.MsgspecError as error:
+        tree = msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
+        for key, value in _leaves(tree):
+            config = _replaced(config, key, key.split("."), value)
+    except (msgspec.MsgspecError, ConfigError) as error:
         raise ConfigError(f"config: {file}: {error}") from None
+    return config
 
 
-class ConfiguredCommand(click.Command):
-    """A command whose --help lists the keys of its configuration."""
-
-    configuration: type[Any]
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """One row a key, after the options."""
-        rows = [(f"{key}={default}", text) for key, default, text in describe(self.configuration())]
-        with formatter.section("Keys, with their defaults"):
-            formatter.write_dl(rows)
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def describe(config: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
@@ -75,8 +76,8 @@ def _shown(value: Any) -> str:
     )
 
 
-def _replaced(config: Any, key: str, path: list[str], text: str) -> Any:
-    """`config` with the leaf at `path` parsed from `text`."""
+def _replaced(config: Any, key: str, path: list[str], new: Any) -> Any:
+    """`config` with the leaf at `path` made from `new`, a text or a JSON value."""
     name, *rest = path
     fields = {field.name for field in dataclasses.fields(config)}
     if name not in fields:
@@ -87,12 +88,12 @@ def _replaced(config: Any, key: str, path: list[str], text: str) -> Any:
             inside = ", ".join(f"{key}.{f.name}" for f in dataclasses.fields(value))
             raise ConfigError(f"{key}: is a section; its keys are {inside}")
         try:
-            return dataclasses.replace(config, **{name: _replaced(value, key, rest, text)})
+            return dataclasses.replace(config, **{name: _replaced(value, key, rest, new)})
         except ConfigError as error:
             raise ConfigError(_located(key, path, str(error))) from None
     if rest:
         raise ConfigError(_unknown(key, path, config))
-    parsed = _parsed(key, text, get_type_hints(type(config))[name])
+    parsed = _parsed(key, new, get_type_hints(type(config))[name])
     return dataclasses.replace(config, **{name: parsed})
 
 
@@ -113,10 +114,10 @@ def _unknown(key: str, path: list[str], config: Any) -> str:
     return f"unknown key {key!r}; {hint}"
 
 
-def _parsed(key: str, text: str, hint: Any) -> Any:
-    value: Any = text
-    if get_origin(hint) is tuple:
-        value = [part.strip() for part in text.split(",") if part.strip()]
+def _parsed(key: str, new: Any, hint: Any) -> Any:
+    value = new
+    if get_origin(hint) is tuple and isinstance(new, str):
+        value = [part.strip() for part in new.split(",") if part.strip()]
     try:
         return msgspec.convert(value, hint, strict=False)
     except msgspec.ValidationError as error:
@@ -126,4 +127,4 @@ def _parsed(key: str, text: str, hint: Any) -> Any:
             else getattr(hint, "__name__", str(hint))
         )
         reason = "" if get_origin(hint) is not tuple else f" ({error})"
-        raise ConfigError(f"{key}: must be {wanted} but is {text!r}{reason}") from None
+        raise ConfigError(f"{key}: must be {wanted} but is {new!r}{reason}") from None

@@ -25,7 +25,7 @@ from manifold_hc.files import write_atomically
     help="Write the figures there too.",
 )
 def report(folder: Path, out: Path | None, json_file: Path | None) -> None:
-    r"""Make the page, the table and its CSV and JSON from a run folder's files.
+    """Make the page, the table and its CSV and JSON from a run folder's files.
 
     \b
     mhc report runs/compare

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from manifold_hc.errors import ConfigError
+from manifold_hc.errors import ConfigError, require_at_least_one
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,7 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for sizes that cannot be built."""
-        for name in ("heads", "head_size", "rotary_size", "latent_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: must be at least 1 but is {getattr(self, name)}")
+        require_at_least_one(self, "heads", "head_size", "rotary_size", "latent_size")
         if self.rotary_size % 2:
             raise ConfigError(f"rotary_size: must be even but is {self.rotary_size}")
 

@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from manifold_hc.connection import ConnectionConfig
-from manifold_hc.errors import ConfigError
+from manifold_hc.errors import require_at_least_one
 from manifold_hc.models.attention import AttentionConfig, LatentAttention
 from manifold_hc.models.feed_forward import GatedFeedForward
 from manifold_hc.stack import Stack
@@ -33,9 +33,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for sizes that cannot be built."""
-        for name in ("vocabulary", "channels", "blocks", "feed_forward"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: must be at least 1 but is {getattr(self, name)}")
+        require_at_least_one(self, "vocabulary", "channels", "blocks", "feed_forward")
 
     @property
     def sublayers(self) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from manifold_hc.connection import ConnectionConfig
-from manifold_hc.errors import ConfigError
+from manifold_hc.errors import ConfigError, require_at_least_one
 from manifold_hc.models import DecoderConfig
 
 
@@ -22,8 +22,7 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that cannot be used."""
-        if self.sequence < 1:
-            raise ConfigError(f"sequence: must be at least 1 but is {self.sequence}")
+        require_at_least_one(self, "sequence")
         if not 0 < self.validation < 1:
             raise ConfigError(f"validation: must be between 0 and 1 but is {self.validation}")
 
@@ -86,9 +85,9 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that cannot be used."""
-        for name in ("steps", "batch", "validate_every", "validation_batches", "probe_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: must be at least 1 but is {getattr(self, name)}")
+        require_at_least_one(
+            self, "steps", "batch", "validate_every", "validation_batches", "probe_every"
+        )
         if self.seed < 0:
             raise ConfigError(f"seed: must not be negative but is {self.seed}")
         if self.device not in ("auto", "cpu", "cuda", "mps"):

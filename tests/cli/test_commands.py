@@ -94,6 +94,7 @@ BAD_INPUT = {
     "no key": (["steps"], "not an option or key=value"),
     "an unknown option": (["--step=3"], "No such option"),
     "a broken configuration": (["--config", "broken.json"], "broken.json"),
+    "a wrong key in a file": (["--config", "wrong.json"], "did you mean training.steps?"),
     "a device that is not there": (["training.device=tpu"], "training.device: must be"),
 }
 
@@ -106,6 +107,7 @@ def test_bad_input_is_one_line_and_status_2(capfd, tmp_path, text_file, monkeypa
     (tmp_path / "binary").write_bytes(bytes(range(256)))
     (tmp_path / "short").write_text("too short")
     (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "wrong.json").write_text('{"training": {"stepps": 3}}')
     arguments, message = BAD_INPUT[name]
     data = [] if "--data" in arguments else ["--data", text_file]
     out = tmp_path / "runs"
@@ -165,7 +167,8 @@ def test_version_info_and_help(capfd):
     for name in cli.commands.commands:
         status, out, _ = mhc(capfd, name, "--help")
         assert status == 0
-        assert f"mhc {name}" in out.split("Usage:")[1].split("\n", 1)[1], "an example"
+        assert f"\n  mhc {name}" in out, "an example, on a line of its own"
+        assert "\\b" not in out
     assert "training.steps=300" in mhc(capfd, "train", "--help")[1]
 
 
