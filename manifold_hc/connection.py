@@ -92,9 +92,8 @@ class WideModule(nn.Module):
     """
 
     def __init__(self) -> None:
-        """Parameters are made in `self.dtype`: float32, or float64 where that is torch's default."""
+        """Parameters are made by the subclasses, in `_wide()`."""
         super().__init__()
-        self.dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.register_load_state_dict_pre_hook(_widen_entries)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "WideModule":
@@ -115,11 +114,11 @@ class Maps(WideModule):
         self.config = config
         n = config.n
         initial = _hc_bias(n, sublayer) if config.kind == "hc" else _mhc_bias(n, self._constraint)
-        self.bias = nn.Parameter(initial.to(self.dtype))
+        self.bias = nn.Parameter(initial.to(_wide()))
         if config.dynamic:
             shape = (2 + n, channels) if config.kind == "hc" else (len(initial), n * channels)
-            self.phi = nn.Parameter(torch.empty(shape, dtype=self.dtype))
-            self.alpha = nn.Parameter(torch.full((3,), config.alpha, dtype=self.dtype))
+            self.phi = nn.Parameter(torch.empty(shape, dtype=_wide()))
+            self.alpha = nn.Parameter(torch.full((3,), config.alpha, dtype=_wide()))
             _fill(self.phi, config.phi_std)
         else:
             self.register_parameter("phi", None)
@@ -231,9 +230,9 @@ class LearnedExit(WideModule):
         super().__init__()
         self.config = config
         n = config.n
-        self.phi = nn.Parameter(torch.empty(n, n * channels, dtype=self.dtype))
-        self.alpha = nn.Parameter(torch.full((1,), config.alpha, dtype=self.dtype))
-        self.bias = nn.Parameter(torch.full((n,), _logit_of_mean(n), dtype=self.dtype))
+        self.phi = nn.Parameter(torch.empty(n, n * channels, dtype=_wide()))
+        self.alpha = nn.Parameter(torch.full((1,), config.alpha, dtype=_wide()))
+        self.bias = nn.Parameter(torch.full((n,), _logit_of_mean(n), dtype=_wide()))
         _fill(self.phi, config.phi_std)
 
     def forward(self, x: Float[Tensor, "*batch n C"]) -> Float[Tensor, "*batch C"]:
@@ -278,6 +277,11 @@ def _fill(phi: Tensor, std: float) -> None:
     # Zero draws nothing, so that all kinds of connection leave the branches the same random state.
     with torch.no_grad():
         phi.normal_(0, std) if std else phi.zero_()
+
+
+def _wide() -> torch.dtype:
+    """float32, or float64 where that is torch's default."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
 def _at_least_float32(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
