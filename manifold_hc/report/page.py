@@ -13,7 +13,7 @@ import numpy as np
 from manifold_hc.files import write_atomically
 from manifold_hc.report import figures
 from manifold_hc.report.runs import Run
-from manifold_hc.report.table import as_table, summarise
+from manifold_hc.report.table import BASELINE, as_table, summarise
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def render(runs: Sequence[Run], record: dict[str, Any]) -> str:
         several=len(runs) > len(variants),
         headings=[column.header for column in table.columns],
         rows=list(zip(*columns, strict=True)),
-        sections=_sections(runs, "residual" if "residual" in variants else None),
+        sections=_sections(runs, BASELINE if BASELINE in variants else None),
         probes=[_probe(run) for run in runs if run.gains],
         configurations=[
             {"name": f"{run.variant} seed {run.seed}", "json": _pretty(run.config)} for run in runs

@@ -12,6 +12,9 @@ from rich.table import Table
 
 from manifold_hc.report.runs import Run
 
+BASELINE = "residual"
+DIFFERENCE = f"difference to {BASELINE}"
+
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """97.5 % quantiles of Student's t for 1 to 9 degrees of freedom."""
 
@@ -28,6 +31,10 @@ class VariantRow:
     """Mean over seeds, nats a token."""
     interval: float
     """Half the 95 % interval of that mean; NaN for a single seed."""
+    difference: float
+    """Mean of the loss differences to the residual run of the same seed; NaN without one."""
+    difference_interval: float
+    """Half the 95 % interval of that mean: narrower than `interval` where seeds differ most."""
     seconds_per_step: float
     """Median step of each run, mean over seeds."""
     largest_gradient_norm: float
@@ -41,18 +48,28 @@ class VariantRow:
 def summarise(runs: Sequence[Run]) -> list[VariantRow]:
     """One row a variant, in the order of the runs."""
     variants = dict.fromkeys(run.variant for run in runs)
-    return [_row(name, [run for run in runs if run.variant == name]) for name in variants]
+    baseline = _losses([run for run in runs if run.variant == BASELINE])
+    return [_row(name, [run for run in runs if run.variant == name], baseline) for name in variants]
 
 
-def _row(name: str, runs: list[Run]) -> VariantRow:
+def _losses(runs: Sequence[Run]) -> dict[int, float]:
+    """Validation loss by seed, of the runs that reached their end."""
+    return {run.seed: run.summary["validation_loss"] for run in runs if run.diverged_at is None}
+
+
+def _row(name: str, runs: list[Run], baseline: dict[int, float]) -> VariantRow:
     whole = [run.summary for run in runs if run.diverged_at is None]
-    losses = [summary["validation_loss"] for summary in whole]
+    by_seed = _losses(runs)
+    losses = list(by_seed.values())
+    differences = [by_seed[seed] - baseline[seed] for seed in by_seed if seed in baseline]
     return VariantRow(
         variant=name,
         seeds=len(runs),
         diverged=len(runs) - len(whole),
         validation_loss=mean(losses) if losses else math.nan,
         interval=_interval(losses),
+        difference=mean(differences) if differences else math.nan,
+        difference_interval=_interval(differences),
         seconds_per_step=mean(s["seconds_per_step"] for s in whole) if whole else math.nan,
         largest_gradient_norm=max((s["largest_gradient_norm"] for s in whole), default=math.nan),
         largest_forward_gain=max(run.largest("gain_forward") for run in runs),
@@ -70,34 +87,38 @@ def _interval(values: list[float]) -> float:
 
 
 def as_table(rows: Sequence[VariantRow]) -> Table:
-    """For people."""
+    """For people; without the column of differences where there is nothing to compare with."""
+    cells = [_cells(row) for row in rows]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("variant")
-    for heading in (
-        "validation loss",
-        "s/step",
-        "largest gradient norm",
-        "largest composite gain forward",
-        "backward",
-        "parameters",
-    ):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        loss = f"{row.validation_loss:.4f}"
-        if not math.isnan(row.interval):
-            loss += f" ± {row.interval:.4f}"
-        if row.diverged:
-            loss += f" ({row.diverged} of {row.seeds} diverged)"
-        table.add_row(
-            row.variant,
-            loss,
-            f"{row.seconds_per_step:.3f}",
-            f"{row.largest_gradient_norm:.2f}",
-            f"{row.largest_forward_gain:.4g}",
-            f"{row.largest_backward_gain:.4g}",
-            f"{row.parameters:,}",
-        )
+    for heading in cells[0]:
+        if heading != DIFFERENCE or any(row[DIFFERENCE] for row in cells):
+            table.add_column(heading, justify="left" if heading == "variant" else "right")
+    for row in cells:
+        table.add_row(*(row[str(column.header)] for column in table.columns))
     return table
+
+
+def _cells(row: VariantRow) -> dict[str, str]:
+    """What stands under each heading."""
+    loss = _with_interval(f"{row.validation_loss:.4f}", row.interval)
+    if row.diverged:
+        loss += f" ({row.diverged} of {row.seeds} diverged)"
+    comparable = row.variant != BASELINE and not math.isnan(row.difference)
+    difference = _with_interval(f"{row.difference:+.4f}", row.difference_interval)
+    return {
+        "variant": row.variant,
+        "validation loss": loss,
+        DIFFERENCE: difference if comparable else "",
+        "s/step": f"{row.seconds_per_step:.3f}",
+        "largest gradient norm": f"{row.largest_gradient_norm:.2f}",
+        "largest composite gain forward": f"{row.largest_forward_gain:.4g}",
+        "backward": f"{row.largest_backward_gain:.4g}",
+        "parameters": f"{row.parameters:,}",
+    }
+
+
+def _with_interval(figure: str, interval: float) -> str:
+    return figure if math.isnan(interval) else f"{figure} ± {interval:.4f}"
 
 
 def as_csv(rows: Sequence[VariantRow]) -> str:
