@@ -9,7 +9,7 @@ from rich.console import Console
 
 from manifold_hc.compare import Variant, compare, comparison_record, run_folder
 from manifold_hc.errors import RunFolderError
-from manifold_hc.report import as_csv, as_json, as_table, load_runs, summarise, write_page
+from manifold_hc.report import as_csv, as_json, as_table, figures, load_runs, summarise, write_page
 from manifold_hc.training import OptimizerConfig
 from tests import golden
 from tests.conftest import generated_text
@@ -111,9 +111,9 @@ def test_table_csv_and_json_say_the_same(finished):
     rows = summarise(runs)
     lines = as_csv(rows).splitlines()
     assert [line.split(",")[0] for line in lines] == ["variant", *golden.KINDS]
-    figures = as_json(rows, runs)
-    assert len(figures["runs"]) == 6
-    assert float(lines[3].split(",")[3]) == figures["variants"][2]["validation_loss"]
+    written = as_json(rows, runs)
+    assert len(written["runs"]) == 6
+    assert float(lines[3].split(",")[3]) == written["variants"][2]["validation_loss"]
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(as_table(rows))
     text = console.export_text()
@@ -141,6 +141,33 @@ def test_the_page_needs_no_other_file_and_is_the_same_every_time(finished, tmp_p
         assert present in page, present
     assert page.count("<svg") == 6
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def lines(axis):
+    return {line.get_label(): line.get_ydata() for line in axis.lines}
+
+
+def test_the_plots_show_the_runs(finished):
+    runs = [run for run in load_runs(finished) if run.seed == 0]
+    by_name = {run.variant: run for run in runs}
+    left, right = figures.gradient_norm(runs, "residual").axes
+    norms = {name: run.series("step", "gradient_norm")[1] for name, run in by_name.items()}
+    assert lines(left)["hc"] == pytest.approx(norms["hc"])  # 3 % of 20 steps is one step
+    assert lines(right)["hc"] == pytest.approx(norms["hc"] - norms["residual"])
+    assert lines(right)["residual"] == pytest.approx(0)
+
+    forward, backward = figures.gain_over_training(runs).axes
+    assert forward.get_yscale() == backward.get_yscale() == "log"
+    assert lines(backward)["mhc"] == pytest.approx(
+        by_name["mhc"].series("gain", "gain_backward")[1]
+    )
+    depth = figures.gain_over_depth(runs).axes
+    last = by_name["hc"].gains[-1]["gains"]
+    for axis, row in zip(depth, last, strict=True):
+        assert lines(axis)["hc"] == pytest.approx(last[row])
+        assert axis.get_yscale() == "log"
+    heat = figures.composite_matrices(runs).axes[1].images[0].get_array()
+    assert heat.data == pytest.approx(np.array(by_name["hc"].gains[-1]["composite"][0]))
 
 
 def test_a_single_run_has_a_page_too(finished, tmp_path):

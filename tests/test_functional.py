@@ -68,6 +68,25 @@ def close(ours, wanted):
     assert (ours - wanted).abs().max() <= 1e-12 * scale
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_the_learned_exit_equals_the_oracle_in_outputs_and_gradients(n):
+    C, tokens = 5, 2
+    inputs = [
+        torch.randn(tokens, n, C, dtype=DOUBLE),
+        torch.randn(n, n * C, dtype=DOUBLE),
+        torch.tensor([0.7], dtype=DOUBLE),
+        torch.randn(n, dtype=DOUBLE),
+    ]
+    ours = [tensor.clone().requires_grad_() for tensor in inputs]
+    theirs = [tensor.clone().requires_grad_() for tensor in inputs]
+    got = functional.collapse(ours[0], functional.exit_coefficients(*ours))
+    x, *rest = theirs
+    heads = [oracle.v4_head(token, *rest, norm_eps=1e-6, hc_eps=1e-6) for token in x]
+    wanted = torch.stack(heads)
+    close(got, wanted)
+    compare_gradients((got,), ours, (wanted,), theirs)
+
+
 def test_hc_equals_the_oracle_in_outputs_and_gradients():
     n, C, tokens = 3, 5, 2
     letters = {
