@@ -69,7 +69,8 @@ def capture(model: nn.Module, probe: Tensor) -> tuple[Tensor, list[Tensor]]:
     def keep(depth: int) -> Any:
         def hook(_: nn.Module, arguments: tuple[Tensor], coefficients: tuple[Tensor, ...]) -> None:
             x, res = arguments[0], coefficients[2]
-            found[depth] = (res.flatten(0, -3), x.flatten(0, -3))
+            # On the CPU, because not every device has float64.
+            found[depth] = (res.flatten(0, -3).cpu(), x.flatten(0, -3).cpu())
 
         return hook
 
@@ -77,12 +78,13 @@ def capture(model: nn.Module, probe: Tensor) -> tuple[Tensor, list[Tensor]]:
         connection.maps.register_forward_hook(keep(depth))
         for depth, connection in enumerate(connections)
     ]
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
         model(probe)
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
         for handle in handles:
             handle.remove()
     depths = sorted(found)

@@ -134,10 +134,12 @@ def test_the_monitor_reports_what_the_forward_pass_used(kind):
 def test_the_monitor_leaves_no_trace():
     model = Network(mhc.ConnectionConfig())
     model.train()
+    model.stack.eval()
     state = torch.get_rng_state()
     GainMonitor(torch.randn(2, 8))(model)
     assert model.training
     assert model.dropout.training
+    assert not model.stack.training
     assert all(p.grad is None for p in model.parameters())
     assert not any(c.maps._forward_hooks for c in model.stack.connections)
     torch.randn(2, 8)
