@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from manifold_hc import constraints, functional
 from manifold_hc.constraints import ConstraintName
-from manifold_hc.errors import ConfigError, ShapeError, require_at_least_one
+from manifold_hc.errors import ConfigError, ShapeError, require_at_least_one, require_number
+from manifold_hc.kernels import backends
 from manifold_hc.numerics import PRESETS, NumericsName, preset
 from manifold_hc.reference import Coefficients
 
@@ -62,8 +63,13 @@ class ConnectionConfig:
         if self.kind not in ("residual", "hc", "mhc"):
             raise ConfigError(f"kind: must be residual, hc or mhc but is {self.kind!r}")
         require_at_least_one(self, "streams", "iterations")
-        if self.phi_std < 0:
-            raise ConfigError(f"phi_std: must not be negative but is {self.phi_std}")
+        require_number(self, "phi_std", "norm_eps", "hc_eps")
+        if not math.isfinite(self.alpha):
+            raise ConfigError(f"alpha: must be finite but is {self.alpha}")
+        if self.backend not in ("auto", *backends()):
+            raise ConfigError(
+                f"backend: must be one of auto, {', '.join(backends())} but is {self.backend!r}"
+            )
         if unknown := [part for part in self.disable if part not in ("pre", "post", "res")]:
             raise ConfigError(f"disable: takes any of pre, post, res but has {unknown[0]!r}")
         constraints.constraint(self.constraint, self.streams)
@@ -210,7 +216,14 @@ class Connection(nn.Module):
             )
         pre, post, res = self.maps(x)
         if self.config.kind == "residual":
-            return x + branch(x.squeeze(-2)).unsqueeze(-2)
+            u = x.squeeze(-2)
+            y = branch(u)
+            if y.shape != u.shape:
+                raise ShapeError(
+                    f"Connection: the branch must return {list(u.shape)} but returned "
+                    f"{list(y.shape)}; a branch must keep the shape of its input"
+                )
+            return (u + y).to(x.dtype).unsqueeze(-2)
         y = branch(functional.read(x, pre, self.config.backend))
         return functional.write(x, y, post, res, self.config.backend)
 

@@ -110,11 +110,15 @@ def exact(logits: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
 class _Exact(torch.autograd.Function):
     """Implicit differentiation; the backward is itself differentiable."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, logits: Tensor) -> Tensor:
-        res = _doubly_stochastic(logits)
-        ctx.save_for_backward(res)
-        return res
+    def forward(logits: Tensor) -> Tensor:
+        return _doubly_stochastic(logits)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The errors a user can cause or meet, each with one message: operation, wanted, got, repair."""
 
+import math
+
 
 class ManifoldError(Exception):
     """Any error of this package; the command line prints it as one line."""
@@ -27,6 +29,19 @@ class DataError(ManifoldError, ValueError):
 
 class RunFolderError(ManifoldError, RuntimeError):
     """A run folder that is in use, or that holds something else."""
+
+
+def require_number(config: object, *names: str, positive: bool = False) -> None:
+    """Raise ConfigError for the first of `config`'s `names` that is not finite and from 0 on.
+
+    With `positive`, 0 is refused too; None is a default that somebody else fills in.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is None or (math.isfinite(value) and (value > 0 or (value == 0 and not positive))):
+            continue
+        wanted = "a number above 0" if positive else "a number from 0 on"
+        raise ConfigError(f"{name}: must be {wanted} but is {value}")
 
 
 def require_at_least_one(config: object, *names: str) -> None:

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -125,6 +127,7 @@ def test_residual_is_an_addition():
     x = torch.randn(2, 1, 8)
     assert torch.equal(connection(x, torch.sin), x + x.sin())
     assert list(connection.parameters()) == []
+    assert connection(x.bfloat16(), lambda u: u.float()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", ["hc", "mhc"])
@@ -281,6 +284,10 @@ class TestStack:
         ({"hc_eps": 1e-6}, "hc_eps"),
         ({"disable": ("comb",)}, "takes any of pre, post, res but has 'comb'"),
         ({"phi_std": -1.0}, "phi_std"),
+        ({"phi_std": math.inf}, "phi_std"),
+        ({"norm_eps": math.nan}, "norm_eps"),
+        ({"alpha": math.nan}, "alpha: must be finite"),
+        ({"backend": "triton"}, "backend: must be one of auto, reference"),
     ],
 )
 def test_configurations_that_cannot_be_built(options, message):
@@ -296,6 +303,9 @@ def test_misuse_is_named():
         mhc.Connection(8, ConnectionConfig(kind="residual"))(torch.randn(2, 4, 8), torch.sin)
     with pytest.raises(ShapeError, match="a branch must keep the shape"):
         mhc.Connection(8)(torch.randn(2, 4, 8), lambda u: u[..., :4])
+    residual = mhc.Connection(8, ConnectionConfig(kind="residual"))
+    with pytest.raises(ShapeError, match="a branch must keep the shape"):
+        residual(torch.randn(2, 1, 8), lambda u: u[..., :1])
     with pytest.raises(ConfigError, match="channels must be at least 1"):
         mhc.Connection(0)
     with pytest.raises(ConfigError, match="sublayers must be at least 1"):

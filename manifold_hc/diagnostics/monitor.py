@@ -13,18 +13,23 @@ from manifold_hc.diagnostics.gain import (
     stochastic_distance,
 )
 from manifold_hc.diagnostics.streams import effective_rank, pairwise_cosine
-from manifold_hc.errors import ConfigError
+from manifold_hc.errors import ConfigError, ShapeError
 
 
 class GainMonitor:
     """Runs a probe batch and reports what the connections did to it.
 
     The matrices are those that the forward pass used, caught on their way from every connection's
-    maps. The model's mode, gradients and random state are left as they were.
+    maps, in the order of the calls. The model's mode, gradients and random state are left as they
+    were.
     """
 
     name: str = "gain"
-    shown: tuple[str, ...] = ("gain_forward", "gain_backward")
+
+    @property
+    def shown(self) -> dict[str, str]:
+        """What a progress view shows: its label, and the key of the figure."""
+        return {"gain": "gain_forward", "backward": "gain_backward"}
 
     def __init__(self, probe: Tensor) -> None:
         """probe: the model's input, kept for every call."""
@@ -60,32 +65,39 @@ class GainMonitor:
 
 @torch.no_grad()
 def capture(model: nn.Module, probe: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Every connection's `res` [L, tokens, n, n] and its streams [tokens, n, C], in depth order."""
-    found: dict[int, tuple[Tensor, Tensor]] = {}
-    connections = [module for module in model.modules() if isinstance(module, Connection)]
-    if not connections:
-        raise ConfigError("GainMonitor: the model has no manifold_hc.Connection to look at")
+    """Every connection's `res` [L, tokens, n, n] and its streams [tokens, n, C].
 
-    def keep(depth: int) -> Any:
-        def hook(_: nn.Module, arguments: tuple[Tensor], coefficients: tuple[Tensor, ...]) -> None:
-            x, res = arguments[0], coefficients[2]
-            # On the CPU, because not every device has float64.
-            found[depth] = (res.flatten(0, -3).cpu(), x.flatten(0, -3).cpu())
+    In the order in which the model calls them; a connection that is called twice counts twice.
+    Raises ConfigError when it calls none, ShapeError when they differ in n or in tokens.
+    """
+    found: list[tuple[Tensor, Tensor]] = []
 
-        return hook
+    def keep(_: nn.Module, arguments: tuple[Tensor], coefficients: tuple[Tensor, ...]) -> None:
+        # On the CPU, because not every device has float64.
+        x, res = arguments[0].cpu(), coefficients[2].cpu()
+        found.append((res.reshape(-1, *res.shape[-2:]), x.reshape(-1, *x.shape[-2:])))
 
     handles = [
-        connection.maps.register_forward_hook(keep(depth))
-        for depth, connection in enumerate(connections)
+        module.maps.register_forward_hook(keep)
+        for module in model.modules()
+        if isinstance(module, Connection)
     ]
     modes = [(module, module.training) for module in model.modules()]
+    cuda = [probe.device] if probe.device.type == "cuda" else []
     try:
-        model.eval()
-        model(probe)
+        with torch.random.fork_rng(devices=cuda):
+            model.eval()
+            model(probe)
     finally:
         for module, training in modes:
             module.training = training
         for handle in handles:
             handle.remove()
-    depths = sorted(found)
-    return torch.stack([found[d][0] for d in depths]), [found[d][1] for d in depths]
+    if not found:
+        raise ConfigError("GainMonitor: the model calls no manifold_hc.Connection")
+    if len({res.shape for res, _ in found}) > 1:
+        raise ShapeError(
+            "GainMonitor: every connection must have the same streams and tokens but res are "
+            f"{sorted({tuple(res.shape) for res, _ in found})}; watch one stack at a time"
+        )
+    return torch.stack([res for res, _ in found]), [x for _, x in found]

@@ -9,12 +9,16 @@ from torch.nn.functional import normalize
 
 
 def pairwise_cosine(x: Float[Tensor, "*batch n C"]) -> float:
-    """Mean cosine between two different streams of a token; 1 for a single stream."""
+    """Mean cosine between two different streams of a token; 1 for a single stream.
+
+    A stream of zeros counts as orthogonal to the others.
+    """
     n = x.shape[-2]
     if n == 1:
         return 1.0
     gram = _gram(normalize(x.double(), dim=-1))
-    return float(((gram.sum((-1, -2)) - n) / (n * (n - 1))).mean())
+    own = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return float(((gram.sum((-1, -2)) - own) / (n * (n - 1))).mean())
 
 
 def effective_rank(x: Float[Tensor, "*batch n C"]) -> float:
@@ -27,7 +31,7 @@ def effective_rank(x: Float[Tensor, "*batch n C"]) -> float:
     if not gram.isfinite().all():
         return math.nan
     values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
-    share = values / values.sum(-1, keepdim=True)
+    share = values / values.sum(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
     return float(torch.special.entr(share).sum(-1).exp().mean())
 
 

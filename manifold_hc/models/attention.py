@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from manifold_hc.errors import ConfigError, require_at_least_one
+from manifold_hc.errors import ConfigError, require_at_least_one, require_number
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         """Raise ConfigError for sizes that cannot be built."""
         require_at_least_one(self, "heads", "head_size", "rotary_size", "latent_size")
+        require_number(self, "theta", positive=True)
         if self.rotary_size % 2:
             raise ConfigError(f"rotary_size: must be even but is {self.rotary_size}")
 

@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from manifold_hc.connection import ConnectionConfig
-from manifold_hc.errors import require_at_least_one
+from manifold_hc.errors import require_at_least_one, require_number
 from manifold_hc.models.attention import AttentionConfig, LatentAttention
 from manifold_hc.models.feed_forward import GatedFeedForward
 from manifold_hc.stack import Stack
@@ -34,6 +34,7 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         """Raise ConfigError for sizes that cannot be built."""
         require_at_least_one(self, "vocabulary", "channels", "blocks", "feed_forward")
+        require_number(self, "norm_eps", "init_std")
 
     @property
     def sublayers(self) -> int:

@@ -1,12 +1,13 @@
 """The configuration of a run: one tree, every key usable as `key=value` on the command line."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
 from manifold_hc.connection import ConnectionConfig
-from manifold_hc.errors import ConfigError, require_at_least_one
+from manifold_hc.errors import ConfigError, require_at_least_one, require_number
 from manifold_hc.models import DecoderConfig
+
+LARGEST_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -48,20 +49,14 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that cannot be used."""
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ConfigError(f"lr: must be positive but is {self.lr}")
-        if self.warmup < 0:
-            raise ConfigError(f"warmup: must not be negative but is {self.warmup}")
+        require_number(self, "lr", positive=True)
+        require_number(self, "warmup", "eps", "weight_decay", "clip")
         if self.schedule not in ("step", "cosine", "constant"):
             raise ConfigError(
                 f"schedule: must be step, cosine or constant but is {self.schedule!r}"
             )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas: must be two numbers from 0 to below 1 but are {self.betas}")
-        for name in ("eps", "weight_decay", "clip"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"{name}: must be a number from 0 on but is {value}")
 
 
 @dataclass(frozen=True)
@@ -88,8 +83,8 @@ class TrainingConfig:
         require_at_least_one(
             self, "steps", "batch", "validate_every", "validation_batches", "probe_every"
         )
-        if self.seed < 0:
-            raise ConfigError(f"seed: must not be negative but is {self.seed}")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise ConfigError(f"seed: must be from 0 to {LARGEST_SEED} but is {self.seed}")
         if self.device not in ("auto", "cpu", "cuda", "mps"):
             raise ConfigError(f"device: must be auto, cpu, cuda or mps but is {self.device!r}")
 

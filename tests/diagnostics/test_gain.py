@@ -89,6 +89,7 @@ def test_stream_figures():
     assert diagnostics.pairwise_cosine(orthogonal) == pytest.approx(0)
     assert diagnostics.effective_rank(orthogonal) == pytest.approx(4)
     assert diagnostics.pairwise_cosine(torch.randn(5, 1, 8)) == 1
+    assert diagnostics.pairwise_cosine(torch.zeros(5, 4, 8)) == 0
     assert math.isnan(diagnostics.effective_rank(torch.full((5, 4, 8), math.nan)))
 
 
@@ -99,6 +100,7 @@ class Network(nn.Module):
         self.dropout = nn.Dropout(0.5)
 
     def forward(self, h):
+        h = h + 0 * torch.rand_like(h)
         return self.stack(self.dropout(h), [torch.sin] * len(self.stack.connections))
 
 
@@ -131,23 +133,61 @@ def test_the_monitor_reports_what_the_forward_pass_used(kind):
         assert figures["gain_forward"] == figures["gain_backward"] == 1
 
 
+def fixed(res):
+    """A static HC connection with this mixing matrix."""
+    connection = mhc.Connection(8, mhc.ConnectionConfig(kind="hc", streams=2, dynamic=False))
+    with torch.no_grad():
+        connection.maps.bias[4:] = res.flatten()
+    return connection
+
+
+class Backwards(nn.Module):
+    """Registers its connections in the opposite order, and calls the first one twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.second, self.first = fixed(SECOND), fixed(FIRST)
+
+    def forward(self, x):
+        x = self.first(self.first(x, torch.sin), torch.sin)
+        return self.second(x, torch.sin)
+
+
+def test_depth_is_the_order_of_the_calls():
+    figures = GainMonitor(torch.randn(3, 2, 8))(Backwards())
+    wanted = amax_gain(torch.stack([FIRST, FIRST, SECOND]))
+    for name, row in wanted._asdict().items():
+        assert figures["gains"][name] == pytest.approx(row.tolist(), rel=1e-6)
+    assert len(GainMonitor(torch.randn(2, 8))(Backwards())["stream_rank"]) == 3, "no batch at all"
+
+
+def test_connections_that_differ_in_streams_are_refused():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = mhc.Stack(8, mhc.ConnectionConfig(streams=2), 1)
+            self.b = mhc.Stack(8, mhc.ConnectionConfig(streams=3), 1)
+
+        def forward(self, h):
+            return self.b(self.a(h, [torch.sin]), [torch.sin])
+
+    with pytest.raises(ShapeError, match="watch one stack at a time"):
+        GainMonitor(torch.randn(2, 8))(Mixed())
+
+
 def test_the_monitor_leaves_no_trace():
     model = Network(mhc.ConnectionConfig())
     model.train()
     model.stack.eval()
+    probe = torch.randn(2, 8)
     state = torch.get_rng_state()
-    GainMonitor(torch.randn(2, 8))(model)
+    GainMonitor(probe)(model)
     assert model.training
     assert model.dropout.training
     assert not model.stack.training
     assert all(p.grad is None for p in model.parameters())
     assert not any(c.maps._forward_hooks for c in model.stack.connections)
-    torch.randn(2, 8)
-    after = torch.get_rng_state()
-    torch.set_rng_state(state)
-    torch.randn(2, 8)
-    torch.randn(2, 8)
-    assert torch.equal(after, torch.get_rng_state())
+    assert torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -158,5 +198,5 @@ def test_misuse_is_named():
         amax_gain(torch.randn(0, 4, 4))
     with pytest.raises(ConfigError, match="average must be gains or matrices"):
         amax_gain(torch.randn(1, 4, 4), "mean")
-    with pytest.raises(ConfigError, match=r"no manifold_hc\.Connection"):
+    with pytest.raises(ConfigError, match=r"calls no manifold_hc\.Connection"):
         GainMonitor(torch.randn(2, 8))(nn.Linear(8, 8))

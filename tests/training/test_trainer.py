@@ -10,7 +10,7 @@ from manifold_hc.connection import ConnectionConfig
 from manifold_hc.diagnostics import GainMonitor
 from manifold_hc.errors import ConfigError, DataError, DivergedError, RunFolderError
 from manifold_hc.files import write_atomically
-from manifold_hc.models import Decoder
+from manifold_hc.models import AttentionConfig, Decoder, DecoderConfig
 from manifold_hc.training import OptimizerConfig, RunConfig, RunFolder, TrainingConfig, train
 from manifold_hc.training.folder import locked
 from manifold_hc.training.trainer import find_device, next_token_loss
@@ -158,10 +158,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     ("build", "message"),
     [
         (lambda: TrainingConfig(steps=0), "steps: must be at least 1"),
-        (lambda: TrainingConfig(seed=-1), "seed: must not be negative"),
+        (lambda: TrainingConfig(seed=-1), "seed: must be from 0"),
         (lambda: TrainingConfig(device="tpu"), "device: must be"),
-        (lambda: OptimizerConfig(lr=0.0), "lr: must be positive"),
-        (lambda: OptimizerConfig(lr=float("nan")), "lr: must be positive"),
+        (lambda: OptimizerConfig(lr=0.0), "lr: must be a number above 0"),
+        (lambda: OptimizerConfig(lr=float("nan")), "lr: must be a number above 0"),
+        (lambda: TrainingConfig(seed=2**32), "seed: must be from 0 to 4294967295"),
+        (lambda: DecoderConfig(norm_eps=float("nan")), "norm_eps: must be a number from 0 on"),
+        (lambda: DecoderConfig(init_std=-1.0), "init_std: must be a number from 0 on"),
+        (lambda: AttentionConfig(theta=0.0), "theta: must be a number above 0"),
         (lambda: OptimizerConfig(betas=(0.9, 1.0)), "betas"),
         (lambda: OptimizerConfig(eps=-1.0), "eps: must be a number from 0 on"),
         (lambda: OptimizerConfig(schedule="linear"), "schedule"),
