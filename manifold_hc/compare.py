@@ -3,23 +3,21 @@
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 from rich.console import Console
 
 from manifold_hc.connection import ConnectionConfig
-from manifold_hc.data import Split
 from manifold_hc.data.corpus import fingerprint
 from manifold_hc.diagnostics import GainMonitor
 from manifold_hc.errors import DivergedError, RunFolderError
 from manifold_hc.files import write_atomically
-from manifold_hc.training import RunConfig, RunFolder, train
-from manifold_hc.training.trainer import find_device
+from manifold_hc.training import RunConfig, RunFolder, check, train
+from manifold_hc.training.folder import is_empty, read_json
 
 COMPARISON = "comparison.json"
 
@@ -62,12 +60,13 @@ def compare(
         for seed in range(config.training.seed, config.training.seed + seeds)
         for variant in variants
     ]
-    Split.of(tokens, config.data.sequence, config.data.validation)
-    find_device(config.training.device)
+    check(config, tokens)
     data = fingerprint(tokens)
     _check_same(folder, data, [(run, wanted) for _, run, wanted in planned])
+    before = comparison_record(folder)
     record = {
-        "command": command,
+        "commands": _with(before.get("commands", []), command),
+        "variants": _with(before.get("variants", []), *(variant.name for variant in variants)),
         "data_sha256": data,
         "data_tokens": len(tokens),
         "machine": platform.platform(),
@@ -93,25 +92,55 @@ def run_folder(folder: Path, variant: str, seed: int) -> RunFolder:
 
 
 def comparison_record(folder: Path) -> dict[str, Any]:
-    """Command, data, machine and versions of the comparison in `folder`; empty if it has none."""
+    """Commands, variants, data, machine and versions of a comparison; empty if it is none.
+
+    Raises RunFolderError when the record is damaged.
+    """
     file = folder / COMPARISON
-    record: dict[str, Any] = msgspec.json.decode(file.read_bytes()) if file.exists() else {}
+    if not file.exists():
+        return {}
+    record = read_json(file)
+    if not isinstance(record, dict) or not record.keys() >= {"commands", "variants", "data_sha256"}:
+        raise RunFolderError(f"run folder: {file} is damaged: it is no record of a comparison")
     return record
 
 
+def check_folder(folder: Path) -> None:
+    """Raise RunFolderError for a folder that holds something else than a comparison."""
+    if not comparison_record(folder) and not is_empty(folder):
+        raise RunFolderError(
+            f"run folder: {folder} holds files of something else; choose another with --out"
+        )
+
+
 def _check_same(folder: Path, data: str, planned: list[tuple[RunFolder, RunConfig]]) -> None:
+    check_folder(folder)
     known = comparison_record(folder)
     if known and known["data_sha256"] != data:
         raise RunFolderError(
             f"run folder: {folder} holds runs on other data; choose another with --out"
         )
-    if not known and folder.exists() and any(p.name != ".lock" for p in folder.iterdir()):
-        raise RunFolderError(
-            f"run folder: {folder} holds files of something else; choose another with --out"
-        )
     for run, wanted in planned:
-        if run.config_file.exists() and run.config() != wanted:
+        if not run.config_file.exists():
+            continue
+        if differing := _differences(asdict(run.config()), asdict(wanted)):
             raise RunFolderError(
-                f"run folder: {run.path} holds a run with another configuration; "
-                "choose another with --out"
+                f"run folder: {run.path} holds a run with another configuration "
+                f"({', '.join(differing)}); choose another with --out"
             )
+
+
+def _differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> list[str]:
+    """Keys whose values differ, but for the text's path: its content is compared."""
+    found = []
+    for name, value in one.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            found += _differences(value, other[name], f"{key}.")
+        elif value != other[name] and key != "data.path":
+            found.append(key)
+    return found
+
+
+def _with(known: list[str], *new: str) -> list[str]:
+    return list(dict.fromkeys([*known, *new]))

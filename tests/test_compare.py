@@ -35,8 +35,9 @@ def finished(tmp_path_factory):
 def test_variants_and_seeds_share_data_order_and_budget(finished):
     runs = load_runs(finished)
     assert [(r.variant, r.seed) for r in runs] == [
-        (kind, seed) for seed in (0, 1) for kind in golden.KINDS
+        (kind, seed) for kind in golden.KINDS for seed in (0, 1)
     ]
+    runs = [r for seed in (0, 1) for r in runs if r.seed == seed]
     first = [r.series("step", "loss")[1][0] for r in runs]
     assert first[0] == pytest.approx(first[1], rel=1e-6) == pytest.approx(first[2], rel=1e-6)
     assert first[3] != pytest.approx(first[0], rel=1e-6)
@@ -65,7 +66,7 @@ def test_other_settings_or_data_touch_nothing(tmp_path):
     run(tmp_path, variants=VARIANTS[:1])
     before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
     other = replace(CONFIG, optimizer=OptimizerConfig(lr=1.0))
-    with pytest.raises(RunFolderError, match="another configuration"):
+    with pytest.raises(RunFolderError, match=r"another configuration \(optimizer\.lr, .*warmup\)"):
         run(tmp_path, config=other)
     with pytest.raises(RunFolderError, match="other data"):
         run(tmp_path, tokens=TOKENS[1:])
@@ -126,7 +127,7 @@ def test_the_page_needs_no_other_file_and_is_the_same_every_time(finished, tmp_p
         write_page(runs, record, tmp_path / name)
     page = (tmp_path / "a.html").read_text()
     assert page == (tmp_path / "b.html").read_text()
-    assert "mhc compare &#39;a b&#39;" in page
+    assert page.count("mhc compare &#39;a b&#39;") == 1
     for absent in ("<script", "<link", "src=", "@import", "url(http"):
         assert absent not in page
     for present in (
@@ -175,6 +176,48 @@ def test_a_single_run_has_a_page_too(finished, tmp_path):
     assert [r.variant for r in runs] == ["mhc"]
     write_page(runs, {}, tmp_path / "page.html")
     assert "difference to" not in (tmp_path / "page.html").read_text()
+
+
+def test_what_a_crash_leaves_behind_does_not_lock_anybody_out(tmp_path):
+    (tmp_path / ".comparison.json.x1y2").write_text("{")
+    assert len(run(tmp_path, variants=VARIANTS[:1])) == 1
+
+
+def test_the_same_text_elsewhere_is_the_same_run(tmp_path):
+    run(tmp_path, variants=VARIANTS[:1])
+    moved = replace(CONFIG, data=replace(CONFIG.data, path="elsewhere.txt"))
+    assert len(run(tmp_path, config=moved, variants=VARIANTS[:1])) == 1
+
+
+def test_a_comparison_can_grow(tmp_path):
+    quiet = Console(quiet=True)
+    for number, variant in enumerate(VARIANTS[:2]):
+        compare(CONFIG, [variant], 1, TOKENS, tmp_path, f"command {number}", quiet)
+    (tmp_path / "residual" / "seed-0" / "summary.json").touch()
+    (tmp_path / "hc" / "other").mkdir()
+    assert [r.variant for r in load_runs(tmp_path)] == ["residual", "hc"]
+    assert comparison_record(tmp_path)["commands"] == ["command 0", "command 1"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+def test_a_damaged_record_is_named(tmp_path, content):
+    (tmp_path / "comparison.json").write_text(content)
+    with pytest.raises(RunFolderError, match=r"comparison\.json is damaged"):
+        load_runs(tmp_path)
+
+
+def test_a_folder_of_comparisons_is_no_comparison(finished):
+    with pytest.raises(RunFolderError, match="no complete run"):
+        load_runs(finished.parent)
+
+
+def test_a_narrow_table_stands_upright(finished):
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(as_table(summarise(load_runs(finished)), upright=True))
+    lines = console.export_text().splitlines()
+    assert lines[0].split() == ["variant", *golden.KINDS]
+    assert lines[1].startswith("validation loss")
+    assert "…" not in "".join(lines)
 
 
 def test_a_folder_without_runs_is_named(tmp_path):

@@ -1,16 +1,17 @@
 """The command `mhc`."""
 
-import logging
 import os
 import sys
 from collections.abc import Sequence
 
 import click
+import torch
 
 import manifold_hc
 from manifold_hc.cli.compare import compare
 from manifold_hc.cli.info import info
 from manifold_hc.cli.report import report
+from manifold_hc.cli.terminal import log_to_stderr
 from manifold_hc.cli.train import train
 from manifold_hc.errors import ConfigError, DataError, ManifoldError, RunFolderError
 
@@ -32,7 +33,7 @@ for command in (train, compare, report, info):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exit status 0, 2 for the user's mistakes, 1 for a failed run."""
-    _log_to_stderr()
+    log_to_stderr()
     try:
         commands.main(args=arguments, prog_name="mhc", standalone_mode=False)
     except click.Abort:
@@ -43,6 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(error), 2)
     except ManifoldError as error:
         _fail(str(error), 1)
+    except RuntimeError as error:
+        if "allocate memory" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        _fail("not enough memory for this configuration; make model or batch smaller", 1)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -51,13 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _fail(message: str, status: int) -> None:
-    print(f"mhc: error: {' '.join(message.split())}", file=sys.stderr)
+    line = " ".join(message.split()).encode(errors="backslashreplace").decode()
+    print(f"mhc: error: {line}", file=sys.stderr)
     sys.exit(status)
-
-
-def _log_to_stderr() -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("manifold_hc")
-    logger.handlers = [handler]
-    logger.setLevel(logging.INFO)

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import click
@@ -13,7 +14,13 @@ from manifold_hc.cli.terminal import console
 from manifold_hc.compare import Variant
 from manifold_hc.connection import ConnectionConfig
 from manifold_hc.errors import ConfigError
-from manifold_hc.training import RunConfig
+from manifold_hc.training import RunConfig, check
+
+WITHOUT_EFFECT = {
+    "residual": {field.name for field in fields(ConnectionConfig)} - {"kind"},
+    "hc": {"constraint", "iterations", "numerics", "hc_eps"},
+}
+"""Keys that a kind does not read: a variant that names one is not what it says."""
 
 
 @click.command(cls=RunCommand)
@@ -34,7 +41,7 @@ from manifold_hc.training import RunConfig
     show_default=True,
     metavar="KIND[:KEY=VALUE]...",
     help="A kind of connection and its own keys, such as mhc:constraint=identity or "
-    "hc:disable=pre,post. Give it once for every variant.",
+    "hc:disable=pre,post. Give it once for every variant; it decides connection.kind.",
 )
 @click.option(
     "--seeds",
@@ -67,7 +74,9 @@ def compare(
 
     chosen = [parse_variant(text, config.connection) for text in dict.fromkeys(variants)]
     tokens = load_text(config.data.path)
-    command = shlex.join(["mhc", *sys.argv[1:]])
+    check(config, tokens)
+    comparison.check_folder(out)
+    command = shlex.join(["mhc", *sys.argv[1:]]).encode(errors="backslashreplace").decode()
     with locked(out):
         comparison.compare(config, chosen, seeds, tokens, out, command, console(stderr=True))
         publish(out, out / "report.html", json_file)
@@ -78,5 +87,8 @@ def parse_variant(text: str, connection: ConnectionConfig) -> Variant:
     kind, *pairs = text.split(":")
     if "=" in kind:
         raise ConfigError(f"variant: {text!r} must start with residual, hc or mhc")
+    for key in (pair.partition("=")[0] for pair in pairs):
+        if key == "kind" or key in WITHOUT_EFFECT.get(kind, ()):
+            raise ConfigError(f"variant: {key} has no effect in {text!r}; leave it out")
     changed = override(connection, [f"kind={kind}", *pairs])
     return Variant(text.replace(":", " ").replace("/", "-"), changed)

@@ -2,11 +2,12 @@
 
 import os
 import platform
-import shutil
+import shlex
 import subprocess
 from importlib import metadata
 
 import click
+from rich.markup import escape
 from rich.table import Table
 
 from manifold_hc.cli.terminal import console
@@ -39,7 +40,7 @@ def info() -> None:
     }
     table = Table(box=None, show_header=False, pad_edge=False)
     for row in rows.items():
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console().print(table)
 
 
@@ -60,8 +61,9 @@ def _devices(torch) -> list[str]:  # type: ignore[no-untyped-def]
 
 
 def _compiler() -> str:
-    path = shutil.which(os.environ.get("CC", "cc"))
-    if path is None:
-        return "none found"
-    answer = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-    return next(iter(answer.stdout.splitlines()), path)
+    command = shlex.split(os.environ.get("CC") or "cc")
+    try:
+        answer = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return f"none that runs as {shlex.join(command)}"
+    return next(iter(answer.stdout.splitlines()), shlex.join(command))

@@ -20,12 +20,19 @@ def override(config: Config, pairs: Sequence[str]) -> Config:
     Raises ConfigError, in one line, for an unknown key, a value of another type, and a value that
     the configuration itself refuses.
     """
+    tree: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ConfigError(f"{pair!r} is not an option or key=value; see --help for the keys")
-        config = _replaced(config, key, key.split("."), value)
-    return config
+        *sections, name = key.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"unknown key {key!r}; {section} has no keys of its own")
+        place[name] = value
+    return _merged(config, tree)
 
 
 def override_from(config: Config, file: Path) -> Config:
@@ -34,20 +41,9 @@ def override_from(config: Config, file: Path) -> Config:
     The file may leave keys out. Raises ConfigError as `override` does, with the file's name.
     """
     try:
-        tree = msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
-        for key, value in _leaves(tree):
-            config = _replaced(config, key, key.split("."), value)
-    except (msgspec.MsgspecError, ConfigError) as error:
+        return _merged(config, msgspec.json.decode(file.read_bytes(), type=dict[str, Any]))
+    except (msgspec.MsgspecError, UnicodeDecodeError, ConfigError) as error:
         raise ConfigError(f"config: {file}: {error}") from None
-    return config
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def describe(config: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
@@ -76,39 +72,40 @@ def _shown(value: Any) -> str:
     )
 
 
-def _replaced(config: Any, key: str, path: list[str], new: Any) -> Any:
-    """`config` with the leaf at `path` made from `new`, a text or a JSON value."""
-    name, *rest = path
-    fields = {field.name for field in dataclasses.fields(config)}
-    if name not in fields:
-        raise ConfigError(_unknown(key, path, config))
-    value = getattr(config, name)
-    if dataclasses.is_dataclass(value):
-        if not rest:
-            inside = ", ".join(f"{key}.{f.name}" for f in dataclasses.fields(value))
+def _merged(config: Any, tree: dict[str, Any], prefix: str = "") -> Any:
+    """`config` with the leaves of `tree`, texts or JSON values; checked once, with all of them."""
+    hints, changes = get_type_hints(type(config)), {}
+    for name, new in tree.items():
+        key, value = f"{prefix}{name}", getattr(config, name, None)
+        if name not in hints or (isinstance(new, dict) and not dataclasses.is_dataclass(value)):
+            raise ConfigError(_unknown(_first_leaf(key, new), config, prefix))
+        if not dataclasses.is_dataclass(value):
+            changes[name] = _parsed(key, new, hints[name])
+        elif isinstance(new, dict):
+            changes[name] = _merged(value, new, f"{key}.")
+        else:
+            inside = ", ".join(f"{key}.{field.name}" for field in dataclasses.fields(value))
             raise ConfigError(f"{key}: is a section; its keys are {inside}")
-        try:
-            return dataclasses.replace(config, **{name: _replaced(value, key, rest, new)})
-        except ConfigError as error:
-            raise ConfigError(_located(key, path, str(error))) from None
-    if rest:
-        raise ConfigError(_unknown(key, path, config))
-    parsed = _parsed(key, new, get_type_hints(type(config))[name])
-    return dataclasses.replace(config, **{name: parsed})
+    try:
+        return dataclasses.replace(config, **changes)
+    except ConfigError as error:
+        raise ConfigError(f"{prefix}{error}") from None
 
 
-def _located(key: str, path: list[str], message: str) -> str:
-    """The message with its section in front, once."""
-    section = key[: len(key) - len(".".join(path))] + path[0]
-    return message if message.startswith((f"{section}.", "unknown key")) else f"{section}.{message}"
+def _first_leaf(key: str, value: Any) -> str:
+    """The whole key of the first leaf below `key`."""
+    while isinstance(value, dict) and value:
+        name, value = next(iter(value.items()))
+        key = f"{key}.{name}"
+    return key
 
 
-def _unknown(key: str, path: list[str], config: Any) -> str:
-    prefix = key[: len(key) - len(".".join(path))]
-    known = [f"{prefix}{leaf}" for leaf, _, _ in describe(config)]
+def _unknown(key: str, config: Any, prefix: str) -> str:
+    known = [leaf for leaf, _, _ in describe(config, prefix)]
     last = {leaf.rpartition(".")[2]: leaf for leaf in known}
+    name = key.rpartition(".")[2]
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or [
-        last[name] for name in difflib.get_close_matches(path[-1], last, n=1, cutoff=0.6)
+        last[match] for match in difflib.get_close_matches(name, last, n=1, cutoff=0.6)
     ]
     hint = f"did you mean {close[0]}?" if close else "see --help for the keys"
     return f"unknown key {key!r}; {hint}"

@@ -5,8 +5,11 @@ from pathlib import Path
 import click
 import msgspec
 
-from manifold_hc.cli.terminal import console
+from manifold_hc.cli.terminal import WIDE, console
+from manifold_hc.errors import ConfigError
 from manifold_hc.files import write_atomically
+
+RUN_FILES = {"config.json", "summary.json", "comparison.json"}
 
 
 @click.command()
@@ -38,12 +41,19 @@ def publish(folder: Path, page: Path, json_file: Path | None) -> None:
     from manifold_hc.compare import comparison_record
     from manifold_hc.report import as_csv, as_json, as_table, load_runs, summarise, write_page
 
+    table_file, figures_file = page.with_suffix(".csv"), page.with_suffix(".json")
+    if page.suffix != ".html":
+        raise ConfigError(f"report: --out must end in .html but is {page}")
+    for file in filter(None, (figures_file, json_file)):
+        if file.name in RUN_FILES:
+            raise ConfigError(f"report: {file} is the name of a run's own file; choose another")
     runs = load_runs(folder)
     rows = summarise(runs)
     figures = msgspec.json.format(msgspec.json.encode(as_json(rows, runs)))
     write_page(runs, comparison_record(folder), page)
-    write_atomically(page.with_suffix(".csv"), as_csv(rows))
-    for file in filter(None, {page.with_suffix(".json"), json_file}):
+    write_atomically(table_file, as_csv(rows))
+    for file in filter(None, {figures_file, json_file}):
         write_atomically(file, figures)
-    console().print(as_table(rows))
+    terminal = console()
+    terminal.print(as_table(rows, upright=terminal.width < WIDE))
     click.echo(f"report: {page}")

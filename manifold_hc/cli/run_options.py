@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from manifold_hc.cli.keys import describe, override, override_from
+from manifold_hc.errors import DataError
 from manifold_hc.training import RunConfig
 
 
@@ -40,6 +41,8 @@ def run_options(function: Callable[..., None]) -> Callable[..., None]:
         data: str | None, config_file: Path | None, overrides: tuple[str, ...], **rest: Any
     ) -> None:
         config = override_from(RunConfig(), config_file) if config_file else RunConfig()
+        if data == "":
+            raise DataError("data: --data is empty; give a text file, or leave the option out")
         pairs = [*overrides, *([f"data.path={data}"] if data else [])]
         function(config=override(config, pairs), **rest)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from manifold_hc.cli.run_options import RunCommand, run_options
-from manifold_hc.cli.terminal import console
+from manifold_hc.cli.terminal import WIDE, console
 from manifold_hc.errors import DivergedError, ManifoldError, RunFolderError
 from manifold_hc.training import RunConfig
 
@@ -29,18 +29,21 @@ def train(config: RunConfig, out: Path | None) -> None:
     from manifold_hc.data import load as load_text
     from manifold_hc.diagnostics import GainMonitor
     from manifold_hc.report import as_table, load_runs, summarise
-    from manifold_hc.training.folder import RunFolder, locked
+    from manifold_hc.training.folder import RunFolder, is_empty, locked
 
     tokens = load_text(config.data.path)
+    training.check(config, tokens)
     kind = config.connection.kind
     path = out or Path("runs") / f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = RunFolder(path)
+    if not is_empty(path):
+        raise RunFolderError(f"run folder: {path} is not empty; choose another with --out")
     with locked(path):
-        if not folder.is_empty():
-            raise RunFolderError(f"run folder: {path} is not empty; choose another with --out")
         try:
             training.train(config, tokens, folder, [GainMonitor], console(stderr=True), kind)
         except DivergedError as error:
             raise ManifoldError(f"{error}; its metrics are in {path}") from None
-        console().print(as_table(summarise(load_runs(path))))
+        terminal = console()
+        rows = summarise(load_runs(path))
+        terminal.print(as_table(rows, upright=terminal.width < WIDE))
     click.echo(f"run folder: {path}")

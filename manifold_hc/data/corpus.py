@@ -20,6 +20,9 @@ logger = logging.getLogger("manifold_hc")
 LONG = 200
 """Docstrings shorter than this many characters are left out."""
 
+SMALLEST = 100_000
+"""A cache below this many bytes is damaged."""
+
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 
 
@@ -46,9 +49,11 @@ def documentation() -> bytes:
     version = ".".join(map(str, sys.version_info[:3]))
     cached = cache_folder() / f"python-{version}-documentation.txt"
     try:
-        return cached.read_bytes()
+        if len(content := cached.read_bytes()) >= SMALLEST:
+            return content
     except OSError:
-        logger.info("collecting Python's documentation into %s", cached)
+        pass
+    logger.info("collecting Python's documentation into %s", cached)
     content = "\n\n".join(_topics() + _docstrings()).encode()
     try:
         write_atomically(cached, content)
@@ -63,6 +68,8 @@ def fingerprint(tokens: np.ndarray) -> str:
 
 
 def _read(path: Path) -> bytes:
+    if str(path).encode(errors="replace") != str(path).encode(errors="backslashreplace"):
+        raise DataError(f"data: the path {path} is not valid UTF-8; rename the file")
     if not path.exists():
         raise DataError(f"data: {path} does not exist; give a text file with --data")
     if path.is_dir():

@@ -26,7 +26,7 @@ class _Section:
 def write_page(runs: Sequence[Run], record: dict[str, Any], page: Path) -> None:
     """Write `page`, which needs no other file, and a picture of its main plots beside it.
 
-    record: command, machine and versions, shown as they are.
+    record: commands, machine and versions, shown as they are.
     """
     write_atomically(page, render(runs, record))
     write_atomically(page.with_suffix(".png"), figures.to_png(figures.overview(runs)))
@@ -46,7 +46,7 @@ def render(runs: Sequence[Run], record: dict[str, Any]) -> str:
     return environment.get_template("page.html.jinja").render(
         title=" · ".join(variants),
         subtitle=f"{steps} steps, {len({run.seed for run in runs})} seed(s)",
-        command=record.get("command"),
+        command="\n".join(record.get("commands", [])),
         several=len(runs) > len(variants),
         headings=[column.header for column in table.columns],
         rows=list(zip(*columns, strict=True)),
@@ -55,7 +55,7 @@ def render(runs: Sequence[Run], record: dict[str, Any]) -> str:
         configurations=[
             {"name": f"{run.variant} seed {run.seed}", "json": _pretty(run.config)} for run in runs
         ],
-        record=json.dumps({k: v for k, v in record.items() if k != "command"}, indent=2)
+        record=json.dumps({k: v for k, v in record.items() if k != "commands"}, indent=2)
         if record
         else None,
     )

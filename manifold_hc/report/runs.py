@@ -1,6 +1,7 @@
 """Finished runs, read back from their folders."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,8 +9,28 @@ from typing import Any
 
 import numpy as np
 
+from manifold_hc.compare import comparison_record
 from manifold_hc.errors import RunFolderError
 from manifold_hc.training import RunConfig, RunFolder
+
+GAIN = {
+    "gain_forward",
+    "gain_backward",
+    "gains",
+    "matrices",
+    "composite",
+    "log_column_sum",
+    "composite_log_column_sum",
+    "stochastic_distance",
+    "stream_cosine",
+    "stream_rank",
+}
+"""What the report draws from a record of the gain monitor."""
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest of the values that are numbers; NaN if none is."""
+    return max((value for value in values if not math.isnan(value)), default=math.nan)
 
 
 @dataclass(frozen=True)
@@ -45,32 +66,36 @@ class Run:
 
     def largest(self, key: str) -> float:
         """Largest value of a stability figure over training; NaN if none was taken."""
-        values = [record[key] for record in self.gains if not math.isnan(record[key])]
-        return max(values, default=math.nan)
+        return largest(record[key] for record in self.gains)
 
 
 def load_runs(folder: Path) -> list[Run]:
-    """All complete runs below `folder`, a comparison or a single run, in the order they ran.
+    """The complete runs of a comparison, by variant and seed, or the one of a single run's folder.
 
-    Raises RunFolderError when there is none.
+    Raises RunFolderError when there is none or a file is damaged.
     """
-    found = [
-        RunFolder(file.parent)
-        for file in sorted(folder.rglob("summary.json"), key=lambda file: file.stat().st_mtime_ns)
-    ]
+    found = [(folder, "")] if RunFolder(folder).is_complete() else []
+    for variant in comparison_record(folder).get("variants", []):
+        complete = [file.parent for file in (folder / variant).glob("seed-*/summary.json")]
+        found += [(path, variant) for path in sorted(complete, key=_seed)]
     if not found:
         raise RunFolderError(f"report: {folder} holds no complete run; is it a run folder?")
-    return [
-        Run(_variant(run, folder), run.config(), run.summary(), _with_nan(run.metrics()))
-        for run in found
-    ]
+    return [_load(RunFolder(path), variant) for path, variant in found]
 
 
-def _variant(run: RunFolder, folder: Path) -> str:
-    """The variant's folder in a comparison, the kind of connection in a single run."""
-    if run.path == folder:
-        return run.config().connection.kind
-    return run.path.relative_to(folder).parts[0]
+def _seed(path: Path) -> int:
+    return int(path.name.removeprefix("seed-"))
+
+
+def _load(run: RunFolder, variant: str) -> Run:
+    config, metrics = run.config(), _with_nan(run.metrics())
+    for record in metrics:
+        if record["event"] == "gain" and (missing := GAIN - record.keys()):
+            raise RunFolderError(
+                f"run folder: {run.metrics_file} is damaged: a gain record lacks {min(missing)}"
+            )
+    name = variant or config.connection.kind
+    return Run(name, config, run.summary(), metrics)
 
 
 def _with_nan(value: Any) -> Any:

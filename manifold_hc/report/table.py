@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from manifold_hc.report.runs import Run
+from manifold_hc.report.runs import Run, largest
 
 BASELINE = "residual"
 DIFFERENCE = f"difference to {BASELINE}"
@@ -71,9 +71,9 @@ def _row(name: str, runs: list[Run], baseline: dict[int, float]) -> VariantRow:
         difference=mean(differences) if differences else math.nan,
         difference_interval=_interval(differences),
         seconds_per_step=mean(s["seconds_per_step"] for s in whole) if whole else math.nan,
-        largest_gradient_norm=max((s["largest_gradient_norm"] for s in whole), default=math.nan),
-        largest_forward_gain=max(run.largest("gain_forward") for run in runs),
-        largest_backward_gain=max(run.largest("gain_backward") for run in runs),
+        largest_gradient_norm=largest(s["largest_gradient_norm"] for s in whole),
+        largest_forward_gain=largest(run.largest("gain_forward") for run in runs),
+        largest_backward_gain=largest(run.largest("gain_backward") for run in runs),
         parameters=whole[0]["parameters"] if whole else 0,
     )
 
@@ -86,15 +86,23 @@ def _interval(values: list[float]) -> float:
     return quantile * stdev(values) / math.sqrt(len(values))
 
 
-def as_table(rows: Sequence[VariantRow]) -> Table:
-    """For people; without the column of differences where there is nothing to compare with."""
+def as_table(rows: Sequence[VariantRow], *, upright: bool = False) -> Table:
+    """For people; `upright` puts the variants side by side, for a narrow terminal.
+
+    The differences are left out where there is nothing to compare with.
+    """
     cells = [_cells(row) for row in rows]
+    headings = [
+        heading for heading in cells[0] if heading != DIFFERENCE or any(c[heading] for c in cells)
+    ]
+    lines = [headings, *([row[heading] for heading in headings] for row in cells)]
+    if upright:
+        lines = [list(line) for line in zip(*lines, strict=True)]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in cells[0]:
-        if heading != DIFFERENCE or any(row[DIFFERENCE] for row in cells):
-            table.add_column(heading, justify="left" if heading == "variant" else "right")
-    for row in cells:
-        table.add_row(*(row[str(column.header)] for column in table.columns))
+    for index, heading in enumerate(lines[0]):
+        table.add_column(heading, justify="right" if index else "left", overflow="fold")
+    for line in lines[1:]:
+        table.add_row(*line)
     return table
 
 

@@ -2,7 +2,7 @@
 
 from manifold_hc.training.config import OptimizerConfig, RunConfig, TextConfig, TrainingConfig
 from manifold_hc.training.folder import RunFolder
-from manifold_hc.training.trainer import Observer, train
+from manifold_hc.training.trainer import Observer, check, train
 
 __all__ = [
     "Observer",
@@ -11,5 +11,6 @@ __all__ = [
     "RunFolder",
     "TextConfig",
     "TrainingConfig",
+    "check",
     "train",
 ]

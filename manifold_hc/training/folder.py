@@ -20,23 +20,54 @@ from manifold_hc.errors import RunFolderError
 from manifold_hc.files import write_atomically
 from manifold_hc.training.config import RunConfig
 
+RECORDS = {"step": ("loss", "gradient_norm"), "validation": ("loss",)}
+"""What the trainer's own records always hold; observers' records are their own."""
+
+SUMMARY = {
+    "validation_loss",
+    "seconds_per_step",
+    "largest_gradient_norm",
+    "parameters",
+    "steps",
+}
+"""What the summary of a run that reached its end holds."""
+
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the folder for this process; RunFolderError when another one does."""
+    """Hold the folder for this process; RunFolderError when that cannot be."""
+    lock = filelock.FileLock(path / ".lock", timeout=0)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(path / ".lock", timeout=0)
-        with lock:
-            yield
+        lock.acquire()
     except filelock.Timeout:
         raise RunFolderError(
             f"run folder: {path} is in use by another process; choose another with --out"
         ) from None
-    except (FileExistsError, NotADirectoryError):
+    except OSError as error:
         raise RunFolderError(
-            f"run folder: {path} is a file; choose another place with --out"
+            f"run folder: {path} cannot be made or written ({error.strerror}); "
+            "choose another place with --out"
         ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_empty(path: Path) -> bool:
+    """Whether nothing but hidden files, such as the lock, is at `path`."""
+    return not path.is_dir() or all(found.name.startswith(".") for found in path.iterdir())
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file of a run holds; RunFolderError when it is damaged."""
+    try:
+        return msgspec.json.decode(file.read_bytes())
+    except FileNotFoundError:
+        raise RunFolderError(f"run folder: {file.parent} has no {file.name}") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise RunFolderError(f"run folder: {file} is damaged: {error}") from None
 
 
 class RunFolder:
@@ -50,22 +81,22 @@ class RunFolder:
         self.model_file = path / "model.safetensors"
         self.summary_file = path / "summary.json"
 
-    def is_empty(self) -> bool:
-        """Whether there is nothing in the folder but its lock."""
-        return not self.path.exists() or all(p.name == ".lock" for p in self.path.iterdir())
-
     def is_complete(self) -> bool:
         """Whether the run reached its end."""
         return self.summary_file.exists()
 
     def config(self) -> RunConfig:
-        """The run's configuration; RunFolderError when it is not there or cannot be read."""
+        """The run's configuration; RunFolderError unless it is whole and of this version."""
+        raw = read_json(self.config_file)
         try:
-            return msgspec.json.decode(self.config_file.read_bytes(), type=RunConfig)
-        except FileNotFoundError:
-            raise RunFolderError(f"run folder: {self.path} has no config.json") from None
-        except msgspec.MsgspecError as error:
+            config = msgspec.convert(raw, RunConfig)
+        except msgspec.ValidationError as error:
             raise RunFolderError(f"run folder: {self.config_file} is not valid: {error}") from None
+        if msgspec.json.decode(msgspec.json.encode(config)) != raw:
+            raise RunFolderError(
+                f"run folder: {self.config_file} has other keys than this version's configuration"
+            )
+        return config
 
     def begin(self, config: RunConfig) -> None:
         """Start afresh: the metrics of an unfinished run before it are dropped."""
@@ -78,11 +109,22 @@ class RunFolder:
             file.write(msgspec.json.encode(record) + b"\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All records so far; a last line cut short by a crash is left out."""
+        """All records so far; a last line cut short by a crash is left out.
+
+        Raises RunFolderError for a line that is no record.
+        """
         if not self.metrics_file.exists():
             return []
         lines = self.metrics_file.read_bytes().split(b"\n")[:-1]
-        return [msgspec.json.decode(line) for line in lines]
+        try:
+            records = [msgspec.json.decode(line, type=dict[str, Any]) for line in lines]
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise self._damaged(self.metrics_file, str(error)) from None
+        for number, record in enumerate(records, start=1):
+            wanted = {"event", "step", *RECORDS.get(record.get("event", ""), ())}
+            if missing := wanted - set(record):
+                raise self._damaged(self.metrics_file, f"line {number} lacks {min(missing)}")
+        return records
 
     def save_model(self, weights: Mapping[str, Tensor]) -> None:
         """Write the weights as safetensors."""
@@ -94,6 +136,13 @@ class RunFolder:
         write_atomically(self.summary_file, msgspec.json.format(msgspec.json.encode(summary)))
 
     def summary(self) -> dict[str, Any]:
-        """The figures of a complete run."""
-        summary: dict[str, Any] = msgspec.json.decode(self.summary_file.read_bytes())
+        """The figures of a complete run; RunFolderError when they are not there."""
+        summary = read_json(self.summary_file)
+        if not isinstance(summary, dict) or not (
+            summary.keys() >= SUMMARY or "diverged_at" in summary
+        ):
+            raise self._damaged(self.summary_file, "figures are missing")
         return summary
+
+    def _damaged(self, file: Path, how: str) -> RunFolderError:
+        return RunFolderError(f"run folder: {file} is damaged: {how}")

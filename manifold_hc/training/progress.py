@@ -9,6 +9,10 @@ LINE_EVERY = 50
 """Steps between two lines where there is no terminal."""
 
 
+WIDE = 120
+"""Columns from which bar and figures have room side by side."""
+
+
 class ProgressView:
     """Shows the newest figures of a run; a context manager."""
 
@@ -18,12 +22,12 @@ class ProgressView:
         self.title = title
         self.steps = steps
         self._figures: dict[str, str] = {}
+        separator = "  " if console.width >= WIDE else "\n"
         self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.description}" + separator + "{task.fields[figures]}"),
             console=console,
             disable=not console.is_terminal,
         )
@@ -31,7 +35,7 @@ class ProgressView:
 
     def update(self, step: int, **figures: float) -> None:
         """Show `figures` beside those of earlier calls; `step` counts from 0."""
-        self._figures |= {name: f"{name} {value:.4g}" for name, value in figures.items()}
+        self._figures |= {name: f"{name} {value:.3g}" for name, value in figures.items()}
         text = "  ".join(self._figures.values())
         self._bar.update(self._task, completed=step + 1, figures=text)
         due = (step + 1) % LINE_EVERY == 0 or step + 1 == self.steps

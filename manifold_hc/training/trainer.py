@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from manifold_hc.data import Batches, Split
-from manifold_hc.errors import ConfigError, DivergedError
+from manifold_hc.errors import ConfigError, DataError, DivergedError
 from manifold_hc.models import Decoder
 from manifold_hc.training import optimizer as optimizers
 from manifold_hc.training.config import RunConfig
@@ -25,8 +25,10 @@ class Observer(Protocol):
 
     name: str
     """The event its records get in the metrics."""
-    shown: tuple[str, ...]
-    """Keys of its record that the progress view shows; all must be numbers."""
+
+    @property
+    def shown(self) -> Mapping[str, str]:
+        """What the progress view shows: a label, and the key of a number in the record."""
 
     def __call__(self, model: nn.Module) -> Mapping[str, Any]:
         """A record for the metrics, JSON-compatible; must leave the model as it is."""
@@ -46,11 +48,10 @@ def train(
 ) -> dict[str, Any]:
     """Train one model on `tokens` [N] and leave metrics, weights and a summary in `folder`.
 
-    Returns the summary. Raises DataError or ConfigError before anything is written, and
-    DivergedError at the first loss or gradient norm that is not finite.
+    Returns the summary. Raises what `check` raises before anything is written, and DivergedError
+    at the first loss or gradient norm that is not finite.
     """
-    split = Split.of(tokens, config.data.sequence, config.data.validation)
-    device = find_device(config.training.device)
+    split, device = check(config, tokens)
     torch.manual_seed(config.training.seed)
     model = Decoder(config.model, config.connection).to(device)
     optimizer = optimizers.build(model, config.optimizer)
@@ -89,8 +90,9 @@ def train(
                 for observer in watching:
                     figures = observer(model)
                     folder.append({"event": observer.name, "step": step, **figures})
-                    view.update(step, **{key: figures[key] for key in observer.shown})
-            view.update(step, loss=record["loss"], norm=record["gradient_norm"], tokens_s=speed)
+                    shown = observer.shown.items()
+                    view.update(step, **{label: figures[key] for label, key in shown})
+            view.update(step, loss=record["loss"], norm=record["gradient_norm"], speed=speed)
 
     folder.save_model(model.state_dict())
     summary = {
@@ -102,6 +104,21 @@ def train(
     }
     folder.finish(summary)
     return summary
+
+
+def check(config: RunConfig, tokens: np.ndarray) -> tuple[Split, torch.device]:
+    """What a run needs to start, without starting it.
+
+    Raises DataError for a text too short or tokens outside the vocabulary, ConfigError for a
+    device that torch does not find.
+    """
+    split = Split.of(tokens, config.data.sequence, config.data.validation)
+    if (largest := int(tokens.max())) >= config.model.vocabulary:
+        raise DataError(
+            f"data: tokens must be below model.vocabulary={config.model.vocabulary} "
+            f"but {largest} is not; give a larger vocabulary"
+        )
+    return split, find_device(config.training.device)
 
 
 def next_token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:

@@ -95,6 +95,11 @@ BAD_INPUT = {
     "an unknown option": (["--step=3"], "No such option"),
     "a broken configuration": (["--config", "broken.json"], "broken.json"),
     "a wrong key in a file": (["--config", "wrong.json"], "did you mean training.steps?"),
+    "an empty --data": (["--data", ""], "--data is empty"),
+    "no such backend": (["connection.backend=triton"], "connection.backend: must be one of auto"),
+    "not a number": (["connection.alpha=nan"], "connection.alpha: must be finite"),
+    "a seed too large": (["training.seed=18446744073709551616"], "training.seed"),
+    "an empty section in a file": (["--config", "section.json"], "unknown key 'traning'"),
     "a device that is not there": (["training.device=tpu"], "training.device: must be"),
 }
 
@@ -107,6 +112,7 @@ def test_bad_input_is_one_line_and_status_2(capfd, tmp_path, text_file, monkeypa
     (tmp_path / "binary").write_bytes(bytes(range(256)))
     (tmp_path / "short").write_text("too short")
     (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "section.json").write_text('{"traning": {}}')
     (tmp_path / "wrong.json").write_text('{"training": {"stepps": 3}}')
     arguments, message = BAD_INPUT[name]
     data = [] if "--data" in arguments else ["--data", text_file]
@@ -117,7 +123,7 @@ def test_bad_input_is_one_line_and_status_2(capfd, tmp_path, text_file, monkeypa
     assert err.startswith("mhc: error: ")
     assert err.count("\n") == 1
     assert message in err
-    assert not [p for p in out.rglob("*") if p.name != ".lock"], "nothing was written"
+    assert not out.exists(), "nothing was written"
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
@@ -148,6 +154,40 @@ def test_a_diverged_run_is_status_1_with_the_folder(capfd, tmp_path, text_file):
     assert status == 1
     assert err.splitlines()[-1].startswith("mhc: error: train: ")
     assert str(out) in err
+
+
+def test_report_never_writes_over_a_run(capfd, tmp_path, text_file):
+    out = tmp_path / "run"
+    assert mhc(capfd, "compare", "--data", text_file, "--out", out, *SMALL)[0] == 0
+    before = {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
+    for arguments in (
+        ["--out", out / "comparison.html"],
+        ["--out", out / "hc" / "seed-0" / "summary.html"],
+        ["--out", out / "hc" / "seed-0" / "config.html"],
+        ["--json", out / "comparison.json"],
+        ["--out", tmp_path / "page.json"],
+    ):
+        status, _, err = mhc(capfd, "report", out, *arguments)
+        assert (status, err.count("\n")) == (2, 1)
+    assert {f: f.read_bytes() for f in out.rglob("*") if f.is_file()} == before
+
+
+def test_a_folder_of_somebody_else_is_left_as_it_is(capfd, tmp_path, text_file):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("")
+    for command in ("train", "compare"):
+        base = [command, "--data", text_file, *SMALL, "--out"]
+        assert mhc(capfd, *base, tmp_path / "mine")[0] == 2
+        assert [f.name for f in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+        status, _, err = mhc(capfd, *base, text_file / "below")
+        assert (status, err.count("\n")) == (2, 1)
+
+
+def test_a_model_too_large_is_one_line(capfd, tmp_path, text_file):
+    huge = ["model.channels=100000000000", "--out", tmp_path / "run"]
+    status, _, err = mhc(capfd, "train", "--data", text_file, *huge)
+    assert status == 1
+    assert err.splitlines()[-1].startswith("mhc: error: not enough memory")
 
 
 def test_report_of_nothing(capfd, tmp_path):
@@ -204,12 +244,23 @@ def test_values_of_every_type():
         keys.override(RunConfig(), ["optimizer.betas=1"])
 
 
+def test_keys_are_checked_together_whatever_their_order():
+    pairs = ["connection.hc_eps=1e-5", "connection.numerics=deepseek_v4"]
+    assert keys.override(RunConfig(), pairs) == keys.override(RunConfig(), pairs[::-1])
+    assert keys.override(RunConfig(), ["training.steps=1", "training.steps=2"]).training.steps == 2
+    with pytest.raises(ConfigError, match="steps has no keys of its own"):
+        keys.override(RunConfig(), ["training.steps=1", "training.steps.more=2"])
+
+
 def test_variants():
     variant = parse_variant("hc:disable=pre,post", ConnectionConfig(streams=3))
     assert variant.name == "hc disable=pre,post"
     assert variant.connection == ConnectionConfig(kind="hc", streams=3, disable=("pre", "post"))
     with pytest.raises(ConfigError, match="must start with residual, hc or mhc"):
         parse_variant("kind=hc", ConnectionConfig())
+    for silent in ("hc:constraint=identity", "residual:streams=8", "mhc:kind=hc"):
+        with pytest.raises(ConfigError, match="has no effect"):
+            parse_variant(silent, ConnectionConfig())
     with pytest.raises(ConfigError, match="kind: must be one of residual, hc, mhc"):
         parse_variant("gpt", ConnectionConfig())
 

@@ -98,7 +98,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(folder):
 def test_nothing_is_written_for_a_text_too_short(folder):
     with pytest.raises(DataError):
         train(small(), TOKENS[:50], folder)
-    assert folder.is_empty()
+    with pytest.raises(DataError, match=r"tokens must be below model\.vocabulary=256 but 300"):
+        train(small(), np.full(5000, 300), folder)
+    assert not list(folder.path.iterdir())
 
 
 def test_equal_data_for_every_kind(tmp_path):
@@ -113,10 +115,24 @@ def test_equal_data_for_every_kind(tmp_path):
 
 
 def test_a_metrics_line_cut_short_by_a_crash_is_left_out(folder):
-    folder.append({"event": "step", "step": 0})
+    folder.append({"event": "validation", "step": 0, "loss": 1.0})
     with folder.metrics_file.open("ab") as file:
         file.write(b'{"event": "ste')
-    assert folder.metrics() == [{"event": "step", "step": 0}]
+    assert folder.metrics() == [{"event": "validation", "step": 0, "loss": 1.0}]
+
+
+@pytest.mark.parametrize("line", ["{}", "[1]", '{"event": "step", "step": 0}', "{"])
+def test_a_damaged_line_in_the_middle_is_named(folder, line):
+    folder.metrics_file.write_text(f"{line}\n")
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl is damaged"):
+        folder.metrics()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"validation_loss": 1.0}'])
+def test_a_damaged_summary_is_named(folder, content):
+    folder.summary_file.write_text(content)
+    with pytest.raises(RunFolderError, match=r"summary\.json is damaged"):
+        folder.summary()
 
 
 def test_numbers_that_are_not_finite_are_null_in_the_metrics(folder):
@@ -131,16 +147,25 @@ def test_a_folder_can_be_held_once(tmp_path):
     with locked(tmp_path / "run"):
         pass
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunFolderError, match="is a file"), locked(tmp_path / "file"):
+    with (
+        pytest.raises(RunFolderError, match="cannot be made or written"),
+        locked(tmp_path / "file"),
+    ):
         pass
 
 
 def test_a_folder_without_a_valid_config_is_named(folder):
     with pytest.raises(RunFolderError, match=r"has no config\.json"):
         folder.config()
-    folder.config_file.write_text("{}}")
-    with pytest.raises(RunFolderError, match="is not valid"):
-        folder.config()
+    for content, message in (
+        ("{}}", "is damaged"),
+        ('{"training": 3}', "is not valid"),
+        ("{}", "has other keys"),
+        ('{"modell": {}}', "has other keys"),
+    ):
+        folder.config_file.write_text(content)
+        with pytest.raises(RunFolderError, match=message):
+            folder.config()
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
