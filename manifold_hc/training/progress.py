@@ -1,9 +1,10 @@
 """What a person sees while a run goes on: a bar in a terminal, plain lines elsewhere."""
 
+from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 LINE_EVERY = 50
 """Steps between two lines where there is no terminal."""
@@ -22,20 +23,20 @@ class ProgressView:
         self.title = title
         self.steps = steps
         self._figures: dict[str, str] = {}
-        separator = "  " if console.width >= WIDE else "\n"
-        self._bar = Progress(
+        count = "{task.description}  {task.completed}/{task.total}"
+        columns: tuple[ProgressColumn, ...] = (
             BarColumn(bar_width=16),
-            MofNCompleteColumn(),
+            TextColumn(count + "  {task.fields[figures]}"),
             TimeRemainingColumn(compact=True),
-            TextColumn("{task.description}" + separator + "{task.fields[figures]}"),
-            console=console,
-            disable=not console.is_terminal,
         )
+        if console.width < WIDE:
+            columns = (TextColumn(count + "\n{task.fields[figures]}"),)
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
         self._task = self._bar.add_task(title, total=steps, figures="")
 
-    def update(self, step: int, **figures: float) -> None:
+    def update(self, step: int, figures: Mapping[str, float]) -> None:
         """Show `figures` beside those of earlier calls; `step` counts from 0."""
-        self._figures |= {name: f"{name} {value:.3g}" for name, value in figures.items()}
+        self._figures |= {name: f"{name} {value:.4g}" for name, value in figures.items()}
         text = "  ".join(self._figures.values())
         self._bar.update(self._task, completed=step + 1, figures=text)
         due = (step + 1) % LINE_EVERY == 0 or step + 1 == self.steps

@@ -85,14 +85,15 @@ def train(
             if (step + 1) % config.training.validate_every == 0 or step + 1 == steps:
                 validation = validate(model, held_out, config.training.validation_batches)
                 folder.append({"event": "validation", "step": step, "loss": validation})
-                view.update(step, validation=validation)
+                view.update(step, {"validation": validation})
             if step % config.training.probe_every == 0 or step + 1 == steps:
                 for observer in watching:
                     figures = observer(model)
                     folder.append({"event": observer.name, "step": step, **figures})
                     shown = observer.shown.items()
-                    view.update(step, **{label: figures[key] for label, key in shown})
-            view.update(step, loss=record["loss"], norm=record["gradient_norm"], speed=speed)
+                    view.update(step, {label: figures[key] for label, key in shown})
+            seen = {"loss": record["loss"], "norm": record["gradient_norm"], "tokens/s": speed}
+            view.update(step, seen)
 
     folder.save_model(model.state_dict())
     summary = {
