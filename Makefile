@@ -23,7 +23,7 @@ demo: .venv/ready  ## train residual, HC and mHC on Python's own documentation, 
 	$(BIN)/mhc compare --out runs/demo $(ARGS)
 
 test: .venv/ready-to-develop  ## run the tests
-	$(BIN)/pytest $(if $(TEST_DATA),--test-data $(TEST_DATA)) $(ARGS)
+	$(BIN)/pytest $(if $(TEST_DATA),--test-data=$(TEST_DATA)) $(ARGS)
 
 check: .venv/ready-to-develop  ## lint, formatting, types, order of imports
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ def pytest_addoption(parser):
 def test_data(request) -> Path:
     folder = request.config.getoption("--test-data")
     if folder is None:
-        pytest.skip("needs the test data: pytest --test-data PATH")
+        pytest.skip("needs the test data: pytest --test-data=PATH")
     return folder
 
 
