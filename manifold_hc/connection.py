@@ -216,14 +216,13 @@ class Connection(nn.Module):
             )
         pre, post, res = self.maps(x)
         if self.config.kind == "residual":
-            u = x.squeeze(-2)
-            y = branch(u)
-            if y.shape != u.shape:
+            y = branch(x.squeeze(-2))
+            if y.shape != (wanted := (*x.shape[:-2], self.channels)):
                 raise ShapeError(
-                    f"Connection: the branch must return {list(u.shape)} but returned "
+                    f"Connection: the branch must return {list(wanted)} but returned "
                     f"{list(y.shape)}; a branch must keep the shape of its input"
                 )
-            return (u + y).to(x.dtype).unsqueeze(-2)
+            return (x + y.unsqueeze(-2)).to(x.dtype)
         y = branch(functional.read(x, pre, self.config.backend))
         return functional.write(x, y, post, res, self.config.backend)
 

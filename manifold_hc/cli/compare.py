@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from manifold_hc.cli.keys import override
-from manifold_hc.cli.report import publish
+from manifold_hc.cli.report import check_outputs, publish
 from manifold_hc.cli.run_options import RunCommand, run_options
 from manifold_hc.cli.terminal import console
 from manifold_hc.compare import Variant
@@ -77,9 +77,11 @@ def compare(
     check(config, tokens)
     comparison.check_folder(out)
     command = shlex.join(["mhc", *sys.argv[1:]]).encode(errors="backslashreplace").decode()
+    page = out / "report.html"
+    check_outputs(page, json_file)
     with locked(out):
         comparison.compare(config, chosen, seeds, tokens, out, command, console(stderr=True))
-        publish(out, out / "report.html", json_file)
+        publish(out, page, json_file)
 
 
 def parse_variant(text: str, connection: ConnectionConfig) -> Variant:

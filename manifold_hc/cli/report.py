@@ -33,7 +33,18 @@ def report(folder: Path, out: Path | None, json_file: Path | None) -> None:
     \b
     mhc report runs/compare
     """
-    publish(folder, out or folder / "report.html", json_file)
+    page = out or folder / "report.html"
+    check_outputs(page, json_file)
+    publish(folder, page, json_file)
+
+
+def check_outputs(page: Path, json_file: Path | None) -> None:
+    """Raise ConfigError where the report's files would take the place of a run's own."""
+    if page.suffix != ".html":
+        raise ConfigError(f"report: --out must end in .html but is {page}")
+    for file in filter(None, (page.with_suffix(".json"), json_file)):
+        if file.name in RUN_FILES:
+            raise ConfigError(f"report: {file} is the name of a run's own file; choose another")
 
 
 def publish(folder: Path, page: Path, json_file: Path | None) -> None:
@@ -41,18 +52,12 @@ def publish(folder: Path, page: Path, json_file: Path | None) -> None:
     from manifold_hc.compare import comparison_record
     from manifold_hc.report import as_csv, as_json, as_table, load_runs, summarise, write_page
 
-    table_file, figures_file = page.with_suffix(".csv"), page.with_suffix(".json")
-    if page.suffix != ".html":
-        raise ConfigError(f"report: --out must end in .html but is {page}")
-    for file in filter(None, (figures_file, json_file)):
-        if file.name in RUN_FILES:
-            raise ConfigError(f"report: {file} is the name of a run's own file; choose another")
     runs = load_runs(folder)
     rows = summarise(runs)
     figures = msgspec.json.format(msgspec.json.encode(as_json(rows, runs)))
     write_page(runs, comparison_record(folder), page)
-    write_atomically(table_file, as_csv(rows))
-    for file in filter(None, {figures_file, json_file}):
+    write_atomically(page.with_suffix(".csv"), as_csv(rows))
+    for file in filter(None, {page.with_suffix(".json"), json_file}):
         write_atomically(file, figures)
     terminal = console()
     terminal.print(as_table(rows, upright=terminal.width < WIDE))

@@ -99,7 +99,12 @@ class RunFolder:
         return config
 
     def begin(self, config: RunConfig) -> None:
-        """Start afresh: the metrics of an unfinished run before it are dropped."""
+        """Start afresh: the metrics of an unfinished run before it are dropped.
+
+        Raises RunFolderError for a complete run.
+        """
+        if self.is_complete():
+            raise RunFolderError(f"run folder: {self.path} holds a complete run; choose another")
         self.metrics_file.unlink(missing_ok=True)
         write_atomically(self.config_file, msgspec.json.format(msgspec.json.encode(config)))
 

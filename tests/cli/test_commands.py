@@ -169,6 +169,9 @@ def test_report_never_writes_over_a_run(capfd, tmp_path, text_file):
     ):
         status, _, err = mhc(capfd, "report", out, *arguments)
         assert (status, err.count("\n")) == (2, 1)
+    new = ["compare", "--data", text_file, "--out", tmp_path / "new", *SMALL]
+    assert mhc(capfd, *new, "--json", out / "comparison.json")[0] == 2
+    assert not (tmp_path / "new").exists(), "refused before any training"
     assert {f: f.read_bytes() for f in out.rglob("*") if f.is_file()} == before
 
 

@@ -47,6 +47,14 @@ def test_a_run_leaves_everything_it_measured(folder):
     assert records[-1]["composite_log_column_sum"]
 
 
+def test_a_complete_run_is_not_written_over(folder):
+    train(small(steps=1), TOKENS, folder)
+    before = {f: f.read_bytes() for f in folder.path.iterdir()}
+    with pytest.raises(RunFolderError, match="holds a complete run"):
+        train(small(steps=1), TOKENS, folder)
+    assert {f: f.read_bytes() for f in folder.path.iterdir()} == before
+
+
 def test_the_saved_weights_are_the_trained_ones(folder):
     config = small(steps=12, validation_batches=1)
     summary = train(config, TOKENS, folder)
