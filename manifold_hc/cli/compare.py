@@ -70,11 +70,12 @@ def compare(
     """
     from manifold_hc import compare as comparison
     from manifold_hc.data import load as load_text
-    from manifold_hc.training.folder import locked
+    from manifold_hc.training.folder import locked, refuse_if_in_use
 
     chosen = [parse_variant(text, config.connection) for text in dict.fromkeys(variants)]
     tokens = load_text(config.data.path)
     check(config, tokens)
+    refuse_if_in_use(out)
     comparison.check_folder(out)
     command = shlex.join(["mhc", *sys.argv[1:]]).encode(errors="backslashreplace").decode()
     page = out / "report.html"

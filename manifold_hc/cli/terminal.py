@@ -5,7 +5,6 @@ import os
 from functools import cache
 
 from rich.console import Console
-from rich.logging import RichHandler
 
 WIDE = 130
 """Columns that the table of a comparison needs."""
@@ -28,12 +27,15 @@ def console(*, stderr: bool = False) -> Console:
     )
 
 
+class _ConsoleHandler(logging.Handler):
+    """Prints through the console, so that a message stands above a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        console(stderr=True).print(self.format(record), markup=False, soft_wrap=True)
+
+
 def log_to_stderr() -> None:
-    """Show the library's messages, above a progress bar where there is one."""
-    handler = RichHandler(
-        console=console(stderr=True), show_time=False, show_level=False, show_path=False
-    )
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    """Show the library's messages."""
     logger = logging.getLogger("manifold_hc")
-    logger.handlers = [handler]
+    logger.handlers = [_ConsoleHandler()]
     logger.setLevel(logging.INFO)

@@ -29,13 +29,14 @@ def train(config: RunConfig, out: Path | None) -> None:
     from manifold_hc.data import load as load_text
     from manifold_hc.diagnostics import GainMonitor
     from manifold_hc.report import as_table, load_runs, summarise
-    from manifold_hc.training.folder import RunFolder, is_empty, locked
+    from manifold_hc.training.folder import RunFolder, is_empty, locked, refuse_if_in_use
 
     tokens = load_text(config.data.path)
     training.check(config, tokens)
     kind = config.connection.kind
     path = out or Path("runs") / f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"
     folder = RunFolder(path)
+    refuse_if_in_use(path)
     if not is_empty(path):
         raise RunFolderError(f"run folder: {path} is not empty; choose another with --out")
     with locked(path):

@@ -55,6 +55,13 @@ def locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
+def refuse_if_in_use(path: Path) -> None:
+    """Raise RunFolderError when another process holds the folder; leaves nothing in any other."""
+    if (path / ".lock").exists():
+        with locked(path):
+            pass
+
+
 def is_empty(path: Path) -> bool:
     """Whether nothing but hidden files, such as the lock, is at `path`."""
     return not path.is_dir() or all(found.name.startswith(".") for found in path.iterdir())
