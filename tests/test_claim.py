@@ -1,7 +1,5 @@
 """The claim of the demo, on its own configuration but fewer steps."""
 
-from dataclasses import replace
-
 from manifold_hc.connection import ConnectionConfig
 from manifold_hc.data import load
 from manifold_hc.diagnostics import GainMonitor
@@ -16,7 +14,7 @@ def test_hc_amplifies_and_mhc_does_not(tmp_path):
         config = RunConfig(
             connection=ConnectionConfig(kind=kind),
             optimizer=OptimizerConfig(schedule="constant"),
-            training=replace(TrainingConfig(), steps=60, validation_batches=1),
+            training=TrainingConfig(steps=60, validation_batches=1),
         )
         train(config, load(""), folder, [GainMonitor])
         gains = [record for record in folder.metrics() if record["event"] == "gain"]

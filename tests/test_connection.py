@@ -122,6 +122,12 @@ def test_a_connection_is_coefficients_read_branch_write():
     assert torch.equal(connection(x, torch.sin), wanted)
 
 
+def test_the_default_is_the_papers_connection():
+    config = ConnectionConfig()
+    assert (config.kind, config.streams, config.iterations) == ("mhc", 4, 20)
+    assert (config.numerics, config.constraint, config.backend) == ("paper", "sinkhorn", "auto")
+
+
 def test_residual_is_an_addition():
     connection = mhc.Connection(8, ConnectionConfig(kind="residual"))
     x = torch.randn(2, 1, 8)

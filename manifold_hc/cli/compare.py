@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 from manifold_hc.cli.keys import override
+from manifold_hc.cli.options import RunCommand, json_option, run_options
 from manifold_hc.cli.report import check_outputs, publish
-from manifold_hc.cli.run_options import RunCommand, run_options
 from manifold_hc.cli.terminal import console
 from manifold_hc.compare import Variant
 from manifold_hc.connection import ConnectionConfig
@@ -50,13 +50,7 @@ WITHOUT_EFFECT = {
     show_default=True,
     help="Seeds a variant, from training.seed on.",
 )
-@click.option(
-    "--json",
-    "json_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Write the figures there too.",
-)
+@json_option
 def compare(
     config: RunConfig, out: Path, variants: tuple[str, ...], seeds: int, json_file: Path | None
 ) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 import msgspec
 
+from manifold_hc.cli.options import json_option
 from manifold_hc.cli.terminal import WIDE, console
 from manifold_hc.errors import ConfigError
 from manifold_hc.files import write_atomically
@@ -20,13 +21,7 @@ RUN_FILES = {"config.json", "summary.json", "comparison.json"}
     metavar="FILE",
     help="The page.  [default: FOLDER/report.html]",
 )
-@click.option(
-    "--json",
-    "json_file",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Write the figures there too.",
-)
+@json_option
 def report(folder: Path, out: Path | None, json_file: Path | None) -> None:
     """Make the page, the table and its CSV and JSON from a run folder's files.
 

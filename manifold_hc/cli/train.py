@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from manifold_hc.cli.run_options import RunCommand, run_options
+from manifold_hc.cli.options import RunCommand, run_options
 from manifold_hc.cli.terminal import WIDE, console
 from manifold_hc.errors import DivergedError, ManifoldError, RunFolderError
 from manifold_hc.training import RunConfig

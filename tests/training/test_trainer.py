@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from manifold_hc.connection import ConnectionConfig
 from manifold_hc.diagnostics import GainMonitor
 from manifold_hc.errors import ConfigError, DataError, DivergedError, RunFolderError
 from manifold_hc.files import write_atomically
@@ -220,4 +219,3 @@ def test_devices():
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="torch finds no cuda here"):
             find_device("cuda")
-    assert ConnectionConfig().backend == "auto"

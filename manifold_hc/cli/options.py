@@ -1,4 +1,4 @@
-"""What the commands that train have in common: where their RunConfig comes from."""
+"""What commands have in common: where a RunConfig comes from, where figures go."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -10,6 +10,14 @@ import click
 from manifold_hc.cli.keys import describe, override, override_from
 from manifold_hc.errors import DataError
 from manifold_hc.training import RunConfig
+
+json_option = click.option(
+    "--json",
+    "json_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write the figures there too.",
+)
 
 
 class RunCommand(click.Command):
