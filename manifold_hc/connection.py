@@ -185,10 +185,18 @@ class Connection(nn.Module):
     x = connection(x, branch)      x: [..., n, C], from `functional.expand` or the one before
 
     sublayer: the index in depth order; HC's first read takes stream `sublayer % n`.
+    equal_streams: whether the streams are known to be equal, as after `expand`. Then mHC's res,
+    whose rows sum to 1, changes nothing, and its gradient is rounding noise, which Adam with the
+    paper's epsilon of 1e-20 would turn into full steps: it gets none.
     """
 
     def __init__(
-        self, channels: int, config: ConnectionConfig | None = None, sublayer: int = 0
+        self,
+        channels: int,
+        config: ConnectionConfig | None = None,
+        sublayer: int = 0,
+        *,
+        equal_streams: bool = False,
     ) -> None:
         """Raises ConfigError for channels < 1 or a negative sublayer."""
         super().__init__()
@@ -199,6 +207,7 @@ class Connection(nn.Module):
         self.channels = channels
         self.config = config or ConnectionConfig()
         self.sublayer = sublayer
+        self.res_is_idle = self._mixes_to_one() and (equal_streams or self.config.n == 1)
         residual = self.config.kind == "residual"
         self.maps = ResidualMaps() if residual else Maps(channels, self.config, sublayer)
 
@@ -223,8 +232,17 @@ class Connection(nn.Module):
                     f"{list(y.shape)}; a branch must keep the shape of its input"
                 )
             return (x + y.unsqueeze(-2)).to(x.dtype)
+        if self.res_is_idle:
+            res = res.detach()
         y = branch(functional.read(x, pre, self.config.backend))
         return functional.write(x, y, post, res, self.config.backend)
+
+    def _mixes_to_one(self) -> bool:
+        """Whether the rows of res sum to 1 whatever its logits are."""
+        return (
+            self.config.kind == "mhc"
+            and constraints.CONSTRAINTS[self.config.constraint].rows_sum_to_one
+        )
 
     def extra_repr(self) -> str:
         """Kind, streams and channels."""

@@ -190,6 +190,8 @@ class Constraint:
     """n -> their initial bias [k], at or near the identity."""
     build: Callable[[Tensor, int, int, Numerics], Tensor]
     """(logits [*batch, k], n, iterations, numerics) -> res [*batch, o, i]."""
+    rows_sum_to_one: bool = True
+    """Whether every row of res sums to 1, so that mixing equal streams changes nothing."""
 
 
 def _matrix(logits: Tensor, n: int) -> Tensor:
@@ -242,6 +244,7 @@ CONSTRAINTS: dict[str, Constraint] = {
         size=lambda n: n * n,
         initial=lambda n: torch.eye(n).flatten(),
         build=lambda logits, n, iterations, numerics: _oriented(_matrix(logits, n), numerics),
+        rows_sum_to_one=False,
     ),
 }
 

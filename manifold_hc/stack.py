@@ -29,10 +29,15 @@ class Stack(nn.Module):
             raise ConfigError(f"Stack: sublayers must be at least 1 but is {sublayers}")
         self.config = config or ConnectionConfig()
         self.connections = nn.ModuleList(
-            Connection(channels, self.config, sublayer) for sublayer in range(sublayers)
+            Connection(channels, self.config, sublayer, equal_streams=self._are_equal(sublayer))
+            for sublayer in range(sublayers)
         )
         learned = self.config.exit == "learned"
         self.exit = LearnedExit(channels, self.config) if learned else None
+
+    def _are_equal(self, sublayer: int) -> bool:
+        """Streams start equal, and stay so where nothing writes a different share to each."""
+        return sublayer == 0 or "post" in self.config.disable
 
     def forward(
         self, h: Float[Tensor, "*batch C"], branches: Sequence[Branch]

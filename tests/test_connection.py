@@ -316,3 +316,58 @@ def test_misuse_is_named():
         mhc.Connection(0)
     with pytest.raises(ConfigError, match="sublayers must be at least 1"):
         mhc.Stack(8, ConnectionConfig(), 0)
+
+
+IDLE = ["sinkhorn", "permutation", "kronecker", "exact"]
+
+
+def trained(config, steps=20):
+    """Rows of res in every connection before and after Adam steps with the paper's epsilon."""
+    _, stack, branches, h = network(config, torch.float32, embedding_std=1.0)
+    before = [res_parameters(c.maps, config.n) for c in stack.connections]
+    optimizer = torch.optim.AdamW(stack.parameters(), lr=0.01, eps=1e-20, weight_decay=0)
+    direction = torch.randn(2, 7, C)
+    for _ in range(steps):
+        (stack(h, list(branches)) * direction).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = [res_parameters(c.maps, config.n) for c in stack.connections]
+    return [torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+
+
+def res_parameters(maps, n):
+    """The parts of bias, phi and alpha that only res is made of."""
+    dynamic = [maps.phi[2 * n :].flatten(), maps.alpha[2:]] if maps.phi is not None else []
+    return torch.cat([maps.bias[2 * n :], *dynamic]).detach().clone()
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("constraint", IDLE)
+def test_res_is_not_trained_on_rounding_noise(constraint, dynamic):
+    """While streams are equal its gradient is zero but for rounding."""
+    unmoved = trained(ConnectionConfig(constraint=constraint, dynamic=dynamic))
+    assert unmoved[0]
+    assert not any(unmoved[1:])
+
+
+def test_res_is_idle_everywhere_while_the_streams_stay_equal():
+    assert all(trained(ConnectionConfig(disable=("post",))))
+    assert all(trained(ConnectionConfig(streams=1)))
+
+
+def test_res_trains_from_the_first_connection_on_where_its_rows_are_free():
+    assert not any(trained(ConnectionConfig(constraint="none")))
+    connection = mhc.Connection(C, ConnectionConfig(kind="hc"), equal_streams=True)
+    connection(
+        functional.expand(torch.randn(3, C), 4), torch.nn.Identity()
+    ).square().sum().backward()
+    assert connection.maps.bias.grad[8:].abs().min() > 0
+
+
+def test_the_gradient_left_out_is_zero():
+    """In float64, by the connection that does not leave it out."""
+    connection = mhc.Connection(C, ConnectionConfig(phi_std=0.3)).double()
+    x = functional.expand(torch.randn(3, C, dtype=torch.float64), 4)
+    (connection(x, torch.nn.Identity()) * torch.randn(4, C)).sum().backward()
+    of_res, of_pre = connection.maps.bias.grad[8:], connection.maps.bias.grad[:4]
+    assert of_res.abs().max() < 1e-14 * of_pre.abs().max()
