@@ -1,7 +1,20 @@
 """Language models around the connections."""
 
 from manifold_hc.models.attention import AttentionConfig, LatentAttention
-from manifold_hc.models.decoder import Decoder, DecoderConfig
+from manifold_hc.models.decoder import Decoder, DecoderConfig, ParameterCount, count_parameters
+from manifold_hc.models.experts import Experts, ExpertsConfig, balance, mixtures
 from manifold_hc.models.feed_forward import GatedFeedForward
 
-__all__ = ["AttentionConfig", "Decoder", "DecoderConfig", "GatedFeedForward", "LatentAttention"]
+__all__ = [
+    "AttentionConfig",
+    "Decoder",
+    "DecoderConfig",
+    "Experts",
+    "ExpertsConfig",
+    "GatedFeedForward",
+    "LatentAttention",
+    "ParameterCount",
+    "balance",
+    "count_parameters",
+    "mixtures",
+]

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from manifold_hc.errors import ConfigError, require_at_least_one, require_number
+from manifold_hc.models.norm import RMSNorm
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,14 @@ class LatentAttention(nn.Module):
         heads, size, rotary = config.heads, config.head_size, config.rotary_size
         self.query = nn.Linear(channels, heads * (size + rotary), bias=False)
         self.compress = nn.Linear(channels, config.latent_size + rotary, bias=False)
-        self.latent_norm = nn.RMSNorm(config.latent_size, eps=norm_eps)
+        self.latent_norm = RMSNorm(config.latent_size, eps=norm_eps)
         self.decompress = nn.Linear(config.latent_size, heads * 2 * size, bias=False)
         self.output = nn.Linear(heads * size, channels, bias=False)
 
-    def forward(self, u: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
-        """Attend to all earlier tokens of the sequence."""
+    def forward(
+        self, u: Float[Tensor, "B T C"], mask: Bool[Tensor, "B 1 T T"] | None = None
+    ) -> Float[Tensor, "B T C"]:
+        """Attend to all earlier tokens of the sequence, or to those that `mask` [t, s] allows."""
         config = self.config
         rotation = _rotation(u.shape[1], config.rotary_size, config.theta, u.device)
 
@@ -64,7 +67,8 @@ class LatentAttention(nn.Module):
             torch.cat([query, _rotate(query_rotary, rotation)], -1),
             torch.cat([key, key_rotary], -1),
             value,
-            is_causal=True,
+            attn_mask=mask,
+            is_causal=mask is None,
         )
         return self.output(attended.transpose(1, 2).flatten(-2))
 

@@ -1,14 +1,17 @@
-"""A dense decoder: tokens -> streams -> sublayers -> exit -> logits."""
+"""A decoder, dense or with experts: tokens -> streams -> sublayers -> exit -> logits."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from manifold_hc.connection import ConnectionConfig
+from manifold_hc.connection import Branch, ConnectionConfig
 from manifold_hc.errors import require_at_least_one, require_number
 from manifold_hc.models.attention import AttentionConfig, LatentAttention
+from manifold_hc.models.experts import Experts, ExpertsConfig, compute_dtype, mixtures
 from manifold_hc.models.feed_forward import GatedFeedForward
+from manifold_hc.models.norm import RMSNorm
 from manifold_hc.stack import Stack
 
 
@@ -23,13 +26,15 @@ class DecoderConfig:
     blocks: int = 12
     """Blocks of one attention and one feed-forward sublayer each."""
     feed_forward: int = 256
-    """Hidden size of the feed-forward sublayers."""
+    """Hidden size of the dense feed-forward sublayers."""
     norm_eps: float = 1e-20
     """Epsilon of every RMS norm; the paper's."""
     init_std: float = 0.02
     """Standard deviation of the initial weight matrices."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     """Sizes of the attention sublayers."""
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    """Sizes of the mixtures of experts."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for sizes that cannot be built."""
@@ -42,6 +47,21 @@ class DecoderConfig:
         return 2 * self.blocks
 
 
+class PreNorm(nn.Module):
+    """A sublayer behind its own norm: a branch of the stack."""
+
+    def __init__(self, channels: int, norm_eps: float, sublayer: nn.Module) -> None:
+        """channels: C."""
+        super().__init__()
+        self.norm = RMSNorm(channels, eps=norm_eps)
+        self.sublayer = sublayer
+
+    def forward(self, u: Float[Tensor, "B T C"], *context: Tensor) -> Float[Tensor, "B T C"]:
+        """`context` is what the sublayer takes beside u, such as attention's mask."""
+        y: Tensor = self.sublayer(self.norm(u), *context)
+        return y
+
+
 class Decoder(nn.Module):
     """A causal language model with any kind of connection between its sublayers."""
 
@@ -52,22 +72,72 @@ class Decoder(nn.Module):
         C = config.channels
         self.embedding = nn.Embedding(config.vocabulary, C)
         self.branches = nn.ModuleList()
-        for _ in range(config.blocks):
+        for block in range(config.blocks):
             attention = LatentAttention(C, config.attention, config.norm_eps)
-            self.branches.append(self._normed(attention))
-            self.branches.append(self._normed(GatedFeedForward(C, config.feed_forward)))
-        self.norm = nn.RMSNorm(C, eps=config.norm_eps)
+            for sublayer in (attention, self._feed_forward(block)):
+                self.branches.append(PreNorm(C, config.norm_eps, sublayer))
+        self.norm = RMSNorm(C, eps=config.norm_eps)
         self.head = nn.Linear(C, config.vocabulary, bias=False)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=config.init_std)
+        for parameter in self.parameters():
+            if parameter.ndim >= 2:
+                nn.init.normal_(parameter, std=config.init_std)
         self.stack = Stack(C, connection, config.sublayers)
 
-    def _normed(self, sublayer: nn.Module) -> nn.Sequential:
-        return nn.Sequential(nn.RMSNorm(self.config.channels, eps=self.config.norm_eps), sublayer)
+    def _feed_forward(self, block: int) -> nn.Module:
+        config = self.config
+        if config.experts.routed and block >= config.experts.dense_blocks:
+            return Experts(config.channels, config.experts)
+        return GatedFeedForward(config.channels, config.feed_forward)
 
-    def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
-        """Logits of every next token."""
+    def forward(
+        self, tokens: Int[Tensor, "B T"], documents: Int[Tensor, "B T"] | None = None
+    ) -> Float[Tensor, "B T V"]:
+        """Logits of every next token; with `documents`, no token attends to another document."""
         h = self.embedding(tokens)  # B T C
-        h = self.stack(h, list(self.branches))  # B T C, over B T n C
+        h = h.to(compute_dtype(h))
+        h = self.stack(h, self._branches(documents))  # B T C, over B T n C
         return self.head(self.norm(h))
+
+    def _branches(self, documents: Tensor | None) -> list[Branch]:
+        if documents is None:
+            return list(self.branches)
+        mask = document_mask(documents)
+        return [_with_mask(branch, mask) for branch in self.branches]
+
+
+def _with_mask(branch: nn.Module, mask: Tensor) -> Branch:
+    attends = isinstance(branch.sublayer, LatentAttention)
+    return (lambda u: branch(u, mask)) if attends else branch
+
+
+def document_mask(documents: Int[Tensor, "B T"]) -> Bool[Tensor, "B 1 T T"]:
+    """True where query t may attend to key s: not later, and in the same document."""
+    same = documents.unsqueeze(-1) == documents.unsqueeze(-2)
+    return same.tril().unsqueeze(1)
+
+
+class ParameterCount(NamedTuple):
+    """Parameters of a decoder, counted as the mHC paper's model table does."""
+
+    active: int
+    """What one token meets: all but the embedding and the experts it does not visit."""
+    total: int
+    vocabulary: int
+    """Embedding and head."""
+
+
+def count_parameters(model: Decoder) -> ParameterCount:
+    """Count without touching any weight: the model may be on the meta device."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    embedding = model.embedding.weight.numel()
+    idle = sum(
+        (mixture.gate_up.numel() + mixture.down.numel())
+        // mixture.config.routed
+        * (mixture.config.routed - mixture.config.active)
+        for mixture in mixtures(model).values()
+    )
+    return ParameterCount(
+        active=total - embedding - idle,
+        total=total,
+        vocabulary=embedding + model.head.weight.numel(),
+    )

@@ -115,3 +115,41 @@ def test_bfloat16_and_float64_run():
 def test_sizes_that_cannot_be_built(build, message):
     with pytest.raises(ConfigError, match=message):
         build()
+
+
+@pytest.mark.parametrize("kind", ["residual", "mhc"])
+def test_no_document_leaks_over_a_boundary(kind):
+    """Changing one document moves no logit of another, though they share a sequence."""
+    model = Decoder(SMALL, ConnectionConfig(kind=kind, phi_std=0.5))
+    tokens = torch.randint(0, 50, (2, 9))
+    documents = torch.tensor([[3, 3, 3, 4, 4, 4, 4, 7, 7], [1, 1, 1, 1, 1, 1, 2, 2, 2]])
+    before = model(tokens, documents)
+    for row, document in ((0, 3), (0, 4), (0, 7), (1, 1), (1, 2)):
+        own = documents[row] == document
+        changed = tokens.clone()
+        changed[row, own] = (changed[row, own] + 1) % 50
+        after = model(changed, documents)
+        assert torch.equal(after[row, ~own], before[row, ~own])
+        assert (after[row, own] - before[row, own]).abs().amax(-1).min() > 0
+    unmasked = model(tokens)
+    assert (unmasked[0, 3:] - before[0, 3:]).abs().amax(-1).min() > 0
+    torch.testing.assert_close(unmasked[0, :3], before[0, :3])
+
+
+def test_a_document_reads_as_if_it_stood_alone():
+    """Positions are relative, so it does not matter where in the sequence it begins."""
+    model = Decoder(SMALL, ConnectionConfig())
+    tokens = torch.randint(0, 50, (1, 9))
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1]])
+    torch.testing.assert_close(model(tokens, documents)[:, 3:], model(tokens[:, 3:]))
+
+
+def test_streams_take_autocasts_dtype():
+    model = Decoder(SMALL, ConnectionConfig())
+    seen = []
+    model.stack.connections[2].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    tokens = torch.randint(0, 50, (2, 9))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(tokens)
+    assert seen[0].dtype == torch.bfloat16
+    torch.testing.assert_close(logits.float(), model(tokens), rtol=0.1, atol=0.05)

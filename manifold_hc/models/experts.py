@@ -1,0 +1,166 @@
+"""Mixture of experts without drops (DeepSeekMoE, arXiv 2401.06066; routing of arXiv 2412.19437)."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import grouped_mm, linear, silu
+
+from manifold_hc.connection import WideModule
+from manifold_hc.errors import ConfigError, require_at_least_one, require_number
+from manifold_hc.models.feed_forward import GatedFeedForward
+
+ALIGNMENT = 16
+"""Bytes that torch's grouped product wants every row to be a multiple of."""
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """Sizes of the mixtures of experts; E = `routed`, K = `active`."""
+
+    routed: int = 0
+    """Routed experts of a mixture; 0 for a dense network."""
+    active: int = 2
+    """Routed experts that each token visits."""
+    shared: int = 1
+    """Experts that every token visits."""
+    width: int = 64
+    """Hidden size of one expert."""
+    dense_blocks: int = 1
+    """Leading blocks whose feed-forward is dense."""
+    balancing: float = 0.001
+    """Step of the balancing bias, moved by load and not by the loss; 0 leaves it at 0."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for sizes that cannot be built."""
+        require_at_least_one(self, "active", "width")
+        require_number(self, "routed", "shared", "dense_blocks", "balancing")
+        if 0 < self.routed < self.active:
+            raise ConfigError(
+                f"active: must be at most routed={self.routed} but is {self.active}; "
+                "a token visits an expert once"
+            )
+
+
+class Router(WideModule):
+    """Which experts a token visits, and how much it takes of each; all in float32.
+
+    Gates are sigmoids, normalised over the chosen experts. The choice adds `bias`, the gates do
+    not: loss-free balancing (arXiv 2408.15664).
+    """
+
+    bias: Tensor
+    load: Tensor
+
+    def __init__(self, channels: int, experts: int, active: int) -> None:
+        """channels: C; experts: E; active: K."""
+        super().__init__()
+        self.active = active
+        self.weight = nn.Parameter(torch.empty(experts, channels))
+        self.register_buffer("bias", torch.zeros(experts))
+        self.register_buffer("load", torch.zeros(experts, dtype=torch.int64), persistent=False)
+
+    def forward(self, tokens: Float[Tensor, "N C"]) -> tuple[Float[Tensor, "N K"], Tensor]:
+        """Gates and indices [N, K] of the chosen experts."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            scores = linear(tokens.to(self.weight.dtype), self.weight).sigmoid()
+        chosen = (scores.detach() + self.bias).topk(self.active, -1).indices
+        gates = scores.gather(-1, chosen)
+        return gates / (gates.sum(-1, keepdim=True) + 1e-20), chosen
+
+    @torch.no_grad()
+    def balance(self, step: float) -> Int[Tensor, " E"]:
+        """Move `bias` by `step` towards even load; returns the load since the last call.
+
+        b_e += step * sign(mean load - load_e), once for every optimizer step.
+        """
+        load = self.load.clone()
+        self.bias += step * torch.sign(load.to(self.bias.dtype).mean() - load)
+        self.load.zero_()
+        return load
+
+
+class Experts(nn.Module):
+    """K of E routed experts, and shared ones, for every token; no token is ever dropped."""
+
+    def __init__(self, channels: int, config: ExpertsConfig) -> None:
+        """channels: C; weights are stacked: gate_up [E, C, 2 width], down [E, width, C]."""
+        super().__init__()
+        self.config = config
+        E, width = config.routed, config.width
+        self.router = Router(channels, E, config.active)
+        self.gate_up = nn.Parameter(torch.empty(E, channels, 2 * width))
+        self.down = nn.Parameter(torch.empty(E, width, channels))
+        self.shared = GatedFeedForward(channels, config.shared * width) if config.shared else None
+
+    def forward(self, u: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
+        """[..., C] -> [..., C]."""
+        tokens = u.flatten(0, -2)
+        gates, chosen = self.router(tokens)
+        out = (self._visit(tokens, chosen) * gates.unsqueeze(-1)).sum(-2)
+        out = out.to(compute_dtype(u))
+        if self.shared is not None:
+            out = out + self.shared(tokens)
+        return out.view(u.shape)
+
+    def _visit(self, tokens: Float[Tensor, "N C"], chosen: Tensor) -> Float[Tensor, "N K C"]:
+        """What each chosen expert makes of its tokens, in the order of `chosen`."""
+        slots = chosen.flatten()
+        order = slots.argsort(stable=True)
+        load = torch.zeros_like(self.router.load).scatter_add_(0, slots, torch.ones_like(slots))
+        if self.training and torch.is_grad_enabled():
+            self.router.load += load
+        dtype = compute_dtype(tokens)
+        rows = tokens.to(dtype)[order // self.config.active]
+        gate, up = grouped_product(rows, self.gate_up.to(dtype), load).chunk(2, -1)
+        out = grouped_product(silu(gate) * up, self.down.to(dtype), load)
+        back = torch.empty_like(order).scatter_(
+            0, order, torch.arange(len(order), device=order.device)
+        )
+        return out[back].unflatten(0, chosen.shape)
+
+
+def grouped_product(
+    rows: Float[Tensor, "R I"], weights: Float[Tensor, "E I O"], sizes: Int[Tensor, " E"]
+) -> Float[Tensor, "R O"]:
+    """Rows in consecutive groups, each times its own matrix: one call where torch has it."""
+    if _torch_can(rows, weights):
+        ends = sizes.cumsum(0).to(torch.int32)
+        product: Tensor = grouped_mm(rows, weights, offs=ends)
+        return product
+    groups = rows.split(sizes.tolist())
+    return torch.cat([group @ matrix for group, matrix in zip(groups, weights, strict=True)])
+
+
+def mixtures(model: nn.Module) -> dict[str, Experts]:
+    """The mixtures of experts of a model by name, in depth order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+
+
+def balance(model: nn.Module) -> list[Int[Tensor, " E"]]:
+    """Balance every mixture of `model`; returns tokens by expert since the last call, by depth.
+
+    To be called once after every optimizer step.
+    """
+    return [found.router.balance(found.config.balancing) for found in mixtures(model).values()]
+
+
+def _torch_can(rows: Tensor, weights: Tensor) -> bool:
+    """Whether torch's grouped product serves these: by device, dtype and alignment."""
+    aligned = all(size * rows.element_size() % ALIGNMENT == 0 for size in weights.shape[-2:])
+    if rows.device.type == "cpu":
+        known = rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    else:
+        known = (
+            rows.is_cuda
+            and rows.dtype == torch.bfloat16
+            and torch.cuda.get_device_capability(rows.device) >= (8, 0)
+        )
+    return known and aligned and len(rows) > 0
+
+
+def compute_dtype(u: Tensor) -> torch.dtype:
+    """What a linear layer would compute in: autocast's dtype where it is on."""
+    device = u.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else u.dtype
