@@ -3,20 +3,20 @@
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 
 from manifold_hc.connection import ConnectionConfig
-from manifold_hc.data.corpus import fingerprint
+from manifold_hc.data import Corpus
 from manifold_hc.diagnostics import GainMonitor
 from manifold_hc.errors import DivergedError, RunFolderError
 from manifold_hc.files import write_atomically
-from manifold_hc.training import RunConfig, RunFolder, check, train
+from manifold_hc.training import Checkpoints, RunConfig, RunFolder, check, train
+from manifold_hc.training.config import differences
 from manifold_hc.training.folder import is_empty, read_json
 
 COMPARISON = "comparison.json"
@@ -34,17 +34,17 @@ def compare(
     config: RunConfig,
     variants: Sequence[Variant],
     seeds: int,
-    tokens: np.ndarray,
+    corpus: Corpus,
     folder: Path,
     command: str,
     console: Console | None = None,
 ) -> None:
     """Train every variant with seeds `training.seed`, +1, ... into `folder/variant/seed-N`.
 
-    Complete runs are kept, unfinished ones start again. A run that diverges is recorded as such.
-    Raises, before anything is written: DataError for a text too short, ConfigError for a device
-    that is not there, RunFolderError when the folder holds a run of the same name with another
-    configuration or other data.
+    Complete runs are kept, unfinished ones go on from their last checkpoint. A run that
+    diverges is recorded as such. Raises, before anything is written: DataError for a text too
+    short, ConfigError for a device that is not there, RunFolderError when the folder holds a run of
+    the same name with another configuration or other data.
     """
     console = console or Console(stderr=True)
     planned = [
@@ -60,15 +60,15 @@ def compare(
         for seed in range(config.training.seed, config.training.seed + seeds)
         for variant in variants
     ]
-    check(config, tokens)
-    data = fingerprint(tokens)
+    check(config, corpus)
+    data = corpus.digest
     _check_same(folder, data, [(run, wanted) for _, run, wanted in planned])
     before = comparison_record(folder)
     record = {
         "commands": _with(before.get("commands", []), command),
         "variants": _with(before.get("variants", []), *(variant.name for variant in variants)),
         "data_sha256": data,
-        "data_tokens": len(tokens),
+        "data_tokens": len(corpus),
         "machine": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -80,7 +80,8 @@ def compare(
             console.print(f"{title}  complete, kept", highlight=False)
             continue
         try:
-            train(wanted, tokens, run, [GainMonitor], console, title)
+            at = Checkpoints(run.checkpoints, wanted.checkpoint, data).find()
+            train(wanted, corpus, run, [GainMonitor], console, title, at)
         except DivergedError as error:
             console.print(f"{title}  {error}", highlight=False)
             run.finish({"diverged_at": error.step, "diverged": error.what})
@@ -123,23 +124,12 @@ def _check_same(folder: Path, data: str, planned: list[tuple[RunFolder, RunConfi
     for run, wanted in planned:
         if not run.config_file.exists():
             continue
-        if differing := _differences(asdict(run.config()), asdict(wanted)):
+        differing = [key for key in differences(run.config(), wanted) if key != "data.paths"]
+        if differing:
             raise RunFolderError(
                 f"run folder: {run.path} holds a run with another configuration "
                 f"({', '.join(differing)}); choose another with --out"
             )
-
-
-def _differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> list[str]:
-    """Keys whose values differ, but for the text's path: its content is compared."""
-    found = []
-    for name, value in one.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, dict):
-            found += _differences(value, other[name], f"{key}.")
-        elif value != other[name] and key != "data.path":
-            found.append(key)
-    return found
 
 
 def _with(known: list[str], *new: str) -> list[str]:

@@ -1,6 +1,7 @@
 """The errors a user can cause or meet, each with one message: operation, wanted, got, repair."""
 
 import math
+from signal import Signals
 
 
 class ManifoldError(Exception):
@@ -31,6 +32,33 @@ class RunFolderError(ManifoldError, RuntimeError):
     """A run folder that is in use, or that holds something else."""
 
 
+class CheckpointError(ManifoldError, RuntimeError):
+    """A checkpoint that is damaged, of another model or of other data."""
+
+
+class DivergedError(ManifoldError, ArithmeticError):
+    """A loss or gradient that is not finite; training stopped there."""
+
+    def __init__(self, step: int, what: str, where: str) -> None:
+        """`step`: the first whose `what` ("loss" or "gradient norm") was not finite."""
+        super().__init__(f"train: {what} is not finite at step {step}, first in {where}")
+        self.step = step
+        self.what = what
+        self.where = where
+
+
+class StoppedError(ManifoldError):
+    """A run that was asked to stop, by a signal."""
+
+    def __init__(self, step: int, signal: Signals, saved: bool) -> None:
+        """`step`: steps taken; `saved`: whether their checkpoint is there."""
+        state = "its checkpoint is saved" if saved else "ITS CHECKPOINT COULD NOT BE SAVED"
+        super().__init__(f"train: stopped by {signal.name} after {step} steps; {state}")
+        self.step = step
+        self.signal = signal
+        self.saved = saved
+
+
 def require_number(config: object, *names: str, positive: bool = False) -> None:
     """Raise ConfigError for the first of `config`'s `names` that is not finite and from 0 on.
 
@@ -49,13 +77,3 @@ def require_at_least_one(config: object, *names: str) -> None:
     for name in names:
         if (value := getattr(config, name)) < 1:
             raise ConfigError(f"{name}: must be at least 1 but is {value}")
-
-
-class DivergedError(ManifoldError, ArithmeticError):
-    """A loss or gradient norm that is not finite; training stopped there."""
-
-    def __init__(self, step: int, what: str) -> None:
-        """`step`: the first step whose `what` ("loss" or "gradient norm") was not finite."""
-        super().__init__(f"train: {what} is not finite at step {step}; lower optimizer.lr")
-        self.step = step
-        self.what = what

@@ -1,8 +1,37 @@
 """Files that are whole or not there."""
 
+import logging
 import os
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
+
+logger = logging.getLogger("manifold_hc")
+
+PATIENCE = 600.0
+"""Seconds that the end of a run waits for room on the disk."""
+
+WAIT = 10.0
+"""Seconds between two attempts."""
+
+
+def insist(write: Callable[[], None], what: str) -> None:
+    """Call `write` until the disk takes it, loudly; after `PATIENCE` its OSError is raised."""
+    for left in range(int(PATIENCE / WAIT), -1, -1):
+        try:
+            write()
+            return
+        except OSError as error:
+            if not left:
+                raise
+            logger.error(
+                "%s CANNOT BE WRITTEN: %s; trying again for %.0f s",
+                what.upper(),
+                error.strerror,
+                left * WAIT,
+            )
+            time.sleep(WAIT)
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from manifold_hc.connection import ConnectionConfig
+from manifold_hc.data import Corpus, DataConfig
 from manifold_hc.models import AttentionConfig, DecoderConfig
 from manifold_hc.training import (
     OptimizerConfig,
     RunConfig,
     RunFolder,
-    TextConfig,
     TrainingConfig,
     train,
 )
@@ -32,7 +32,7 @@ def config(kind: str) -> RunConfig:
             attention=AttentionConfig(heads=2, head_size=16, rotary_size=8, latent_size=16),
         ),
         connection=ConnectionConfig(kind=kind),
-        data=TextConfig(sequence=32),
+        data=DataConfig(sequence=32),
         optimizer=OptimizerConfig(warmup=5),
         training=TrainingConfig(steps=20, batch=4, validate_every=10, validation_batches=2),
     )
@@ -41,10 +41,9 @@ def config(kind: str) -> RunConfig:
 def losses(kind: str, folder: Path) -> list[float]:
     from tests.conftest import generated_text
 
-    tokens = np.frombuffer(generated_text(40_000).encode(), dtype=np.uint8)
-    folder.mkdir(parents=True)
+    corpus = Corpus.of(np.frombuffer(generated_text(40_000).encode(), dtype=np.uint8))
     run = RunFolder(folder)
-    train(config(kind), tokens, run)
+    train(config(kind), corpus, run)
     return [record["loss"] for record in run.metrics() if record["event"] == "step"]
 
 

@@ -1,7 +1,7 @@
 """The claim of the demo, on its own configuration but fewer steps."""
 
 from manifold_hc.connection import ConnectionConfig
-from manifold_hc.data import load
+from manifold_hc.data import DataConfig, load
 from manifold_hc.diagnostics import GainMonitor
 from manifold_hc.training import OptimizerConfig, RunConfig, RunFolder, TrainingConfig, train
 
@@ -16,7 +16,7 @@ def test_hc_amplifies_and_mhc_does_not(tmp_path):
             optimizer=OptimizerConfig(schedule="constant"),
             training=TrainingConfig(steps=60, validation_batches=1),
         )
-        train(config, load(""), folder, [GainMonitor])
+        train(config, load(DataConfig()), folder, [GainMonitor])
         gains = [record for record in folder.metrics() if record["event"] == "gain"]
         largest[kind] = tuple(
             max(record[key] for record in gains) for key in ("gain_forward", "gain_backward")

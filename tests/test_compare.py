@@ -8,20 +8,22 @@ import pytest
 from rich.console import Console
 
 from manifold_hc.compare import Variant, compare, comparison_record, run_folder
+from manifold_hc.data import Corpus
 from manifold_hc.errors import RunFolderError
 from manifold_hc.report import as_csv, as_json, as_table, figures, load_runs, summarise, write_page
 from manifold_hc.training import OptimizerConfig
 from tests import golden
 from tests.conftest import generated_text
 
-TOKENS = np.frombuffer(generated_text(40_000).encode(), dtype=np.uint8)
+IDS = np.frombuffer(generated_text(40_000).encode(), dtype=np.uint8)
+TEXT = Corpus.of(IDS)
 CONFIG = golden.config("mhc")
 VARIANTS = [Variant(kind, golden.config(kind).connection) for kind in golden.KINDS]
 
 
-def run(folder: Path, config=CONFIG, variants=VARIANTS, seeds=1, tokens=TOKENS):
+def run(folder: Path, config=CONFIG, variants=VARIANTS, seeds=1, corpus=TEXT):
     quiet = Console(quiet=True)
-    compare(config, variants, seeds, tokens, folder, "mhc compare 'a b'", quiet)
+    compare(config, variants, seeds, corpus, folder, "mhc compare 'a b'", quiet)
     return load_runs(folder)
 
 
@@ -50,9 +52,7 @@ def test_variants_and_seeds_share_data_order_and_budget(finished):
 
 def test_complete_runs_are_kept_and_missing_ones_made(tmp_path):
     run(tmp_path)
-    before = {
-        f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.json*") if f.name != "comparison.json"
-    }
+    before = {f: f.stat().st_mtime_ns for f in tmp_path.glob("*/seed-0/*.json*")}
     run_folder(tmp_path, "hc", 0).summary_file.unlink()
     losses = run_folder(tmp_path, "hc", 0).metrics()
     run(tmp_path)
@@ -69,7 +69,7 @@ def test_other_settings_or_data_touch_nothing(tmp_path):
     with pytest.raises(RunFolderError, match=r"another configuration \(optimizer\.lr, .*warmup\)"):
         run(tmp_path, config=other)
     with pytest.raises(RunFolderError, match="other data"):
-        run(tmp_path, tokens=TOKENS[1:])
+        run(tmp_path, corpus=Corpus.of(IDS[1:]))
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("mine")
@@ -185,14 +185,14 @@ def test_what_a_crash_leaves_behind_does_not_lock_anybody_out(tmp_path):
 
 def test_the_same_text_elsewhere_is_the_same_run(tmp_path):
     run(tmp_path, variants=VARIANTS[:1])
-    moved = replace(CONFIG, data=replace(CONFIG.data, path="elsewhere.txt"))
+    moved = replace(CONFIG, data=replace(CONFIG.data, paths=("elsewhere.txt",)))
     assert len(run(tmp_path, config=moved, variants=VARIANTS[:1])) == 1
 
 
 def test_a_comparison_can_grow(tmp_path):
     quiet = Console(quiet=True)
     for number, variant in enumerate(VARIANTS[:2]):
-        compare(CONFIG, [variant], 1, TOKENS, tmp_path, f"command {number}", quiet)
+        compare(CONFIG, [variant], 1, TEXT, tmp_path, f"command {number}", quiet)
     (tmp_path / "residual" / "seed-0" / "summary.json").touch()
     (tmp_path / "hc" / "other").mkdir()
     assert [r.variant for r in load_runs(tmp_path)] == ["residual", "hc"]

@@ -12,8 +12,16 @@ from manifold_hc.cli.compare import compare
 from manifold_hc.cli.info import info
 from manifold_hc.cli.report import report
 from manifold_hc.cli.terminal import log_to_stderr
+from manifold_hc.cli.tokenize import tokenize
 from manifold_hc.cli.train import train
-from manifold_hc.errors import ConfigError, DataError, ManifoldError, RunFolderError
+from manifold_hc.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ManifoldError,
+    RunFolderError,
+    StoppedError,
+)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -27,7 +35,7 @@ def commands() -> None:
     """
 
 
-for command in (train, compare, report, info):
+for command in (train, compare, tokenize, report, info):
     commands.add_command(command)
 
 
@@ -40,10 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail("stopped", 130)
     except click.ClickException as error:
         _fail(error.format_message(), 2)
-    except (ConfigError, DataError, RunFolderError) as error:
+    except (ConfigError, DataError, RunFolderError, CheckpointError) as error:
         _fail(str(error), 2)
+    except StoppedError as error:
+        _fail(_with_notes(error), 128 + error.signal)
     except ManifoldError as error:
-        _fail(str(error), 1)
+        _fail(_with_notes(error), 1)
     except RuntimeError as error:
         if "allocate memory" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
             raise
@@ -53,6 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+
+
+def _with_notes(error: ManifoldError) -> str:
+    return "; ".join([str(error), *getattr(error, "__notes__", [])])
 
 
 def _fail(message: str, status: int) -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 import click
 
 from manifold_hc.cli.keys import override
-from manifold_hc.cli.options import RunCommand, json_option, run_options
+from manifold_hc.cli.options import RunCommand, Wanted, json_option, run_options
 from manifold_hc.cli.report import check_outputs, publish
 from manifold_hc.cli.terminal import console
 from manifold_hc.compare import Variant
 from manifold_hc.connection import ConnectionConfig
-from manifold_hc.errors import ConfigError
-from manifold_hc.training import RunConfig, check
+from manifold_hc.errors import ConfigError, StoppedError
+from manifold_hc.training import check
 
 WITHOUT_EFFECT = {
     "residual": {field.name for field in fields(ConnectionConfig)} - {"kind"},
@@ -52,7 +52,7 @@ WITHOUT_EFFECT = {
 )
 @json_option
 def compare(
-    config: RunConfig, out: Path, variants: tuple[str, ...], seeds: int, json_file: Path | None
+    wanted: Wanted, out: Path, variants: tuple[str, ...], seeds: int, json_file: Path | None
 ) -> None:
     """Train variants on the same data in the same order, and show what stays stable.
 
@@ -63,19 +63,24 @@ def compare(
     Interrupted, the same command goes on with the runs that are missing.
     """
     from manifold_hc import compare as comparison
-    from manifold_hc.data import load as load_text
+    from manifold_hc.data import load
     from manifold_hc.training.folder import locked, refuse_if_in_use
 
+    config = wanted.config()
     chosen = [parse_variant(text, config.connection) for text in dict.fromkeys(variants)]
-    tokens = load_text(config.data.path)
-    check(config, tokens)
+    corpus = load(config.data)
+    check(config, corpus)
     refuse_if_in_use(out)
     comparison.check_folder(out)
     command = shlex.join(["mhc", *sys.argv[1:]]).encode(errors="backslashreplace").decode()
     page = out / "report.html"
     check_outputs(page, json_file)
     with locked(out):
-        comparison.compare(config, chosen, seeds, tokens, out, command, console(stderr=True))
+        try:
+            comparison.compare(config, chosen, seeds, corpus, out, command, console(stderr=True))
+        except StoppedError as error:
+            error.add_note("the same command goes on from there")
+            raise
         publish(out, page, json_file)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -14,17 +14,24 @@ from manifold_hc.errors import ConfigError
 Config = TypeVar("Config")
 
 
-def override(config: Config, pairs: Sequence[str]) -> Config:
+def override(
+    config: Config, pairs: Sequence[str], values: Mapping[str, object] | None = None
+) -> Config:
     """A copy of the dataclass tree `config` with `a.b=value` for every pair; later ones win.
+
+    `values` has keys with values that need no reading; pairs win over them.
 
     Raises ConfigError, in one line, for an unknown key, a value of another type, and a value that
     the configuration itself refuses.
     """
     tree: dict[str, Any] = {}
+    given: list[tuple[str, object]] = list((values or {}).items())
     for pair in pairs:
-        key, equals, value = pair.partition("=")
+        key, equals, text = pair.partition("=")
         if not equals:
             raise ConfigError(f"{pair!r} is not an option or key=value; see --help for the keys")
+        given.append((key, text))
+    for key, value in given:
         *sections, name = key.split(".")
         place = tree
         for section in sections:

@@ -1,6 +1,7 @@
 """What commands have in common: where a RunConfig comes from, where figures go."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import click
 
 from manifold_hc.cli.keys import describe, override, override_from
 from manifold_hc.errors import DataError
-from manifold_hc.training import RunConfig
+from manifold_hc.training import PRESETS, RunConfig, preset
 
 json_option = click.option(
     "--json",
@@ -30,28 +31,56 @@ class RunCommand(click.Command):
             formatter.write_dl(rows)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What the command line says of a configuration."""
+
+    preset: str | None
+    config_file: Path | None
+    data: tuple[str, ...]
+    overrides: tuple[str, ...]
+
+    def config(self, base: RunConfig | None = None) -> RunConfig:
+        """Preset, file, --data and KEY=VALUE, one over the other, on top of `base`."""
+        config = base or (preset(self.preset) if self.preset else RunConfig())
+        if self.config_file:
+            config = override_from(config, self.config_file)
+        if "" in self.data:
+            raise DataError("data: --data is empty; give a text, or leave the option out")
+        return override(config, self.overrides, {"data.paths": self.data} if self.data else {})
+
+
 def run_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Add --data, --config and KEY=VALUE, and hand the command its `config`."""
+    """Add --preset, --config, --data and KEY=VALUE, and hand the command what is `wanted`."""
 
     @click.option(
-        "--data", metavar="FILE", help="UTF-8 text to train on; short for data.path=FILE."
+        "--preset",
+        metavar="NAME",
+        help=f"Start from one of {', '.join(PRESETS)}.  [default: tiny]",
     )
     @click.option(
         "--config",
         "config_file",
         type=click.Path(exists=True, dir_okay=False, path_type=Path),
         metavar="FILE",
-        help="Start from a run's config.json instead of the defaults.",
+        help="Start from a run's config.json; it wins over --preset.",
+    )
+    @click.option(
+        "--data",
+        multiple=True,
+        metavar="PATH",
+        help="Text, .jsonl, .parquet, a folder of them, or shards; short for data.paths. "
+        "Give it once for every source.",
     )
     @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
     @wraps(function)
     def command(
-        data: str | None, config_file: Path | None, overrides: tuple[str, ...], **rest: Any
+        preset: str | None,
+        config_file: Path | None,
+        data: tuple[str, ...],
+        overrides: tuple[str, ...],
+        **rest: Any,
     ) -> None:
-        config = override_from(RunConfig(), config_file) if config_file else RunConfig()
-        if data == "":
-            raise DataError("data: --data is empty; give a text file, or leave the option out")
-        pairs = [*overrides, *([f"data.path={data}"] if data else [])]
-        function(config=override(config, pairs), **rest)
+        function(wanted=Wanted(preset, config_file, data, overrides), **rest)
 
     return command

@@ -1,14 +1,20 @@
 """`mhc train`."""
 
+import logging
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
 import click
 
-from manifold_hc.cli.options import RunCommand, run_options
+from manifold_hc.cli.dry_run import show_plan
+from manifold_hc.cli.options import RunCommand, Wanted, run_options
 from manifold_hc.cli.terminal import WIDE, console
-from manifold_hc.errors import DivergedError, ManifoldError, RunFolderError
-from manifold_hc.training import RunConfig
+from manifold_hc.errors import ConfigError, DivergedError, RunFolderError, StoppedError
+from manifold_hc.training import Checkpoints, RunConfig, RunFolder
+from manifold_hc.training.config import fixed_differences
+
+logger = logging.getLogger("manifold_hc")
 
 
 @click.command(cls=RunCommand)
@@ -19,32 +25,97 @@ from manifold_hc.training import RunConfig
     metavar="DIR",
     help="Run folder; must be new or empty.  [default: runs/KIND-TIME]",
 )
-def train(config: RunConfig, out: Path | None) -> None:
-    """Train one language model on a text file, its bytes as tokens.
+@click.option(
+    "--resume",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Go on with the run in this folder, with its configuration, from its last checkpoint.",
+)
+@click.option("--step", type=int, metavar="N", help="With --resume: the checkpoint to go on from.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print parameters, tokens and learning rates; read no data, allocate no weights.",
+)
+def train(
+    wanted: Wanted, out: Path | None, resume: Path | None, step: int | None, dry_run: bool
+) -> None:
+    """Train one language model.
 
     \b
     mhc train --data book.txt --out runs/book connection.kind=mhc training.steps=400
+    mhc train --resume runs/book
+    mhc train --preset 27b --dry-run
     """
-    from manifold_hc import training
-    from manifold_hc.data import load as load_text
-    from manifold_hc.diagnostics import GainMonitor
-    from manifold_hc.report import as_table, load_runs, summarise
-    from manifold_hc.training.folder import RunFolder, is_empty, locked, refuse_if_in_use
-
-    tokens = load_text(config.data.path)
-    training.check(config, tokens)
+    if step is not None and resume is None:
+        raise ConfigError("--step: belongs to --resume; give the run folder with it")
+    if resume is not None:
+        _resume(wanted, resume, out, step)
+        return
+    config = wanted.config()
+    if dry_run:
+        show_plan(config)
+        return
     kind = config.connection.kind
     path = out or Path("runs") / f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"
+    _run(config, RunFolder(path))
+
+
+def _resume(wanted: Wanted, path: Path, out: Path | None, step: int | None) -> None:
+    """Go on where the run in `path` stands, its keys changed only where that is the same run."""
+    if out or wanted.preset or wanted.config_file:
+        raise ConfigError(
+            "--resume: goes on in the run's own folder with its own configuration; "
+            "leave out --out, --preset and --config"
+        )
     folder = RunFolder(path)
+    before = folder.config()
+    config = wanted.config(before)
+    if changed := fixed_differences(before, config):
+        raise ConfigError(f"--resume: {', '.join(changed)} cannot change in a run; start another")
+    if folder.is_complete() and config.training.steps <= before.training.steps:
+        raise RunFolderError(
+            f"run folder: {path} holds a complete run of {before.training.steps} steps; "
+            "give more training.steps to go on"
+        )
+    _run(config, folder, lambda checkpoints: checkpoints.find(step))
+
+
+def _run(
+    config: RunConfig,
+    folder: RunFolder,
+    find: Callable[[Checkpoints], Path | None] | None = None,
+) -> None:
+    """Train in `folder`, which must be empty, or go on from the checkpoint that `find` gives."""
+    from manifold_hc import training
+    from manifold_hc.data import load
+    from manifold_hc.diagnostics import GainMonitor
+    from manifold_hc.report import as_table, load_runs, summarise
+    from manifold_hc.training.folder import is_empty, locked, refuse_if_in_use
+
+    path = folder.path
+    corpus = load(config.data)
+    training.check(config, corpus)
     refuse_if_in_use(path)
-    if not is_empty(path):
-        raise RunFolderError(f"run folder: {path} is not empty; choose another with --out")
+    if find is None and not is_empty(path):
+        raise RunFolderError(
+            f"run folder: {path} is not empty; choose another with --out, or go on with "
+            f"--resume {path}"
+        )
     with locked(path):
+        at = None
+        if find is not None:
+            at = find(Checkpoints(folder.checkpoints, config.checkpoint, corpus.digest))
+            logger.info("going on from %s", at or "the first step: there is no checkpoint yet")
+        kind = config.connection.kind
         try:
-            training.train(config, tokens, folder, [GainMonitor], console(stderr=True), kind)
+            training.train(config, corpus, folder, [GainMonitor], console(stderr=True), kind, at)
         except DivergedError as error:
-            raise ManifoldError(f"{error}; its metrics are in {path}") from None
-        terminal = console()
+            error.add_note(f"try a lower rate: mhc train --resume {path} optimizer.lr=...")
+            raise
+        except StoppedError as error:
+            error.add_note(f"go on with: mhc train --resume {path}")
+            raise
         rows = summarise(load_runs(path))
-        terminal.print(as_table(rows, upright=terminal.width < WIDE))
+        console().print(as_table(rows, upright=console().width < WIDE))
     click.echo(f"run folder: {path}")

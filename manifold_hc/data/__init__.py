@@ -1,6 +1,8 @@
-"""Text to batches of tokens."""
+"""From text to batches of tokens."""
 
-from manifold_hc.data.batches import Batches, Split
-from manifold_hc.data.corpus import documentation, load
+from manifold_hc.data.batches import Batch, Batches
+from manifold_hc.data.config import DataConfig
+from manifold_hc.data.corpus import load
+from manifold_hc.data.tokens import Corpus
 
-__all__ = ["Batches", "Split", "documentation", "load"]
+__all__ = ["Batch", "Batches", "Corpus", "DataConfig", "load"]

@@ -1,65 +1,91 @@
-"""Batches of sequences, the same for everybody who asks for the same step."""
+"""Batches of sequences, the same for everybody who asks for the same number."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from manifold_hc.errors import DataError
+from manifold_hc.data.order import EpochOrder, WeightedOrder
+from manifold_hc.data.tokens import Corpus
+
+NO_TARGET = -100
+"""A target that counts for nothing: torch's own sign for it."""
 
 
-@dataclass(frozen=True)
-class Split:
-    """Training and validation tokens [N] of one text, cut at one place."""
+class Batch(NamedTuple):
+    """Sequences [B, T] int64."""
 
-    training: np.ndarray
-    validation: np.ndarray
+    inputs: Int[Tensor, "B T"]
+    targets: Int[Tensor, "B T"]
+    """The next tokens; NO_TARGET behind the end of a source."""
+    documents: Int[Tensor, "B T"] | None
+    """A number for each token's document; None where no sequence holds two."""
 
-    @classmethod
-    def of(cls, tokens: np.ndarray, sequence: int, fraction: float) -> "Split":
-        """The last `fraction` of the text, and at least one sequence, is for validation.
+    def to(self, device: torch.device) -> "Batch":
+        """On another device."""
+        documents = None if self.documents is None else self.documents.to(device)
+        return Batch(self.inputs.to(device), self.targets.to(device), documents)
 
-        Raises DataError when either part is shorter than one sequence and its next token.
-        """
-        held_out = max(round(len(tokens) * fraction), sequence + 1)
-        if len(tokens) - held_out < sequence + 1:
-            raise DataError(
-                f"data: the text must have at least {2 * (sequence + 1)} tokens, one sequence of "
-                f"{sequence} and its next token for training and one for validation, but has "
-                f"{len(tokens)}; give more text or a smaller data.sequence"
-            )
-        return cls(tokens[:-held_out], tokens[-held_out:])
+    def pieces(self, count: int) -> list["Batch"]:
+        """`count` batches of equal size, one after the other."""
+        if count == 1:
+            return [self]
+        documents = [None] * count if self.documents is None else self.documents.chunk(count)
+        parts = zip(self.inputs.chunk(count), self.targets.chunk(count), documents, strict=True)
+        return [Batch(*part) for part in parts]
 
 
 class Batches:
-    """Consecutive sequences of a text, each seen once an epoch in an order drawn from `seed`.
+    """Sequences of a corpus by number; nothing but the number and the seed decides on them.
 
-    A batch depends on `seed` and its number alone: runs can be compared, and resumed anywhere.
+    So a run can be compared with another, and resumed at any sequence.
     """
 
-    def __init__(self, tokens: np.ndarray, sequence: int, batch: int, seed: int) -> None:
-        """tokens: [N]; sequence: T; batch: B. A tail shorter than a sequence is left out."""
-        self.tokens = tokens
+    def __init__(
+        self,
+        corpus: Corpus,
+        sequence: int,
+        batch: int,
+        seed: int,
+        *,
+        mask_documents: bool = True,
+    ) -> None:
+        """sequence: T; batch: B; mask_documents: whether batches tell documents apart."""
+        self.sources = corpus.sources
         self.sequence = sequence
         self.batch = batch
-        self.seed = seed
-        self.count = (len(tokens) - 1) // sequence
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+        self.mask_documents = mask_documents
+        lengths = [len(source) for source in corpus.sources]
+        self._order = (
+            WeightedOrder(lengths, sequence, seed, corpus.weights)
+            if corpus.weights
+            else EpochOrder(lengths, sequence, (seed,))
+        )
+        self.count = self._order.whole
 
-    def __getitem__(self, number: int) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-        """Inputs and next tokens of batch `number`, counted from 0 over all epochs; int64."""
-        starts = [
-            self._permutation(index // self.count)[index % self.count] * self.sequence
-            for index in range(number * self.batch, (number + 1) * self.batch)
-        ]
-        rows = np.stack([self.tokens[start : start + self.sequence + 1] for start in starts])
-        tokens = torch.from_numpy(rows.astype(np.int64))
-        return tokens[:, :-1], tokens[:, 1:]
+    def __getitem__(self, number: int) -> Batch:
+        """Batch `number`, counted from 0 over all epochs."""
+        return self.take(number * self.batch, self.batch)
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if self._order[0] != epoch:
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.count)
-            self._order = (epoch, order)
-        return self._order[1]
+    def take(self, first: int, count: int) -> Batch:
+        """`count` sequences from sequence `first` on, counted from 0 over all epochs."""
+        inputs = np.zeros((count, self.sequence), dtype=np.int64)
+        targets = np.full((count, self.sequence), NO_TARGET, dtype=np.int64)
+        documents = np.zeros((count, self.sequence), dtype=np.int64)
+        for row in range(count):
+            number, start = self._order[first + row]
+            source = self.sources[number]
+            length = min(self.sequence, len(source) - 1 - start)
+            ids = source.read(start, start + length + 1)
+            inputs[row, :length], targets[row, :length] = ids[:-1], ids[1:]
+            if self.mask_documents:
+                documents[row, :length] = source.documents(start, start + length)
+                documents[row, length:] = documents[row, length - 1]
+        several = (documents != documents[:, :1]).any()
+        return Batch(
+            torch.from_numpy(inputs),
+            torch.from_numpy(targets),
+            torch.from_numpy(documents) if several else None,
+        )

@@ -1,7 +1,6 @@
-"""Where training text comes from: a file, or the documentation that every Python carries."""
+"""A text that every machine has: the documentation that Python carries."""
 
 import ast
-import hashlib
 import logging
 import sys
 import sysconfig
@@ -9,10 +8,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import platformdirs
 
-from manifold_hc.errors import DataError
 from manifold_hc.files import write_atomically
 
 logger = logging.getLogger("manifold_hc")
@@ -26,21 +23,12 @@ SMALLEST = 100_000
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 
 
-def load(path: str) -> np.ndarray:
-    """The bytes of a UTF-8 text file as tokens [N] uint8; `path` "" is Python's documentation.
-
-    Raises DataError for a file that is missing, a folder, unreadable, empty or binary.
-    """
-    content = documentation() if not path else _read(Path(path).expanduser())
-    return np.frombuffer(content, dtype=np.uint8)
-
-
 def cache_folder() -> Path:
     """The user's cache folder of this package."""
     return Path(platformdirs.user_cache_dir("manifold-hc", appauthor=False))
 
 
-def documentation() -> bytes:
+def documentation() -> str:
     """Python's language reference and the standard library's long docstrings, about 1.6 MB.
 
     Read from the installed sources without importing them; collected once a Python version and
@@ -50,44 +38,16 @@ def documentation() -> bytes:
     cached = cache_folder() / f"python-{version}-documentation.txt"
     try:
         if len(content := cached.read_bytes()) >= SMALLEST:
-            return content
-    except OSError:
+            return content.decode()
+    except (OSError, UnicodeDecodeError):
         pass
     logger.info("collecting Python's documentation into %s", cached)
-    content = "\n\n".join(_topics() + _docstrings()).encode()
+    text = "\n\n".join(_topics() + _docstrings())
     try:
-        write_atomically(cached, content)
+        write_atomically(cached, text)
     except OSError as error:
         logger.warning("the documentation is not cached: %s", error)
-    return content
-
-
-def fingerprint(tokens: np.ndarray) -> str:
-    """SHA-256 of the tokens: which data a run was trained on."""
-    return hashlib.sha256(tokens.tobytes()).hexdigest()
-
-
-def _read(path: Path) -> bytes:
-    if str(path).encode(errors="replace") != str(path).encode(errors="backslashreplace"):
-        raise DataError(f"data: the path {path} is not valid UTF-8; rename the file")
-    if not path.exists():
-        raise DataError(f"data: {path} does not exist; give a text file with --data")
-    if path.is_dir():
-        raise DataError(f"data: {path} is a folder; give one text file with --data")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"data: {path} cannot be read: {error.strerror}") from error
-    if not content.strip():
-        raise DataError(f"data: {path} is empty; give a text file with --data")
-    try:
-        content.decode("utf-8")
-        binary = b"\0" in content
-    except UnicodeDecodeError:
-        binary = True
-    if binary:
-        raise DataError(f"data: {path} is not UTF-8 text but binary; give a text file with --data")
-    return content
+    return text
 
 
 def _topics() -> list[str]:

@@ -1,16 +1,27 @@
 """One trainer for every kind of connection."""
 
-from manifold_hc.training.config import OptimizerConfig, RunConfig, TextConfig, TrainingConfig
+from manifold_hc.training.checkpoint import Checkpoints
+from manifold_hc.training.config import (
+    CheckpointConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainingConfig,
+)
 from manifold_hc.training.folder import RunFolder
-from manifold_hc.training.trainer import Observer, check, train
+from manifold_hc.training.journal import Observer
+from manifold_hc.training.presets import PRESETS, preset
+from manifold_hc.training.trainer import check, train
 
 __all__ = [
+    "PRESETS",
+    "CheckpointConfig",
+    "Checkpoints",
     "Observer",
     "OptimizerConfig",
     "RunConfig",
     "RunFolder",
-    "TextConfig",
     "TrainingConfig",
     "check",
+    "preset",
     "train",
 ]

@@ -1,31 +1,14 @@
 """The configuration of a run: one tree, every key usable as `key=value` on the command line."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
 
 from manifold_hc.connection import ConnectionConfig
+from manifold_hc.data import DataConfig
 from manifold_hc.errors import ConfigError, require_at_least_one, require_number
 from manifold_hc.models import DecoderConfig
 
 LARGEST_SEED = 2**32 - 1
-
-
-@dataclass(frozen=True)
-class TextConfig:
-    """The training text; its bytes are the tokens."""
-
-    path: str = ""
-    """UTF-8 text file; Python's own documentation when left out."""
-    sequence: int = 128
-    """Tokens in a sequence."""
-    validation: float = 0.05
-    """Share of the text, at its end, that is held out."""
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for values that cannot be used."""
-        require_at_least_one(self, "sequence")
-        if not 0 < self.validation < 1:
-            raise ConfigError(f"validation: must be between 0 and 1 but is {self.validation}")
 
 
 @dataclass(frozen=True)
@@ -66,7 +49,11 @@ class TrainingConfig:
     steps: int = 300
     """Optimizer steps."""
     batch: int = 8
-    """Sequences in a batch."""
+    """Sequences in a step."""
+    accumulate: int = 1
+    """Pieces in which a step's batch goes through the model, to save memory."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What matrix products and streams are computed in; weights stay in float32."""
     seed: int = 0
     """Seed of the initial weights and of the order of the data."""
     validate_every: int = 100
@@ -77,16 +64,41 @@ class TrainingConfig:
     """Steps between two looks at the stability figures."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
+    tensorboard: bool = False
+    """Whether the figures also go to the run folder's `tensorboard`."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that cannot be used."""
         require_at_least_one(
-            self, "steps", "batch", "validate_every", "validation_batches", "probe_every"
+            self, "steps", "batch", "accumulate", "validate_every", "validation_batches"
         )
+        require_at_least_one(self, "probe_every")
+        if self.batch % self.accumulate:
+            raise ConfigError(
+                f"accumulate: must divide batch={self.batch} but is {self.accumulate}"
+            )
+        if self.precision not in ("float32", "bfloat16"):
+            raise ConfigError(f"precision: must be float32 or bfloat16 but is {self.precision!r}")
         if not 0 <= self.seed <= LARGEST_SEED:
             raise ConfigError(f"seed: must be from 0 to {LARGEST_SEED} but is {self.seed}")
         if self.device not in ("auto", "cpu", "cuda", "mps"):
             raise ConfigError(f"device: must be auto, cpu, cuda or mps but is {self.device!r}")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """How much of a run a crash can take."""
+
+    every: int = 500
+    """Steps between two checkpoints; there is always one at the end."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+    best: bool = True
+    """Whether the one with the lowest validation loss is made and kept too."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for values that cannot be used."""
+        require_at_least_one(self, "every", "keep")
 
 
 @dataclass(frozen=True)
@@ -97,16 +109,40 @@ class RunConfig:
     """Sizes of the decoder."""
     connection: ConnectionConfig = field(default_factory=ConnectionConfig)
     """What joins its sublayers."""
-    data: TextConfig = field(default_factory=TextConfig)
+    data: DataConfig = field(default_factory=DataConfig)
     """The training text."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and its learning rate."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The budget of the run."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """How much of it a crash can take."""
 
-    def __post_init__(self) -> None:
-        """Raise ConfigError for parts that do not fit one another."""
-        if self.model.vocabulary < 256:
-            raise ConfigError(
-                f"model.vocabulary: bytes need at least 256 but it is {self.model.vocabulary}"
-            )
+
+FIXED = ("model", "connection", "data", "training.seed")
+"""What a run keeps when it goes on: sections and keys that decide on its weights and its data."""
+
+FREE = ("connection.backend", "data.paths")
+"""Keys in these sections that it need not keep: results or the data's digest say the same."""
+
+
+def differences(one: Any, other: Any, prefix: str = "") -> list[str]:
+    """Keys in which two configurations, or sections of them, differ."""
+    found = []
+    for member in fields(one):
+        key = f"{prefix}{member.name}"
+        a, b = getattr(one, member.name), getattr(other, member.name)
+        if is_dataclass(a):
+            found += differences(a, b, f"{key}.")
+        elif a != b:
+            found.append(key)
+    return found
+
+
+def fixed_differences(one: RunConfig, other: RunConfig) -> list[str]:
+    """Keys in which two configurations differ though a run must keep them when it goes on."""
+    return [
+        key
+        for key in differences(one, other)
+        if key not in FREE and any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED)
+    ]

@@ -2,13 +2,17 @@
 
 config.json        the configuration
 metrics.jsonl      one record a line: {"event": "step" | "validation" | ..., "step": ...}
+checkpoints/       what the run goes on from, a folder a step
 model.safetensors  the final weights
 summary.json       the run's figures; its presence means that the run is complete
 """
 
+import logging
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import filelock
@@ -20,7 +24,9 @@ from manifold_hc.errors import RunFolderError
 from manifold_hc.files import write_atomically
 from manifold_hc.training.config import RunConfig
 
-RECORDS = {"step": ("loss", "gradient_norm"), "validation": ("loss",)}
+logger = logging.getLogger("manifold_hc")
+
+RECORDS = {"step": ("loss", "gradient_norm", "seconds"), "validation": ("loss",)}
 """What the trainer's own records always hold; observers' records are their own."""
 
 SUMMARY = {
@@ -83,6 +89,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         """Nothing is created or read."""
         self.path = path
+        self.checkpoints = path / "checkpoints"
+        self._held = b""
         self.config_file = path / "config.json"
         self.metrics_file = path / "metrics.jsonl"
         self.model_file = path / "model.safetensors"
@@ -105,29 +113,54 @@ class RunFolder:
             )
         return config
 
-    def begin(self, config: RunConfig) -> None:
-        """Start afresh: the metrics of an unfinished run before it are dropped.
+    def begin(self, config: RunConfig, step: int = 0) -> None:
+        """Start a run at `step`: metrics from there on, of a run cut short, are dropped.
 
-        Raises RunFolderError for a complete run.
+        Raises RunFolderError for a complete run, unless `config` asks for more steps.
         """
-        if self.is_complete():
+        if self.is_complete() and not 0 < step < config.training.steps:
             raise RunFolderError(f"run folder: {self.path} holds a complete run; choose another")
-        self.metrics_file.unlink(missing_ok=True)
+        kept = [record for record in self.metrics() if record["step"] < step]
+        lines = b"".join(msgspec.json.encode(record) + b"\n" for record in kept)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.metrics_file, lines)
+        self.summary_file.unlink(missing_ok=True)
         write_atomically(self.config_file, msgspec.json.format(msgspec.json.encode(config)))
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add one line to the metrics, null for a number that is not finite."""
-        with self.metrics_file.open("ab") as file:
-            file.write(msgspec.json.encode(record) + b"\n")
+        """Add one line to the metrics, null for a number that is not finite.
+
+        Lines that a full disk does not take are held, and written with the next.
+        """
+        held = bool(self._held)
+        self._held += msgspec.json.encode(record) + b"\n"
+        try:
+            self.flush()
+        except OSError as error:
+            if not held:
+                logger.error("METRICS CANNOT BE WRITTEN, held in memory: %s", error.strerror)
+
+    def flush(self) -> None:
+        """Write what `append` holds; OSError, and a file as before, where that cannot be."""
+        if not self._held:
+            return
+        before = self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
+        try:
+            with self.metrics_file.open("ab") as file:
+                file.write(self._held)
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self.metrics_file, before)
+            raise
+        self._held = b""
 
     def metrics(self) -> list[dict[str, Any]]:
         """All records so far; a last line cut short by a crash is left out.
 
         Raises RunFolderError for a line that is no record.
         """
-        if not self.metrics_file.exists():
-            return []
-        lines = self.metrics_file.read_bytes().split(b"\n")[:-1]
+        written = self.metrics_file.read_bytes() if self.metrics_file.exists() else b""
+        lines = [*written.split(b"\n")[:-1], *self._held.split(b"\n")[:-1]]
         try:
             records = [msgspec.json.decode(line, type=dict[str, Any]) for line in lines]
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -146,6 +179,18 @@ class RunFolder:
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary, which marks the run as complete."""
         write_atomically(self.summary_file, msgspec.json.format(msgspec.json.encode(summary)))
+
+    def figures(self) -> dict[str, Any]:
+        """The summary of a run that reached its end, from its metrics."""
+        records = self.metrics()
+        steps = [record for record in records if record["event"] == "step"]
+        losses = [record["loss"] for record in records if record["event"] == "validation"]
+        return {
+            "validation_loss": losses[-1],
+            "seconds_per_step": median(record["seconds"] for record in steps),
+            "largest_gradient_norm": max(record["gradient_norm"] for record in steps),
+            "steps": len(steps),
+        }
 
     def summary(self) -> dict[str, Any]:
         """The figures of a complete run; RunFolderError when they are not there."""

@@ -5,23 +5,51 @@ import math
 import torch
 from torch import nn
 
+from manifold_hc.connection import LearnedExit, Maps
+from manifold_hc.models.experts import Experts, Router
 from manifold_hc.training.config import OptimizerConfig
+
+GROUPS = {
+    "embedding": (nn.Embedding,),
+    "connections": (Maps, LearnedExit),
+    "router": (Router,),
+    "experts": (Experts,),
+    "norms": (nn.RMSNorm, nn.LayerNorm),
+}
+"""Parameter groups by the module that holds the parameter; all others are "layers"."""
 
 
 def build(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over two groups: matrices decay; norms, gates and static coefficients do not.
+    """AdamW over named groups: matrices decay; norms, gates and static coefficients do not.
 
     HC decays its dynamic part only (arXiv 2409.19606, section 3), DeepSeek-V4 keeps the static
     biases and gates of mHC apart from the matrices (arXiv 2606.19348); `phi` is a matrix.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {
+            "name": name,
+            "params": parameters,
+            "weight_decay": config.weight_decay if parameters[0].ndim >= 2 else 0.0,
+        }
+        for name, parameters in parameter_groups(model).items()
     ]
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=_can_fuse(parameters)
-    )
+    fused = all(p.device.type in ("cpu", "cuda", "mps") for p in model.parameters())
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
+
+
+def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The trained parameters by group; vectors and matrices apart, as "connections, vectors"."""
+    groups: dict[str, list[nn.Parameter]] = {}
+    seen: set[nn.Parameter] = set()
+    for module in model.modules():
+        name = next((n for n, kinds in GROUPS.items() if isinstance(module, kinds)), "layers")
+        for parameter in module.parameters(recurse=False):
+            if not parameter.requires_grad or parameter in seen:
+                continue
+            seen.add(parameter)
+            group = name if parameter.ndim >= 2 or name == "norms" else f"{name}, vectors"
+            groups.setdefault(group, []).append(parameter)
+    return groups
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
@@ -39,7 +67,3 @@ def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
     else:
         level = 1.0
     return config.lr * warm * level
-
-
-def _can_fuse(parameters: list[nn.Parameter]) -> bool:
-    return all(p.device.type in ("cpu", "cuda", "mps") for p in parameters)

@@ -17,12 +17,11 @@ WIDE = 120
 class ProgressView:
     """Shows the newest figures of a run; a context manager."""
 
-    def __init__(self, console: Console, title: str, steps: int) -> None:
-        """`title` names the run; `steps` is its length."""
+    def __init__(self, console: Console, title: str, steps: int, done: int = 0) -> None:
+        """`title` names the run; `steps` is its length, `done` of them lie behind."""
         self.console = console
         self.title = title
         self.steps = steps
-        self._figures: dict[str, str] = {}
         count = "{task.description}  {task.completed}/{task.total}"
         columns: tuple[ProgressColumn, ...] = (
             BarColumn(bar_width=16),
@@ -32,15 +31,14 @@ class ProgressView:
         if console.width < WIDE:
             columns = (TextColumn(count + "\n{task.fields[figures]}"),)
         self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._bar.add_task(title, total=steps, figures="")
+        self._task = self._bar.add_task(title, total=steps, completed=done, figures="")
 
     def update(self, step: int, figures: Mapping[str, float]) -> None:
-        """Show `figures` beside those of earlier calls; `step` counts from 0."""
-        self._figures |= {name: f"{name} {value:.4g}" for name, value in figures.items()}
-        text = "  ".join(self._figures.values())
+        """Show `figures`; `step` counts from 0."""
+        text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
         self._bar.update(self._task, completed=step + 1, figures=text)
         due = (step + 1) % LINE_EVERY == 0 or step + 1 == self.steps
-        if due and "loss" in figures and not self.console.is_terminal:
+        if due and not self.console.is_terminal:
             line = f"{self.title}  step {step + 1}/{self.steps}  {text}"
             self.console.print(line, soft_wrap=True, highlight=False)
 

@@ -1,144 +1,169 @@
 """The training loop, one process."""
 
-import math
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from manifold_hc.data import Batches, Split
-from manifold_hc.errors import ConfigError, DataError, DivergedError
-from manifold_hc.models import Decoder
-from manifold_hc.training import optimizer as optimizers
+from manifold_hc.data import Batches, Corpus
+from manifold_hc.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    StoppedError,
+)
+from manifold_hc.files import insist
+from manifold_hc.models import balance, mixtures
+from manifold_hc.training import checkpoint
+from manifold_hc.training.checkpoint import Checkpoints
 from manifold_hc.training.config import RunConfig
 from manifold_hc.training.folder import RunFolder
-from manifold_hc.training.progress import ProgressView
+from manifold_hc.training.journal import Journal, ObserverFactory, require_tensorboard
+from manifold_hc.training.state import TrainState
+from manifold_hc.training.step import loss_of, take_step
+from manifold_hc.training.stopping import StopRequest
 
 
-class Observer(Protocol):
-    """Looks at the model from outside, every `training.probe_every` steps and at the end."""
+class Ready(NamedTuple):
+    """What a run needs to start."""
 
-    name: str
-    """The event its records get in the metrics."""
-
-    @property
-    def shown(self) -> Mapping[str, str]:
-        """What the progress view shows: a label, and the key of a number in the record."""
-
-    def __call__(self, model: nn.Module) -> Mapping[str, Any]:
-        """A record for the metrics, JSON-compatible; must leave the model as it is."""
-
-
-ObserverFactory = Callable[[Tensor], Observer]
-"""Makes an observer from the fixed probe batch [B, T] of a run."""
+    training: Batches
+    validation: Batches
+    device: torch.device
 
 
 def train(
     config: RunConfig,
-    tokens: np.ndarray,
+    corpus: Corpus,
     folder: RunFolder,
     observers: Sequence[ObserverFactory] = (),
     console: Console | None = None,
     title: str = "train",
+    resume: Path | None = None,
 ) -> dict[str, Any]:
-    """Train one model on `tokens` [N] and leave metrics, weights and a summary in `folder`.
+    """Train one model on `corpus` and leave metrics, checkpoints, weights and a summary.
 
-    Returns the summary. Raises what `check` raises before anything is written, and DivergedError
-    at the first loss or gradient norm that is not finite.
+    resume: a checkpoint of the same run, as `Checkpoints.find` gives it, to go on from; losses are
+    then those of a run never interrupted, to the bit on the same device, threads and torch.
+
+    Returns the summary. Raises what `check` raises, and CheckpointError for a checkpoint of another
+    model or other data, before anything is written; DivergedError at the first loss or gradient
+    that is not finite and StoppedError after Ctrl-C or SIGTERM, both when the state is saved.
     """
-    split, device = check(config, tokens)
-    torch.manual_seed(config.training.seed)
-    model = Decoder(config.model, config.connection).to(device)
-    optimizer = optimizers.build(model, config.optimizer)
-    size = (config.data.sequence, config.training.batch, config.training.seed)
-    batches, held_out = Batches(split.training, *size), Batches(split.validation, *size)
-    watching = [make(held_out[0][0].to(device)) for make in observers]
-
-    folder.begin(config)
-    limit = config.optimizer.clip or math.inf
-    steps, seconds, largest_norm, validation = config.training.steps, [], 0.0, math.nan
-    with ProgressView(console or Console(stderr=True), title, steps) as view:
-        for step in range(steps):
+    ready = check(config, corpus)
+    state = TrainState(config, ready.device)
+    digest = corpus.digest
+    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, digest)
+    if resume is not None:
+        _go_on(state, resume, digest)
+    folder.begin(config, state.step)
+    checkpoints.clean()
+    checkpoints.abandon_after(state.step)
+    budget = config.training
+    probe = ready.validation[0].inputs.to(ready.device)
+    watching = [make(probe) for make in observers]
+    screen = console or Console(stderr=True)
+    with (
+        Journal(folder, budget, watching, screen, title, state.step) as journal,
+        _deterministic(ready.device),
+        StopRequest() as stop,
+    ):
+        while state.step < budget.steps:
             start = time.perf_counter()
-            rate = optimizers.learning_rate(step, steps, config.optimizer)
-            inputs, targets = (tensor.to(device) for tensor in batches[step])
+            step = state.step
+            batch = ready.training.take(state.sequences, budget.batch).to(ready.device)
+            try:
+                figures = take_step(state, batch, config)._asdict()
+            except DivergedError as error:
+                _save_last_finite(state, checkpoints, error)
+                raise
+            loads = balance(state.model)
+            seconds = time.perf_counter() - start
+            figures |= {"seconds": seconds, "tokens_per_second": batch.inputs.numel() / seconds}
+            journal.step(step, figures)
 
-            loss = next_token_loss(model, inputs, targets)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
-            record = _finite(step, loss=loss.item(), gradient_norm=norm.item())
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad()
+            last = state.step == budget.steps
+            validation = None
+            if last or state.step % budget.validate_every == 0:
+                validation = validate(state.model, ready.validation, config)
+                journal.validation(step, validation)
+            if last or step % budget.probe_every == 0:
+                if loads:
+                    journal.experts(step, load_figures(loads, state.model, batch.inputs.numel()))
+                journal.observe(step, state.model)
+            journal.show(step)
 
-            seconds.append(time.perf_counter() - start)
-            largest_norm = max(largest_norm, record["gradient_norm"])
-            speed = inputs.numel() / seconds[-1]
-            record |= {"lr": rate, "seconds": seconds[-1], "tokens_per_second": speed}
-            folder.append({"event": "step", "step": step, **record})
-            if (step + 1) % config.training.validate_every == 0 or step + 1 == steps:
-                validation = validate(model, held_out, config.training.validation_batches)
-                folder.append({"event": "validation", "step": step, "loss": validation})
-                view.update(step, {"validation": validation})
-            if step % config.training.probe_every == 0 or step + 1 == steps:
-                for observer in watching:
-                    figures = observer(model)
-                    folder.append({"event": observer.name, "step": step, **figures})
-                    shown = observer.shown.items()
-                    view.update(step, {label: figures[key] for label, key in shown})
-            seen = {"loss": record["loss"], "norm": record["gradient_norm"], "tokens/s": speed}
-            view.update(step, seen)
+            asked, best = stop.signal, state.improves(validation)
+            due = checkpoints.is_due(state.step, best=best)
+            saved = (due or last or asked) and checkpoints.save(state, validation)
+            if asked and not last:
+                raise StoppedError(state.step, asked, bool(saved))
 
-    folder.save_model(model.state_dict())
-    summary = {
-        "validation_loss": validation,
-        "seconds_per_step": float(np.median(seconds)),
-        "largest_gradient_norm": largest_norm,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": steps,
-    }
-    folder.finish(summary)
+    summary = folder.figures() | {"parameters": sum(p.numel() for p in state.model.parameters())}
+    insist(folder.flush, "the metrics")
+    insist(lambda: folder.save_model(state.model.state_dict()), "the weights")
+    insist(lambda: folder.finish(summary), "the summary")
     return summary
 
 
-def check(config: RunConfig, tokens: np.ndarray) -> tuple[Split, torch.device]:
+def check(config: RunConfig, corpus: Corpus) -> Ready:
     """What a run needs to start, without starting it.
 
-    Raises DataError for a text too short or tokens outside the vocabulary, ConfigError for a
-    device that torch does not find.
+    Raises DataError for a text too short or ids outside the vocabulary, ConfigError for a device
+    that torch does not find or a tracker that is not installed.
     """
-    split = Split.of(tokens, config.data.sequence, config.data.validation)
-    if (largest := int(tokens.max())) >= config.model.vocabulary:
+    if corpus.vocabulary > config.model.vocabulary:
         raise DataError(
-            f"data: tokens must be below model.vocabulary={config.model.vocabulary} "
-            f"but {largest} is not; give a larger vocabulary"
+            f"data: {corpus.tokenizer} has {corpus.vocabulary} ids but model.vocabulary is "
+            f"{config.model.vocabulary}; give model.vocabulary={corpus.vocabulary} or more"
         )
-    return split, find_device(config.training.device)
-
-
-def next_token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats a token, in float32; inputs and targets [B, T]."""
-    return cross_entropy(model(inputs).flatten(0, 1).float(), targets.flatten())
+    if config.training.tensorboard:
+        require_tensorboard()
+    data, training = config.data, config.training
+    size = (data.sequence, training.batch, training.seed)
+    seen, held_out = (
+        Batches(part, *size, mask_documents=data.mask_documents)
+        for part in corpus.split(data.sequence, data.validation)
+    )
+    return Ready(seen, held_out, find_device(training.device))
 
 
 @torch.no_grad()
-def validate(model: nn.Module, batches: Batches, count: int) -> float:
-    """Mean loss over the first `count` batches, or over one epoch where that is fewer."""
+def validate(model: nn.Module, batches: Batches, config: RunConfig) -> float:
+    """Mean loss over `training.validation_batches`, or over one epoch where that is fewer."""
     device = next(model.parameters()).device
     model.eval()
-    numbers = range(min(count, max(1, batches.count // batches.batch)))
+    most = max(1, batches.count // batches.batch)
     losses = [
-        next_token_loss(model, *(tensor.to(device) for tensor in batches[number])).item()
-        for number in numbers
+        loss_of(model, piece, config.training.precision).item()
+        for number in range(min(config.training.validation_batches, most))
+        for piece in batches[number].to(device).pieces(config.training.accumulate)
     ]
     model.train()
     return sum(losses) / len(losses)
+
+
+def load_figures(loads: list[Tensor], model: nn.Module, tokens: int) -> dict[str, Any]:
+    """`load` by layer and expert in a step of so many tokens, and how far from even it is.
+
+    largest_load, smallest_load: over all layers, in units of an even load. dropped_tokens: visits
+    that should have been and were not.
+    """
+    shares = [load / load.float().mean() for load in loads]
+    wanted = tokens * sum(mixture.config.active for mixture in mixtures(model).values())
+    return {
+        "load": [load.tolist() for load in loads],
+        "largest_load": max(float(share.max()) for share in shares),
+        "smallest_load": min(float(share.min()) for share in shares),
+        "dropped_tokens": wanted - sum(int(load.sum()) for load in loads),
+    }
 
 
 def find_device(name: str) -> torch.device:
@@ -158,8 +183,34 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _finite(step: int, **figures: float) -> dict[str, float]:
-    for name, value in figures.items():
-        if not math.isfinite(value):
-            raise DivergedError(step, name.replace("_", " "))
-    return figures
+def _go_on(state: TrainState, path: Path, digest: str) -> None:
+    found = checkpoint.read_manifest(path).data_sha256
+    if found != digest:
+        raise CheckpointError(
+            f"checkpoint: {path} was made on other data; the text has changed since"
+        )
+    checkpoint.load(path, state)
+
+
+def _save_last_finite(state: TrainState, checkpoints: Checkpoints, error: DivergedError) -> None:
+    """The state before the step that failed; where that is not finite either, say what is left."""
+    if state.is_finite() and checkpoints.save(state):
+        error.add_note(f"the last finite state is saved as step {state.step}")
+    else:
+        newest = checkpoints.paths()[-1:]
+        error.add_note(f"the last finite state is {newest[0] if newest else 'not saved'}")
+
+
+@contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
+    """On CUDA, operations that have a deterministic form take it; on a CPU all of ours have."""
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -82,7 +82,20 @@ BAD_INPUT = {
     "missing data": (["--data", "nowhere.txt"], "nowhere.txt does not exist"),
     "empty data": (["--data", "empty"], "is empty"),
     "binary data": (["--data", "binary"], "binary"),
-    "a folder as data": (["--data", "."], "is a folder"),
+    "a folder without texts": (["--data", "nothing"], "is a folder without .txt"),
+    "a broken JSON line": (["--data", "broken.jsonl"], "broken.jsonl, line 2: not valid JSON"),
+    "no such tokenizer": (["data.tokenizer=nowhere.json"], "nowhere.json cannot be read"),
+    "no tokenizer": (["data.tokenizer=wrong.json"], "wrong.json is no tokenizer.json"),
+    "too small a vocabulary": (["model.vocabulary=255"], "bytes has 256 ids but model.vocabulary"),
+    "weights without sources": (["data.weights=1,2,3"], "data.weights: must be one for every"),
+    "a weight too small": (
+        ["--data", "text.txt", "--data", "text.txt", "data.weights=1,1e-9"],
+        "data.weights: 1e-09 is below 1 in 10000",
+    ),
+    "no such preset": (["--preset", "70b"], "one of tiny, tiny-moe, small, 3b, 9b, 27b, 3b-long"),
+    "pieces that do not fit": (["training.accumulate=3"], "accumulate: must divide batch=2"),
+    "no such precision": (["training.precision=int8"], "one of float32, bfloat16"),
+    "too many active experts": (["model.experts.routed=1"], "must be at most routed=1"),
     "text shorter than one sequence": (["--data", "short"], "at least 34"),
     "an unknown key": (["training.step=9"], "did you mean training.steps?"),
     "a key without its section": (["stream=2"], "did you mean connection.streams?"),
@@ -92,7 +105,7 @@ BAD_INPUT = {
     "no such kind": (["connection.kind=mch"], "one of residual, hc, mhc"),
     "a section as a key": (["training=3"], "its keys are training.steps"),
     "no key": (["steps"], "not an option or key=value"),
-    "an unknown option": (["--step=3"], "No such option"),
+    "an unknown option": (["--stride=3"], "No such option"),
     "a broken configuration": (["--config", "broken.json"], "broken.json"),
     "a wrong key in a file": (["--config", "wrong.json"], "did you mean training.steps?"),
     "an empty --data": (["--data", ""], "--data is empty"),
@@ -112,6 +125,8 @@ def test_bad_input_is_one_line_and_status_2(capfd, tmp_path, text_file, monkeypa
     (tmp_path / "binary").write_bytes(bytes(range(256)))
     (tmp_path / "short").write_text("too short")
     (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "broken.jsonl").write_text('{"text": "whole"}\n{"text": "cut')
+    (tmp_path / "nothing").mkdir()
     (tmp_path / "section.json").write_text('{"traning": {}}')
     (tmp_path / "wrong.json").write_text('{"training": {"stepps": 3}}')
     arguments, message = BAD_INPUT[name]
@@ -232,7 +247,7 @@ def test_values_of_every_type():
             "connection.norm_eps=1e-6",
             "optimizer.betas=0.8,0.9",
             "connection.constraint=none",
-            "data.path=a=b.txt",
+            "data.paths=a=b.txt",
         ],
     )
     assert config.connection.disable == ("pre", "post")
@@ -240,7 +255,7 @@ def test_values_of_every_type():
     assert config.connection.norm_eps == 1e-6
     assert config.optimizer.betas == (0.8, 0.9)
     assert config.connection.constraint == "none"
-    assert config.data.path == "a=b.txt"
+    assert config.data.paths == ("a=b.txt",)
     back = keys.override(config, ["connection.disable=", "connection.norm_eps=null"])
     assert back.connection.disable == ()
     assert back.connection.norm_eps is None

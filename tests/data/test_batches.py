@@ -1,52 +1,178 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 
-from manifold_hc.data import Batches, Split
-from manifold_hc.errors import DataError
+from manifold_hc.data import Batches, Corpus, DataConfig, load
+from manifold_hc.data.batches import NO_TARGET
+from manifold_hc.data.tokens import ArrayPart, Tokens
+from manifold_hc.errors import ConfigError, DataError
 
 
-def tokens(count):
-    return np.arange(count, dtype=np.uint16)
+def corpus(*lengths, weights=(), first=1):
+    """Sources whose ids are all different."""
+    ends = np.cumsum([first, *lengths])
+    ids = [np.arange(a, b, dtype=np.uint16) for a, b in pairwise(ends)]
+    return Corpus([Tokens([ArrayPart(i)]) for i in ids], int(ends[-1]), weights)
+
+
+def documents(*lengths):
+    """One source in memory, of documents of these lengths."""
+    starts = np.cumsum([0, *lengths[:-1]], dtype=np.int64)
+    return Corpus([Tokens([ArrayPart(np.arange(sum(lengths)), starts)])], sum(lengths))
+
+
+def targets(batches, first, count):
+    """What `count` sequences have to predict, one by one."""
+    found = batches.take(first, count).targets
+    return found[found != NO_TARGET].tolist()
 
 
 def test_targets_are_the_next_tokens():
-    inputs, targets = Batches(tokens(100), sequence=7, batch=3, seed=0)[4]
-    assert inputs.shape == targets.shape == (3, 7)
+    inputs, wanted, several = Batches(corpus(100), sequence=7, batch=3, seed=0)[2]
+    assert inputs.shape == wanted.shape == (3, 7)
     assert inputs.dtype == torch.int64
-    assert torch.equal(targets, inputs + 1)
+    assert torch.equal(wanted, inputs + 1)
+    assert several is None
 
 
-def test_an_epoch_sees_every_token_once():
-    batches = Batches(tokens(85), sequence=7, batch=3, seed=1)
-    assert batches.count == 12
-    seen = torch.cat([batches[number][0].flatten() for number in range(4)])
-    assert sorted(seen.tolist()) == list(range(84))
-    again = torch.cat([batches[number][0].flatten() for number in range(4, 8)])
-    assert sorted(again.tolist()) == list(range(84))
-    assert not torch.equal(seen, again), "every epoch has its own order"
+@pytest.mark.parametrize("lengths", [(85,), (86,), (90,), (50, 30), (8, 9, 100), (2, 40)])
+def test_an_epoch_sees_every_token_exactly_once(lengths):
+    """Every token of every source but its first is a target once, and so an input but its last."""
+    batches = Batches(corpus(*lengths), sequence=7, batch=1, seed=1)
+    size = sum(-(-(length - 1) // 7) for length in lengths)
+    starts = np.cumsum([1, *lengths])[:-1].tolist()
+    wanted = [i for i in range(1, sum(lengths) + 1) if i not in starts]
+    epochs = [targets(batches, epoch * size, size) for epoch in range(3)]
+    assert all(sorted(epoch) == wanted for epoch in epochs)
+    if max(lengths) > 14:
+        assert epochs[0] != epochs[1] != epochs[2], "every epoch has its own order"
 
 
-def test_a_batch_may_span_two_epochs():
-    batches = Batches(tokens(29), sequence=7, batch=3, seed=0)
-    rows = torch.cat([batches[number][0][:, 0] for number in range(4)])
-    assert sorted(rows[:4].tolist()) == sorted(rows[4:8].tolist()) == [0, 7, 14, 21]
+def test_what_is_left_behind_the_last_whole_sequence_is_a_shorter_one():
+    batch = Batches(corpus(17), sequence=7, batch=3, seed=0)[0]
+    assert batch.inputs[2].tolist() == [15, 16, 0, 0, 0, 0, 0]
+    assert batch.targets[2].tolist() == [16, 17] + 5 * [NO_TARGET]
+
+
+def test_a_position_is_a_count_of_sequences():
+    """Any stretch can be taken in any pieces: a run resumes to the exact token."""
+    for weights in ((), (3.0, 1.0, 0.5)):
+        batches = Batches(corpus(100, 60, 40, weights=weights), sequence=7, batch=4, seed=3)
+        whole = batches.take(0, 60).inputs
+        for cut in (1, 13, 42):
+            again = Batches(corpus(100, 60, 40, weights=weights), sequence=7, batch=4, seed=3)
+            assert torch.equal(again.take(cut, 60 - cut).inputs, whole[cut:])
+
+
+def test_weighted_sources_keep_their_shares_and_their_own_epochs():
+    weights = (6.0, 3.0, 1.0)
+    batches = Batches(corpus(71, 71, 71, weights=weights), sequence=7, batch=1, seed=0)
+    seen = [batches.take(i, 1).targets[0, 0].item() for i in range(500)]
+    source = [(first - 2) // 71 for first in seen]
+    for stretch in (10, 50, 500):
+        for number, share in enumerate((0.6, 0.3, 0.1)):
+            assert abs(source[:stretch].count(number) - share * stretch) <= 1
+    for number in range(3):
+        own = [first for first, s in zip(seen, source, strict=True) if s == number]
+        for epoch in range(len(own) // 10):
+            assert sorted(own[10 * epoch : 10 * epoch + 10]) == list(
+                range(71 * number + 2, 71 * number + 72, 7)
+            )
+    with pytest.raises(ConfigError, match=r"data\.weights: 1e-06 is below 1 in 10000"):
+        Batches(corpus(71, 71, weights=(1.0, 1e-6)), sequence=7, batch=1, seed=0)
+
+
+def test_turns_go_on_after_a_period():
+    """A source's epochs go on where a period ends in the midst of one."""
+    batches = Batches(corpus(71, 71, weights=(0.7503, 0.2497)), sequence=7, batch=1, seed=0)
+    rows = batches.take(0, 10_100).targets[:, 0]
+    second = rows[rows > 72]
+    across = second[2490:2500]
+    assert len(second) > 2500 > 2497 == (rows[:10_000] > 72).sum()
+    assert sorted(across.tolist()) == list(range(73, 143, 7))
 
 
 def test_a_batch_depends_on_seed_and_number_alone():
-    first, second = (Batches(tokens(500), 7, 3, seed=5) for _ in range(2))
+    first, second = (Batches(corpus(500), 7, 3, seed=5) for _ in range(2))
     second[40], second[3]
-    assert torch.equal(first[17][0], second[17][0])
-    assert not torch.equal(first[17][0], Batches(tokens(500), 7, 3, seed=6)[17][0])
+    assert torch.equal(first[17].inputs, second[17].inputs)
+    assert not torch.equal(first[17].inputs, Batches(corpus(500), 7, 3, seed=6)[17].inputs)
+
+
+def test_documents_are_told_apart_where_a_sequence_holds_several():
+    batches = Batches(documents(5, 3, 20), sequence=9, batch=1, seed=0)
+    rows = {int(b.inputs[0, 0]): b.documents for b in (batches[i] for i in range(3))}
+    assert rows[0].tolist() == [[1, 1, 1, 1, 1, 2, 2, 2, 3]]
+    assert rows[9] is rows[18] is None
+    unmasked = Batches(documents(5, 3, 20), sequence=9, batch=1, seed=0, mask_documents=False)
+    assert all(unmasked[i].documents is None for i in range(3))
+
+
+def test_pieces_are_the_batch():
+    batch = Batches(documents(4, 3, 50), sequence=5, batch=12, seed=0)[0]
+    for count in (1, 2, 3, 6):
+        pieces = batch.pieces(count)
+        assert len(pieces) == count
+        for whole, parts in zip(batch, zip(*pieces, strict=True), strict=True):
+            assert whole is not None
+            assert torch.equal(torch.cat(parts), whole)
+    assert Batches(corpus(90), 5, 6, seed=0)[0].pieces(3)[2].documents is None
 
 
 def test_split_holds_out_the_end():
-    split = Split.of(tokens(1000), sequence=10, fraction=0.1)
-    assert (len(split.training), split.validation[0]) == (900, 900)
-    assert len(Split.of(tokens(100), sequence=10, fraction=0.01).validation) == 11
+    seen, held_out = corpus(1000).split(sequence=10, fraction=0.1)
+    assert (len(seen), held_out.sources[0].read(0, 1)[0]) == (900, 901)
+    assert len(corpus(100).split(sequence=10, fraction=0.01)[1]) == 11
+
+
+def test_split_of_several_sources_takes_of_each():
+    seen, held_out = corpus(1000, 500).split(sequence=10, fraction=0.1)
+    assert [len(s) for s in seen.sources] == [900, 450]
+    assert [len(s) for s in held_out.sources] == [100, 50]
+
+
+def test_split_leaves_documents_whole_where_it_can():
+    assert len(documents(60, 33, 7).split(2, 0.1)[1]) == 7
+    assert len(documents(60, 37, 3).split(2, 0.1)[1]) == 10, "3 is less than half"
+    assert len(documents(60, 33, 7).split(6, 0.1)[1]) == 7
+    assert len(documents(60, 33, 7).split(8, 0.1)[1]) == 10, "one sequence and its next token"
 
 
 def test_a_text_too_short_is_refused():
-    Split.of(tokens(22), sequence=10, fraction=0.05)
+    corpus(22).split(sequence=10, fraction=0.05)
     with pytest.raises(DataError, match=r"at least 22 tokens.* but has 21"):
-        Split.of(tokens(21), sequence=10, fraction=0.05)
+        corpus(21).split(sequence=10, fraction=0.05)
+
+
+def test_digests_tell_texts_apart(tmp_path):
+    a, b = np.zeros(3, dtype=np.uint8), np.ones(3, dtype=np.uint8)
+    assert Corpus.of(a).digest == Corpus.of(a.copy()).digest != Corpus.of(b).digest
+    assert documents(5, 5).digest != documents(4, 6).digest != documents(10).digest
+
+
+def test_a_files_bytes_are_the_tokens_and_0_stands_between_documents(tmp_path):
+    (tmp_path / "a.txt").write_text("Straße\n")
+    (tmp_path / "b.txt").write_text("b")
+    alone = load(DataConfig(paths=(str(tmp_path / "a.txt"),))).sources[0]
+    assert alone.read(0, len(alone)).tolist() == list("Straße\n".encode())
+    both = load(DataConfig(paths=(str(tmp_path),))).sources[0]
+    assert both.read(0, len(both)).tolist() == [*"Straße\n".encode(), 0, *b"b"]
+    assert both.documents(0, len(both)).tolist() == [1] * 8 + [2] * 2
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: DataConfig(sequence=0), "sequence: must be at least 1"),
+        (lambda: DataConfig(validation=1.0), "validation: must be between 0 and 1"),
+        (lambda: DataConfig(paths=("a", "b"), weights=(1.0,)), "weights: must be one for every"),
+        (lambda: DataConfig(paths=("a",), weights=(0.0,)), "weights: must be numbers above 0"),
+        (lambda: DataConfig(paths=("a",), weights=(float("nan"),)), "weights: must be numbers"),
+    ],
+)
+def test_values_that_cannot_be_used(build, message):
+    with pytest.raises(ConfigError, match=message):
+        build()

@@ -1,7 +1,7 @@
 import pytest
 
 from manifold_hc.connection import ConnectionConfig
-from manifold_hc.models import Decoder, DecoderConfig
+from manifold_hc.models import Decoder, DecoderConfig, ExpertsConfig
 from manifold_hc.training import OptimizerConfig
 from manifold_hc.training.optimizer import build, learning_rate
 
@@ -9,18 +9,28 @@ from manifold_hc.training.optimizer import build, learning_rate
 @pytest.mark.parametrize("kind", ["hc", "mhc"])
 def test_only_matrices_decay(kind):
     config = ConnectionConfig(kind=kind, numerics="deepseek_v4")
-    model = Decoder(DecoderConfig(blocks=1), config)
-    decayed, kept = build(model, OptimizerConfig()).param_groups
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
-    decayed, kept = (
-        {names[id(parameter)] for parameter in group["params"]} for group in (decayed, kept)
-    )
-    assert decayed | kept == set(names.values())
-    assert all(name.endswith((".weight", ".phi")) for name in decayed)
-    assert all("norm" in name or name.endswith((".alpha", ".bias", ".0.weight")) for name in kept)
-    assert "stack.connections.0.maps.phi" in decayed
-    assert {"stack.connections.0.maps.alpha", "stack.connections.0.maps.bias"} <= kept
+    experts = ExpertsConfig(routed=4, width=8)
+    model = Decoder(DecoderConfig(blocks=2, experts=experts), config)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = build(model, OptimizerConfig()).param_groups
+    by_name = {g["name"]: {names[p] for p in g["params"]} for g in groups}
+    assert {g["name"]: g["weight_decay"] for g in groups} == {
+        "embedding": 0.1,
+        "layers": 0.1,
+        "router": 0.1,
+        "experts": 0.1,
+        "norms": 0.0,
+        "connections": 0.1,
+        "connections, vectors": 0.0,
+    }
+    assert sum(map(len, by_name.values())) == len(names)
+    assert set().union(*by_name.values()) == set(names.values())
+    assert all(name.endswith((".alpha", ".bias")) for name in by_name["connections, vectors"])
+    assert all(name.endswith(".phi") for name in by_name["connections"])
+    assert all("norm" in name for name in by_name["norms"])
+    assert by_name["router"] == {"branches.3.sublayer.router.weight"}
+    assert "branches.3.sublayer.gate_up" in by_name["experts"]
+    assert {"head.weight", "branches.3.sublayer.shared.down.weight"} <= by_name["layers"]
 
 
 def test_the_papers_schedule():

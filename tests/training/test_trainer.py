@@ -6,17 +6,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from manifold_hc.data import Batches, Corpus
 from manifold_hc.diagnostics import GainMonitor
 from manifold_hc.errors import ConfigError, DataError, DivergedError, RunFolderError
 from manifold_hc.files import write_atomically
 from manifold_hc.models import AttentionConfig, Decoder, DecoderConfig
-from manifold_hc.training import OptimizerConfig, RunConfig, RunFolder, TrainingConfig, train
+from manifold_hc.training import OptimizerConfig, RunFolder, TrainingConfig, train
 from manifold_hc.training.folder import locked
-from manifold_hc.training.trainer import find_device, next_token_loss
+from manifold_hc.training.step import loss_of
+from manifold_hc.training.trainer import find_device
 from tests import golden
 from tests.conftest import generated_text
 
-TOKENS = np.frombuffer(generated_text(40_000).encode(), dtype=np.uint8)
+IDS = np.frombuffer(generated_text(40_000).encode(), dtype=np.uint8)
+TEXT = Corpus.of(IDS)
 
 
 @pytest.fixture
@@ -31,7 +34,7 @@ def small(kind="mhc", **training):
 
 
 def test_a_run_leaves_everything_it_measured(folder):
-    summary = train(small(steps=25, probe_every=10), TOKENS, folder, [GainMonitor])
+    summary = train(small(steps=25, probe_every=10), TEXT, folder, [GainMonitor])
     assert summary == folder.summary()
     assert folder.is_complete()
     assert folder.config() == small(steps=25, probe_every=10)
@@ -47,23 +50,20 @@ def test_a_run_leaves_everything_it_measured(folder):
 
 
 def test_a_complete_run_is_not_written_over(folder):
-    train(small(steps=1), TOKENS, folder)
-    before = {f: f.read_bytes() for f in folder.path.iterdir()}
+    train(small(steps=1), TEXT, folder)
+    before = {f: f.read_bytes() for f in folder.path.rglob("*") if f.is_file()}
     with pytest.raises(RunFolderError, match="holds a complete run"):
-        train(small(steps=1), TOKENS, folder)
-    assert {f: f.read_bytes() for f in folder.path.iterdir()} == before
+        train(small(steps=1), TEXT, folder)
+    assert {f: f.read_bytes() for f in folder.path.rglob("*") if f.is_file()} == before
 
 
 def test_the_saved_weights_are_the_trained_ones(folder):
     config = small(steps=12, validation_batches=1)
-    summary = train(config, TOKENS, folder)
+    summary = train(config, TEXT, folder)
     model = Decoder(config.model, config.connection)
     model.load_state_dict(load_file(folder.model_file))
-    from manifold_hc.data import Batches, Split
-
-    held_out = Split.of(TOKENS, 32, config.data.validation).validation
-    inputs, targets = Batches(held_out, 32, 4, config.training.seed)[0]
-    loss = next_token_loss(model, inputs, targets).item()
+    held_out = TEXT.split(32, config.data.validation)[1]
+    loss = loss_of(model, Batches(held_out, 32, 4, config.training.seed)[0]).item()
     assert loss == pytest.approx(summary["validation_loss"], rel=1e-6)
 
 
@@ -71,14 +71,14 @@ def test_observers_do_not_change_the_run(tmp_path):
     def losses(name, observers):
         run = RunFolder(tmp_path / name)
         run.path.mkdir()
-        train(small(probe_every=1), TOKENS, run, observers)
+        train(small(probe_every=1), TEXT, run, observers)
         return [r["loss"] for r in run.metrics() if r["event"] == "step"]
 
     assert losses("watched", [GainMonitor]) == losses("alone", [])
 
 
 def test_training_learns(folder):
-    train(small(steps=60), TOKENS, folder)
+    train(small(steps=60), TEXT, folder)
     losses = [r["loss"] for r in folder.metrics() if r["event"] == "step"]
     assert losses[-1] < 0.6 * losses[0]
 
@@ -89,14 +89,14 @@ def test_clipping_limits_the_step_not_the_reported_norm(tmp_path):
         run = RunFolder(tmp_path / name)
         run.path.mkdir()
         config = replace(small(steps=1), optimizer=OptimizerConfig(clip=clip))
-        norms.append(train(config, TOKENS, run)["largest_gradient_norm"])
+        norms.append(train(config, TEXT, run)["largest_gradient_norm"])
     assert norms[0] == norms[1] > 1e-3
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(folder):
     config = replace(small("hc", steps=60), optimizer=OptimizerConfig(lr=1e30, warmup=0, clip=0.0))
     with pytest.raises(DivergedError, match=r"(loss|gradient norm) is not finite at step \d+") as e:
-        train(config, TOKENS, folder)
+        train(config, TEXT, folder)
     records = folder.metrics()
     assert not folder.is_complete()
     assert [r["step"] for r in records if r["event"] == "step"] == list(range(e.value.step))
@@ -104,9 +104,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(folder):
 
 def test_nothing_is_written_for_a_text_too_short(folder):
     with pytest.raises(DataError):
-        train(small(), TOKENS[:50], folder)
-    with pytest.raises(DataError, match=r"tokens must be below model\.vocabulary=256 but 300"):
-        train(small(), np.full(5000, 300), folder)
+        train(small(), Corpus.of(IDS[:50]), folder)
+    with pytest.raises(DataError, match=r"has 301 ids but model\.vocabulary is 256"):
+        train(small(), Corpus.of(np.full(5000, 300)), folder)
     assert not list(folder.path.iterdir())
 
 
@@ -116,7 +116,7 @@ def test_equal_data_for_every_kind(tmp_path):
     for kind in golden.KINDS:
         run = RunFolder(tmp_path / kind)
         run.path.mkdir()
-        train(small(kind, steps=1), TOKENS, run)
+        train(small(kind, steps=1), TEXT, run)
         first.append(run.metrics()[0]["loss"])
     assert first == pytest.approx([first[0]] * 3, rel=1e-6)
 
@@ -206,12 +206,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_values_that_cannot_be_used(build, message):
     with pytest.raises(ConfigError, match=message):
         build()
-
-
-def test_a_model_must_hold_every_byte():
-    config = small()
-    with pytest.raises(ConfigError, match=r"model\.vocabulary: bytes need at least 256"):
-        RunConfig(model=replace(config.model, vocabulary=100))
 
 
 def test_devices():

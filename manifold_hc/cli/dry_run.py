@@ -1,0 +1,54 @@
+"""What a configuration amounts to, without its weights or its data."""
+
+import math
+
+from rich.table import Table
+
+from manifold_hc.cli.terminal import console
+from manifold_hc.training import OptimizerConfig, RunConfig
+
+UNITS = ("", "K", "M", "B", "T")
+
+
+def show_plan(config: RunConfig) -> None:
+    """Print parameters, tokens, and the learning rate where it changes."""
+    import torch
+
+    from manifold_hc.models import Decoder, count_parameters
+    from manifold_hc.training.optimizer import learning_rate
+
+    with torch.device("meta"):
+        count = count_parameters(Decoder(config.model, config.connection))
+    training, sequence = config.training, config.data.sequence
+    tokens = training.steps * training.batch * sequence
+    budget = f"{training.steps:,} steps of {training.batch:,} sequences of {sequence:,}"
+    rows = [
+        ("active parameters", short(count.active), f"{count.active:,}"),
+        ("total parameters", short(count.total), f"{count.total:,}"),
+        ("vocabulary parameters", short(count.vocabulary), f"{count.vocabulary:,}"),
+        ("tokens", short(tokens), budget),
+    ]
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    for step in _turning_points(training.steps, config.optimizer):
+        rate = learning_rate(step, training.steps, config.optimizer)
+        table.add_row(f"learning rate at step {step}", f"{rate:.4g}")
+    console().print(table)
+
+
+def short(count: int) -> str:
+    """Three significant digits and a unit: 4.14B."""
+    power = min(len(UNITS) - 1, int(math.log10(max(count, 1))) // 3)
+    value = f"{count / 1000**power:.3g}"
+    if float(value) >= 1000 and power < len(UNITS) - 1:
+        value, power = f"{float(value) / 1000:.3g}", power + 1
+    digits = value if "." in value or len(value) >= 3 or not power else f"{float(value):.2f}"[:4]
+    return f"{digits}{UNITS[power]}"
+
+
+def _turning_points(steps: int, config: OptimizerConfig) -> list[int]:
+    """The first step, the end of the warm-up, and where the schedule steps down or ends."""
+    late = [math.ceil(0.8 * steps), math.ceil(0.9 * steps)]
+    wanted = [0, config.warmup, *(late if config.schedule == "step" else [steps - 1])]
+    return sorted({step for step in wanted if step < steps})

@@ -1,0 +1,66 @@
+"""Everything that a run needs to go on."""
+
+import math
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from manifold_hc.models import Decoder
+from manifold_hc.training import optimizer as optimizers
+from manifold_hc.training.config import RunConfig
+
+
+class TrainState:
+    """Model, optimizer, random numbers, and how far they are."""
+
+    def __init__(self, config: RunConfig, device: torch.device) -> None:
+        """The state before the first step, drawn from `training.seed`."""
+        torch.manual_seed(config.training.seed)
+        self.device = device
+        self.model = Decoder(config.model, config.connection).to(device)
+        self.optimizer = optimizers.build(self.model, config.optimizer)
+        self.step = 0
+        """Optimizer steps taken."""
+        self.sequences = 0
+        """Sequences seen: the position in the data."""
+        self.best = math.inf
+        """Lowest validation loss so far."""
+
+    def tensors(self) -> dict[str, Any]:
+        """Nested tensors by name, as torch.distributed.checkpoint saves them."""
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer, "random": self._random()}
+
+    def restore(self, tensors: dict[str, Any]) -> None:
+        """Take over what `tensors()` gave; random states of other devices are left out."""
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=tensors["model"],
+            optim_state_dict=tensors["optimizer"],
+        )
+        torch.set_rng_state(tensors["random"]["cpu"])
+        if (there := tensors["random"].get(self.device.type)) is not None and self._accelerator:
+            self._accelerator.set_rng_state(there)
+
+    def improves(self, validation_loss: float | None) -> bool:
+        """Whether this is the lowest validation loss so far; remembers it if it is."""
+        if validation_loss is None or not validation_loss < self.best:
+            return False
+        self.best = validation_loss
+        return True
+
+    def is_finite(self) -> bool:
+        """Whether every weight is."""
+        return all(bool(p.isfinite().all()) for p in self.model.parameters())
+
+    @property
+    def _accelerator(self) -> Any:
+        return {"cuda": torch.cuda, "mps": torch.mps}.get(self.device.type)
+
+    def _random(self) -> dict[str, torch.Tensor]:
+        states = {"cpu": torch.get_rng_state()}
+        if self._accelerator:
+            states[self.device.type] = self._accelerator.get_rng_state()
+        return states
