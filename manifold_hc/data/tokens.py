@@ -110,8 +110,10 @@ class Tokens:
 
     @property
     def digest(self) -> str:
-        """Equal for equal tokens in equal parts."""
+        """Equal for the same stretch of equal parts."""
         digests = [part.digest for part in self.parts]
+        if (self.first, self.stop) != (0, self._ends[-1]):
+            digests.append(f"{self.first} to {self.stop}")
         return digests[0] if len(digests) == 1 else _joined(digests)
 
     def _pieces(self, first: int, stop: int) -> list[tuple[Part, int, slice]]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -37,6 +38,9 @@ WEIGHTS = "model.safetensors"
 
 RETRY_STEPS = 10
 """Steps until a checkpoint that could not be written is tried again."""
+
+WRITE_ERRORS = (OSError, SafetensorError, CheckpointException)
+"""What a full disk is to Python, safetensors and torch."""
 
 SHOWN = 3
 """Keys that a message names; the rest is counted."""
@@ -86,8 +90,9 @@ class Checkpoints:
         try:
             if not path.exists():
                 self._write(path, state, validation_loss)
-        except (OSError, CheckpointException) as error:
-            self._retry_at = state.step + RETRY_STEPS
+        except WRITE_ERRORS as error:
+            if not state.step < self._retry_at < math.inf:
+                self._retry_at = state.step + RETRY_STEPS
             logger.error(
                 "CHECKPOINT NOT SAVED at step %d: %s; the run goes on and tries again at step %d; "
                 "free some space at %s",
@@ -323,4 +328,6 @@ def _reason(error: BaseException) -> str:
     """The innermost cause: torch wraps a disk's error twice."""
     if isinstance(error, CheckpointException):
         return next((_reason(inner) for inner, _ in error.failures.values()), str(error))
+    if "inline_container" in str(error):
+        return "torch could not write a file whole, as on a full disk"
     return getattr(error, "strerror", None) or str(error)

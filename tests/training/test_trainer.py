@@ -1,4 +1,5 @@
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -13,10 +14,12 @@ from manifold_hc.files import write_atomically
 from manifold_hc.models import AttentionConfig, Decoder, DecoderConfig
 from manifold_hc.training import OptimizerConfig, RunFolder, TrainingConfig, train
 from manifold_hc.training.folder import locked
-from manifold_hc.training.step import loss_of
+from manifold_hc.training.state import TrainState
+from manifold_hc.training.step import loss_of, take_step
 from manifold_hc.training.trainer import find_device
 from tests import golden
 from tests.conftest import generated_text
+from tests.training import runs
 
 IDS = np.frombuffer(generated_text(40_000).encode(), dtype=np.uint8)
 TEXT = Corpus.of(IDS)
@@ -213,3 +216,104 @@ def test_devices():
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="torch finds no cuda here"):
             find_device("cuda")
+
+
+def test_pieces_of_a_batch_give_its_gradient(tmp_path):
+    """Also where pieces hold different numbers of targets, at the end of an epoch."""
+    losses = {}
+    corpus = Corpus([TEXT.sources[0][:1400]], 256)
+    for pieces in (1, 2, 4):
+        run = RunFolder(tmp_path / str(pieces))
+        train(small(accumulate=pieces), corpus, run)
+        losses[pieces] = [r["loss"] for r in run.metrics() if r["event"] == "step"]
+    assert losses[2] == pytest.approx(losses[1], rel=2e-4)
+    assert losses[4] == pytest.approx(losses[1], rel=2e-4)
+
+
+def test_one_step_in_pieces_moves_the_weights_alike(tmp_path):
+    """The last step of an epoch: one whole sequence and one of a few tokens."""
+    states = []
+    for pieces in (1, 2):
+        config = replace(small(accumulate=pieces, batch=2), optimizer=OptimizerConfig(clip=0.0))
+        state = TrainState(config, torch.device("cpu"))
+        corpus = Corpus([TEXT.sources[0][: 3 * 32 + 6]], 256)
+        batches = Batches(corpus, 32, 2, 0)
+        state.sequences = 2
+        batch = batches.take(2, 2)
+        assert (batch.targets != -100).sum(1).tolist() == [32, 5]
+        states.append((take_step(state, batch, config), state.model.state_dict()))
+    assert states[0][0].loss == pytest.approx(states[1][0].loss, rel=1e-6)
+    assert states[0][0].gradient_norm == pytest.approx(states[1][0].gradient_norm, rel=1e-5)
+
+
+def test_bfloat16_trains_and_keeps_its_weights_in_float32(tmp_path):
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        run = RunFolder(tmp_path / precision)
+        train(runs.with_experts(small(steps=40, precision=precision)), TEXT, run)
+        losses[precision] = [r["loss"] for r in run.metrics() if r["event"] == "step"]
+        assert all(t.dtype == torch.float32 for t in load_file(run.model_file).values())
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
+
+
+def test_tensorboard_gets_the_same_figures(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(small(tensorboard=True, probe_every=5), TEXT, folder, [GainMonitor])
+    found = EventAccumulator(str(folder.path / "tensorboard"))
+    found.Reload()
+    for event, key in (("step", "loss"), ("validation", "loss"), ("gain", "gain_backward")):
+        wanted = [(r["step"], r[key]) for r in folder.metrics() if r["event"] == event]
+        scalars = [(s.step, s.value) for s in found.Scalars(f"{event}/{key}")]
+        assert [step for step, _ in scalars] == [step for step, _ in wanted]
+        assert [v for _, v in scalars] == pytest.approx([v for _, v in wanted], rel=1e-6)
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_training(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ConfigError, match=r"pip install 'manifold-hc\[tensorboard\]'"):
+        train(small(tensorboard=True), TEXT, folder)
+    assert not list(folder.path.iterdir())
+
+
+def test_experts_leave_their_load(folder):
+    train(runs.with_experts(small(probe_every=4, steps=9)), TEXT, folder)
+    records = [r for r in folder.metrics() if r["event"] == "experts"]
+    assert [r["step"] for r in records] == [0, 4, 8]
+    for record in records:
+        assert [sum(layer) for layer in record["load"]] == [4 * 32 * 2]
+        assert record["largest_load"] == max(record["load"][0]) / (4 * 32 * 2 / 4)
+        assert record["smallest_load"] == min(record["load"][0]) / (4 * 32 * 2 / 4)
+        assert record["dropped_tokens"] == 0
+
+
+def test_documents_reach_the_model(tmp_path):
+    """Masks change the losses of a text of many documents, and not of one."""
+
+    def losses(documents, mask):
+        config = small(steps=4)
+        config = replace(config, data=replace(config.data, mask_documents=mask))
+        run = RunFolder(tmp_path / f"{documents}-{mask}")
+        train(config, runs.text(documents), run)
+        return [r["loss"] for r in run.metrics() if r["event"] == "step"]
+
+    plain = losses(900, False)
+    assert losses(1, True) == losses(1, False) == plain
+    assert losses(900, True) != plain
+
+
+def test_the_first_res_is_not_trained(folder):
+    """With the trainer's own optimizer: unmoved to the bit, while all others move."""
+    config = small(steps=10)
+    train(config, TEXT, folder)
+    torch.manual_seed(config.training.seed)
+    before = Decoder(config.model, config.connection).state_dict()
+    after = load_file(folder.model_file)
+    for sublayer in range(config.model.sublayers):
+        name = f"stack.connections.{sublayer}.maps"
+        unmoved = [
+            torch.equal(before[f"{name}.{part}"][first:], after[f"{name}.{part}"][first:])
+            for part, first in (("bias", 8), ("phi", 8), ("alpha", 2))
+        ]
+        assert unmoved == 3 * [sublayer == 0]

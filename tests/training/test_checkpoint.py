@@ -1,0 +1,184 @@
+import shutil
+import subprocess
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from manifold_hc.errors import CheckpointError
+from manifold_hc.training import CheckpointConfig, Checkpoints
+from manifold_hc.training.checkpoint import load, read_manifest, verify
+from manifold_hc.training.state import TrainState
+from manifold_hc.training.step import take_step
+from manifold_hc.training.trainer import check
+from tests.training import runs
+
+CONFIG = runs.with_experts(runs.config(steps=50))
+KEEP_ALL = CheckpointConfig(keep=99, best=False)
+CPU = torch.device("cpu")
+
+
+def walk(state, steps):
+    batches = check(CONFIG, runs.text()).training
+    return [take_step(state, batches.take(state.sequences, 4), CONFIG).loss for _ in range(steps)]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Checkpoints of steps 2, 4 and 6, and the losses of the three steps after the last."""
+    folder = tmp_path_factory.mktemp("run") / "checkpoints"
+    state, checkpoints = TrainState(CONFIG, CPU), Checkpoints(folder, KEEP_ALL, "data")
+    for _ in range(3):
+        walk(state, 2)
+        assert checkpoints.save(state)
+    return folder, walk(state, 3)
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "run" / "checkpoints")
+    return Checkpoints(tmp_path / "run" / "checkpoints", KEEP_ALL, "data")
+
+
+def test_a_state_goes_on_where_it_was(saved):
+    folder, wanted = saved
+    state = TrainState(CONFIG, CPU)
+    torch.rand(7)
+    manifest = load(folder / "step-00000006", state)
+    assert (state.step, state.sequences) == (manifest.step, manifest.sequences) == (6, 24)
+    assert walk(state, 3) == wanted
+
+
+def test_random_numbers_go_on_too(copy):
+    state = TrainState(CONFIG, CPU)
+    load(copy.paths()[-1], state)
+    walk(state, 1)
+    assert copy.save(state)
+    wanted = torch.rand(3)
+    torch.manual_seed(99)
+    load(copy.paths()[-1], state)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_weights_alone_are_safetensors(saved):
+    folder, _ = saved
+    state = TrainState(CONFIG, CPU)
+    load(folder / "step-00000004", state)
+    weights = load_file(folder / "step-00000004" / "model.safetensors")
+    assert weights.keys() == state.model.state_dict().keys()
+    for name, tensor in state.model.state_dict().items():
+        assert torch.equal(tensor, weights[name])
+
+
+def test_sha256sum_reads_the_checksums(saved):
+    folder = saved[0] / "step-00000006"
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, check=True)
+    names = {line.split("  ")[1] for line in (folder / "SHA256SUMS").read_text().splitlines()}
+    assert names | {"SHA256SUMS"} == {file.name for file in folder.iterdir()}
+
+
+FILES = ["__0_0.distcp", ".metadata", "model.safetensors", "checkpoint.json", "SHA256SUMS"]
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing", "empty"])
+def test_damage_is_recognised_and_the_one_before_offered(copy, file, damage):
+    path = copy.paths()[-1] / file
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "altered":
+        half = len(content) // 2
+        path.write_bytes(content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :])
+    else:
+        path.write_bytes(content[: len(content) * 2 // 3] if damage == "truncated" else b"")
+    with pytest.raises(CheckpointError) as error:
+        copy.find()
+    assert str(error.value).startswith(f"checkpoint: {path.parent}")
+    run = copy.folder.parent
+    assert str(error.value).endswith(f"is whole: mhc train --resume {run} --step 4")
+    assert copy.find(4).name == "step-00000004"
+
+
+def test_the_newest_whole_one_is_offered(copy):
+    for path in copy.paths()[1:]:
+        (path / "__0_0.distcp").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"--step 2$"):
+        copy.find()
+    (copy.paths()[0] / "__0_0.distcp").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"there is no whole one before it$"):
+        copy.find()
+
+
+def test_a_step_that_is_not_there(copy):
+    with pytest.raises(CheckpointError, match=r"has none of step 5; there are: 2, 4, 6$"):
+        copy.find(5)
+    empty = Checkpoints(copy.folder / "nowhere", KEEP_ALL, "data")
+    assert empty.find() is None
+    with pytest.raises(CheckpointError, match=r"there are: none$"):
+        empty.find(5)
+
+
+def test_another_model_is_refused_with_its_keys(saved):
+    dense = TrainState(runs.config(), CPU)
+    before = {name: tensor.clone() for name, tensor in dense.model.state_dict().items()}
+    with pytest.raises(CheckpointError) as error:
+        load(saved[0] / "step-00000006", dense)
+    message = str(error.value)
+    assert "is of another model" in message
+    assert "missing: branches.3.sublayer.gate_up.weight, branches.3.sublayer.down.weight" in message
+    assert "unknown: branches.3.sublayer.gate_up, branches.3.sublayer.down" in message
+    assert " more" in message
+    assert all(torch.equal(before[n], t) for n, t in dense.model.state_dict().items())
+
+
+def test_another_shape_is_refused_with_both(saved):
+    wide = TrainState(runs.with_experts(runs.config("residual")), CPU)
+    with pytest.raises(CheckpointError, match=r"unknown: stack\.connections\.0\.maps\.bias"):
+        load(saved[0] / "step-00000006", wide)
+    from dataclasses import replace
+
+    three = replace(CONFIG, connection=replace(CONFIG.connection, streams=3))
+    with pytest.raises(CheckpointError, match=r"maps\.bias \[24\] instead of \[15\]"):
+        load(saved[0] / "step-00000006", TrainState(three, CPU))
+
+
+def test_the_last_and_the_best_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep=2), "data")
+    state = TrainState(CONFIG, CPU)
+    for loss in (3.0, 1.0, None, 2.0, None, 4.0):
+        walk(state, 1)
+        assert checkpoints.save(state, loss)
+    assert [path.name[-1] for path in checkpoints.paths()] == ["2", "5", "6"]
+    assert read_manifest(checkpoints.paths()[0]).validation_loss == 1.0
+    assert not list(tmp_path.glob(".*")), "nothing is left of the others"
+
+
+def test_due_by_the_plan_as_the_best_and_after_a_failure(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    checkpoints = Checkpoints(tmp_path / "file" / "run", CheckpointConfig(every=50), "data")
+    assert [checkpoints.is_due(s, best=False) for s in (49, 50, 51)] == [False, True, False]
+    assert checkpoints.is_due(51, best=True)
+    assert not Checkpoints(tmp_path, CheckpointConfig(best=False), "").is_due(51, best=True)
+    state = TrainState(CONFIG, CPU)
+    assert not checkpoints.save(state)
+    assert [checkpoints.is_due(s, best=False) for s in (9, 10, 11)] == [False, True, True]
+
+
+def test_the_future_that_a_run_leaves_is_set_aside(copy):
+    copy.abandon_after(2)
+    assert [path.name for path in copy.paths()] == ["step-00000002"]
+    assert sorted(path.name for path in copy.folder.iterdir())[1:] == [
+        "step-00000004.abandoned",
+        "step-00000006.abandoned",
+    ]
+    verify(copy.folder / "step-00000006.abandoned")
+
+
+def test_a_checkpoint_that_is_there_is_not_written_again(copy):
+    state = TrainState(CONFIG, CPU)
+    path = copy.paths()[-1]
+    load(path, state)
+    before = (path / "SHA256SUMS").stat().st_mtime_ns
+    assert copy.save(state)
+    assert (path / "SHA256SUMS").stat().st_mtime_ns == before

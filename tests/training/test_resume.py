@@ -1,0 +1,270 @@
+"""A run that is killed, stopped or cut off from its disk is the run that was never disturbed."""
+
+import logging
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from manifold_hc.errors import CheckpointError, DivergedError, RunFolderError, StoppedError
+from manifold_hc.files import insist
+from manifold_hc.training import CheckpointConfig, Checkpoints, OptimizerConfig, RunFolder, train
+from manifold_hc.training import trainer as trainer_module
+from manifold_hc.training.checkpoint import WRITE_ERRORS, read_manifest, save_weights
+from tests.training import runs
+from tests.training.runs import at, figures, go_on
+
+STEPS = 60
+KILLS = 20
+KILLED = runs.with_experts(
+    runs.config(
+        steps=STEPS,
+        probe_every=5,
+        checkpoint=CheckpointConfig(every=3, best=False),
+    )
+)
+
+
+def in_a_child(folder):
+    go_on(KILLED, runs.text(documents=90), folder)
+
+
+def test_killed_at_twenty_steps_and_during_saves_it_prints_the_same_losses(tmp_path):
+    children = multiprocessing.get_context("forkserver")
+    children.set_forkserver_preload(["tests.training.runs"])
+
+    def start(name):
+        child = children.Process(target=in_a_child, args=(tmp_path / name,))
+        child.start()
+        return child
+
+    calm = start("calm")
+    calm.join()
+    assert calm.exitcode == 0
+
+    draw = random.Random(0)
+    folder = RunFolder(tmp_path / "killed")
+    during_saves = 0
+    for number, step in enumerate(sorted(draw.sample(range(1, STEPS - 3), KILLS))):
+        child = start("killed")
+        while steps_of(folder) < step and child.is_alive():
+            time.sleep(0.001)
+        if number % 2:
+            while child.is_alive() and not half_written(folder):
+                time.sleep(0.0005)
+            time.sleep(draw.uniform(0, 0.01))
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        during_saves += bool(half_written(folder))
+    assert during_saves >= 5
+
+    last = start("killed")
+    last.join()
+    assert last.exitcode == 0
+    assert figures(folder.path) == figures(tmp_path / "calm")
+    assert not half_written(folder)
+    for file in ("model.safetensors", "checkpoints/step-00000060/__0_0.distcp"):
+        assert (folder.path / file).read_bytes() == (tmp_path / "calm" / file).read_bytes()
+
+
+def steps_of(folder):
+    file = folder.metrics_file
+    return file.read_bytes().count(b'"event":"step"') if file.exists() else 0
+
+
+def half_written(folder):
+    return list(folder.checkpoints.glob(".*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_and_the_run_goes_on(tmp_path, number):
+    config = runs.config(probe_every=1)
+    before = signal.getsignal(number)
+    stop = at(6, lambda model: os.kill(os.getpid(), number))
+    with pytest.raises(StoppedError, match=f"stopped by {number.name} after 7 steps") as error:
+        go_on(config, runs.text(), tmp_path / "stopped", [stop])
+    assert (error.value.step, error.value.signal, error.value.saved) == (7, number, True)
+    assert signal.getsignal(number) is before
+    go_on(config, runs.text(), tmp_path / "stopped", [at(-1, None)])
+    go_on(config, runs.text(), tmp_path / "calm", [at(-1, None)])
+    assert figures(tmp_path / "stopped") == figures(tmp_path / "calm")
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path):
+    def twice(model):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        go_on(runs.config(probe_every=1), runs.text(), tmp_path / "run", [at(3, twice)])
+
+
+@pytest.mark.parametrize("every", [4, 7])
+def test_every_token_of_an_epoch_is_seen_once_across_a_resume(tmp_path, monkeypatch, every):
+    """An epoch of 41 sequences in steps of 4, stopped after 3 and 6, by what steps get."""
+    corpus = runs.text()
+    corpus = type(corpus)([corpus.sources[0][:1400]], 256)
+    seen, steps = [], trainer_module.take_step
+
+    def watched(state, batch, config):
+        seen.append((state.step, batch.targets.clone()))
+        return steps(state, batch, config)
+
+    monkeypatch.setattr(trainer_module, "take_step", watched)
+    config = runs.config(
+        steps=11, probe_every=1, validate_every=11, checkpoint=CheckpointConfig(every=every)
+    )
+    for step in (2, 2, None):
+        stop = at(step if step is not None else -1, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        try:
+            go_on(config, corpus, tmp_path, [stop])
+        except StoppedError:
+            assert step is not None
+    assert [step for step, _ in seen] == list(range(11))
+    targets = torch.cat([t.flatten() for _, t in seen])
+    targets = targets[targets >= 0]
+    training = corpus.split(32, config.data.validation)[0].sources[0]
+    assert sorted(targets[: len(training) - 1].tolist()) == sorted(
+        training.read(1, len(training)).tolist()
+    )
+
+
+def test_losses_do_not_depend_on_checkpoints(tmp_path):
+    for name, every in (("often", 1), ("never", 100)):
+        go_on(runs.config(checkpoint=CheckpointConfig(every=every)), runs.text(), tmp_path / name)
+    assert figures(tmp_path / "often") == figures(tmp_path / "never")
+
+
+def test_a_complete_run_can_be_made_longer(tmp_path):
+    short, long = (runs.config(steps=n, validate_every=4) for n in (8, 12))
+    short, long = (
+        replace(c, optimizer=OptimizerConfig(schedule="constant")) for c in (short, long)
+    )
+    go_on(short, runs.text(), tmp_path / "grown", [])
+    with pytest.raises(RunFolderError, match="holds a complete run"):
+        go_on(short, runs.text(), tmp_path / "grown", [])
+    go_on(long, runs.text(), tmp_path / "grown", [])
+    go_on(long, runs.text(), tmp_path / "whole", [])
+    assert figures(tmp_path / "grown") == figures(tmp_path / "whole")
+    assert RunFolder(tmp_path / "grown").summary()["steps"] == 12
+
+
+@pytest.fixture
+def file_size():
+    """A function that limits the size of files, as a full disk does; lifted at the end."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (before[0] if size is None else size, before[1])
+    )
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_stops_the_save_and_nothing_else(tmp_path, file_size, caplog):
+    """From step 5 no file may pass 100 kB; from step 16 on there is room again."""
+    keep = CheckpointConfig(every=4, keep=9, best=False)
+    config = runs.config(steps=20, probe_every=1, checkpoint=keep)
+    full, room = at(5, lambda _: file_size(100_000)), at(16, lambda _: file_size(None))
+    caplog.set_level(logging.ERROR, "manifold_hc")
+    run = RunFolder(tmp_path / "full")
+    train(config, runs.text(), run, [full, room])
+    there = [path.name for path in Checkpoints(run.checkpoints, keep, "").paths()]
+    assert there == ["step-00000004", "step-00000018", "step-00000020"]
+    errors = [record.message for record in caplog.records if record.name == "manifold_hc"]
+    assert [message.partition(":")[0] for message in errors] == [
+        f"CHECKPOINT NOT SAVED at step {step}" for step in (8, 12, 16)
+    ]
+    assert "torch could not write a file whole, as on a full disk" in errors[0]
+    assert "tries again at step 18" in errors[0]
+    assert not half_written(run)
+    train(config, runs.text(), RunFolder(tmp_path / "calm"), [at(-1, None), at(-1, None)])
+    assert figures(run.path) == figures(tmp_path / "calm")
+
+
+def test_weights_that_do_not_fit_are_such_an_error_too(tmp_path, file_size):
+    file_size(1000)
+    with pytest.raises(WRITE_ERRORS):
+        save_weights({"w": torch.ones(1000)}, tmp_path / "weights")
+
+
+def test_metrics_wait_for_room(tmp_path, file_size, caplog):
+    config = runs.config(steps=12, probe_every=1)
+    full, room = at(3, lambda _: file_size(1000)), at(9, lambda _: file_size(None))
+    run = RunFolder(tmp_path / "full")
+    summary = train(config, runs.text(), run, [full, room])
+    train(config, runs.text(), RunFolder(tmp_path / "calm"), [at(-1, None), at(-1, None)])
+    assert figures(run.path) == figures(tmp_path / "calm")
+    assert summary == run.summary()
+    assert caplog.text.count("METRICS CANNOT BE WRITTEN") == 1
+
+
+def test_the_end_of_a_run_waits_for_room(monkeypatch, caplog):
+    monkeypatch.setattr("manifold_hc.files.WAIT", 0.001)
+    monkeypatch.setattr("manifold_hc.files.PATIENCE", 0.003)
+    calls = []
+
+    def write(fails):
+        calls.append(1)
+        if len(calls) <= fails:
+            raise OSError(28, "No space left on device")
+
+    insist(lambda: write(2), "the weights")
+    assert caplog.text.count("THE WEIGHTS CANNOT BE WRITTEN: No space left on device") == 2
+    calls.clear()
+    with pytest.raises(OSError, match="No space left"):
+        insist(lambda: write(99), "the weights")
+    assert len(calls) == 4
+
+
+def test_a_loss_that_is_not_finite(tmp_path):
+    """A weight becomes infinite after step 4: step 5 names it, and nothing infinite is saved."""
+
+    def break_it(model):
+        model.branches[2].sublayer.query.weight.data[0, 0] = float("inf")
+
+    config = runs.config(probe_every=1, checkpoint=CheckpointConfig(every=3))
+    with pytest.raises(DivergedError) as error:
+        go_on(config, runs.text(), tmp_path, [at(4, break_it)])
+    assert str(error.value) == (
+        "train: loss is not finite at step 5, first in parameter group 'layers' "
+        "(output of branches.2.sublayer.query)"
+    )
+    assert "step-00000003" in error.value.__notes__[0]
+    assert Checkpoints(tmp_path / "checkpoints", config.checkpoint, "").find().name[-1] == "3"
+
+
+def test_a_gradient_that_is_not_finite(tmp_path):
+    """The state before it is finite: it is saved, and the run goes on from there."""
+
+    def break_it(model):
+        model.stack.connections[1].maps.bias.register_hook(lambda g: g * float("inf"))
+
+    config = runs.config(probe_every=1)
+    with pytest.raises(DivergedError) as error:
+        go_on(config, runs.text(), tmp_path / "broken", [at(4, break_it)])
+    assert str(error.value) == (
+        "train: gradient norm is not finite at step 5, first in parameter group "
+        "'connections, vectors' (stack.connections.1.maps.bias, 1 of 8 tensors)"
+    )
+    assert error.value.__notes__ == ["the last finite state is saved as step 5"]
+    go_on(config, runs.text(), tmp_path / "broken", [at(-1, None)])
+    go_on(config, runs.text(), tmp_path / "calm", [at(-1, None)])
+    assert figures(tmp_path / "broken") == figures(tmp_path / "calm")
+
+
+def test_a_checkpoint_on_other_data_is_refused(tmp_path):
+    config = runs.config(steps=3)
+    go_on(config, runs.text(), tmp_path, [])
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    other = type(runs.text())([runs.text().sources[0][1:]], 256)
+    longer = runs.config(steps=6)
+    with pytest.raises(CheckpointError, match="was made on other data"):
+        go_on(longer, other, tmp_path, [])
+    assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
+    assert read_manifest(tmp_path / "checkpoints" / "step-00000003").sequences == 12
