@@ -27,9 +27,10 @@ def load(config: DataConfig) -> Corpus:
                 f"({short(folder.index.tokenizer)}) than {chosen.name} "
                 f"({short(chosen.fingerprint)}); tokenize it again or change data.tokenizer"
             )
-    texts = {path: documents(path, config.text_key) for path in paths if path not in folders}
     sources = [
-        Tokens(folders[path].shards) if path in folders else in_memory(texts[path], chosen)
+        Tokens(folders[path].shards)
+        if path in folders
+        else in_memory(documents(path, config.text_key), chosen)
         for path in paths
     ]
     if not paths:
