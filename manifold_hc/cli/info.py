@@ -12,7 +12,16 @@ from rich.table import Table
 
 from manifold_hc.cli.terminal import console
 
-PACKAGES = ("torch", "triton", "numpy", "safetensors", "transformers")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "pyarrow",
+    "tensorboard",
+    "transformers",
+)
 
 
 @click.command()

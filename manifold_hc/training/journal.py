@@ -1,6 +1,8 @@
 """What a run tells while it goes on: its metrics file, TensorBoard if asked, and the screen."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
@@ -12,6 +14,8 @@ from manifold_hc.errors import ConfigError
 from manifold_hc.training.config import TrainingConfig
 from manifold_hc.training.folder import RunFolder
 from manifold_hc.training.progress import ProgressView
+
+logger = logging.getLogger("manifold_hc")
 
 
 @runtime_checkable
@@ -81,10 +85,15 @@ class Journal:
 
     def _record(self, event: str, step: int, figures: Mapping[str, Any]) -> None:
         self._folder.append({"event": event, "step": step, **figures})
-        if self._writer is not None:
+        if self._writer is None:
+            return
+        try:
             for name, value in figures.items():
                 if isinstance(value, int | float):
                     self._writer.add_scalar(f"{event}/{name}", value, step)
+        except OSError as failed:
+            logger.error("TENSORBOARD CANNOT BE WRITTEN: %s; it gets no more", failed.strerror)
+            self._writer = None
 
     def __enter__(self) -> "Journal":
         """Start the progress view."""
@@ -100,7 +109,8 @@ class Journal:
         """Hand over what is held back."""
         self._view.__exit__(kind, error, trace)
         if self._writer is not None:
-            self._writer.close()
+            with suppress(OSError):
+                self._writer.close()
 
 
 def require_tensorboard() -> None:

@@ -204,6 +204,27 @@ def test_metrics_wait_for_room(tmp_path, file_size, caplog):
     assert caplog.text.count("METRICS CANNOT BE WRITTEN") == 1
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_tensorboard_on_a_full_disk_is_given_up_and_the_run_is_not(tmp_path, file_size, caplog):
+    config = runs.config(steps=20, probe_every=1, tensorboard=True)
+    full, room = at(3, lambda _: file_size(2000)), at(18, lambda _: file_size(None))
+    run = RunFolder(tmp_path / "full")
+    train(config, runs.text(), run, [full, room, lambda probe: Slow()])
+    assert "TENSORBOARD CANNOT BE WRITTEN" in caplog.text
+    assert run.is_complete()
+
+
+class Slow:
+    """An observer with many numbers, which waits for TensorBoard's thread to write them."""
+
+    name = "slow"
+    shown: dict[str, str] = {}  # noqa: RUF012
+
+    def __call__(self, model):
+        time.sleep(0.05)
+        return {str(number): 1.0 for number in range(200)}
+
+
 def test_the_end_of_a_run_waits_for_room(monkeypatch, caplog):
     monkeypatch.setattr("manifold_hc.files.WAIT", 0.001)
     monkeypatch.setattr("manifold_hc.files.PATIENCE", 0.003)
