@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console
@@ -38,7 +37,7 @@ ObserverFactory = Callable[[Tensor], Observer]
 
 
 class Journal:
-    """Takes the records of a run; a context manager."""
+    """Takes the records of a run, from `open` to `close`."""
 
     def __init__(
         self,
@@ -95,19 +94,13 @@ class Journal:
             logger.error("TENSORBOARD CANNOT BE WRITTEN: %s; it gets no more", failed.strerror)
             self._writer = None
 
-    def __enter__(self) -> "Journal":
+    def open(self) -> None:
         """Start the progress view."""
-        self._view.__enter__()
-        return self
+        self._view.start()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Hand over what is held back."""
-        self._view.__exit__(kind, error, trace)
+        self._view.stop()
         if self._writer is not None:
             with suppress(OSError):
                 self._writer.close()

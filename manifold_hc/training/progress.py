@@ -1,7 +1,6 @@
 """What a person sees while a run goes on: a bar in a terminal, plain lines elsewhere."""
 
 from collections.abc import Mapping
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -15,7 +14,7 @@ WIDE = 120
 
 
 class ProgressView:
-    """Shows the newest figures of a run; a context manager."""
+    """Shows the newest figures of a run."""
 
     def __init__(self, console: Console, title: str, steps: int, done: int = 0) -> None:
         """`title` names the run; `steps` is its length, `done` of them lie behind."""
@@ -42,16 +41,10 @@ class ProgressView:
             line = f"{self.title}  step {step + 1}/{self.steps}  {text}"
             self.console.print(line, soft_wrap=True, highlight=False)
 
-    def __enter__(self) -> "ProgressView":
-        """Start the bar."""
+    def start(self) -> None:
+        """Show the bar."""
         self._bar.start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def stop(self) -> None:
         """Leave the last figures standing."""
         self._bar.stop()

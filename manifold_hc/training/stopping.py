@@ -2,42 +2,43 @@
 
 import signal
 import threading
-from types import FrameType, TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Holds back the first signal; a second one has its usual effect. A context manager.
-
-    In another thread than the main one Python has no signals, and nothing is held back.
-    """
+    """Whether somebody has asked the run to stop, and how."""
 
     def __init__(self) -> None:
-        """Nothing is asked yet."""
+        """Nobody has."""
         self.signal: signal.Signals | None = None
         self._before: dict[signal.Signals, signal._HANDLER] = {}
 
-    def __enter__(self) -> "StopRequest":
-        """Listen."""
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
-        return self
+    def listen(self) -> None:
+        """Hold back the first signal; a second one has its usual effect."""
+        self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Listen no more."""
-        self._restore()
-
-    def _ask(self, number: int, _: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        self._restore()
-
-    def _restore(self) -> None:
+    def end(self) -> None:
+        """Give signals their usual effect again."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+    def _ask(self, number: int, _: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+        self.end()
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Listen for signals; in the main thread alone, for Python has none elsewhere."""
+    request = StopRequest()
+    if threading.current_thread() is threading.main_thread():
+        request.listen()
+    try:
+        yield request
+    finally:
+        request.end()

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from manifold_hc.training.folder import RunFolder
 from manifold_hc.training.journal import Journal, ObserverFactory, require_tensorboard
 from manifold_hc.training.state import TrainState
 from manifold_hc.training.step import loss_of, take_step
-from manifold_hc.training.stopping import StopRequest
+from manifold_hc.training.stopping import stop_requests
 
 
 class Ready(NamedTuple):
@@ -70,11 +70,9 @@ def train(
     probe = ready.validation[0].inputs.to(ready.device)
     watching = [make(probe) for make in observers]
     screen = console or Console(stderr=True)
-    with (
-        Journal(folder, budget, watching, screen, title, state.step) as journal,
-        _deterministic(ready.device),
-        StopRequest() as stop,
-    ):
+    journal = Journal(folder, budget, watching, screen, title, state.step)
+    with closing(journal), _deterministic(ready.device), stop_requests() as stop:
+        journal.open()
         while state.step < budget.steps:
             start = time.perf_counter()
             step = state.step
