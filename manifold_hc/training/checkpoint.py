@@ -167,7 +167,10 @@ class Checkpoints:
             if path not in kept:
                 # Renamed first, so that what is left of it is never taken for a checkpoint.
                 doomed = path.with_name(f".{path.name}")
-                path.rename(doomed)
+                try:
+                    path.rename(doomed)
+                except OSError as error:
+                    logger.warning("checkpoint: %s stays: %s", path, error.strerror)
                 shutil.rmtree(doomed, ignore_errors=True)
 
     def _offer(self, before: int) -> str:

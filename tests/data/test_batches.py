@@ -37,7 +37,9 @@ def test_targets_are_the_next_tokens():
     assert several is None
 
 
-@pytest.mark.parametrize("lengths", [(85,), (86,), (90,), (50, 30), (8, 9, 100), (2, 40)])
+@pytest.mark.parametrize(
+    "lengths", [(84,), (85,), (86,), (90,), (50, 30), (21, 14), (8, 9, 100), (2, 40)]
+)
 def test_an_epoch_sees_every_token_exactly_once(lengths):
     """Every token of every source but its first is a target once, and so an input but its last."""
     batches = Batches(corpus(*lengths), sequence=7, batch=1, seed=1)

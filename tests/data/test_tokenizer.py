@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from manifold_hc.data.tokenizer import narrowest, tokenizer
 from manifold_hc.errors import ConfigError, DataError
@@ -31,8 +32,11 @@ def test_a_tokenizer_file_gives_its_own_ids_without_special_ones(bpe):
     )
 
 
-def test_truncation_and_padding_in_the_file_are_left_out(bpe, tmp_path):
+def test_truncation_padding_and_frames_in_the_file_are_left_out(bpe, tmp_path):
     library = Tokenizer.from_file(str(bpe()))
+    library.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
     library.enable_truncation(3)
     library.enable_padding(length=50)
     library.save(str(tmp_path / "tokenizer.json"))
