@@ -15,15 +15,21 @@ PATIENCE = 600.0
 WAIT = 10.0
 """Seconds between two attempts."""
 
+SLICES = 20
+"""Times that somebody is listened to in between."""
 
-def insist(write: Callable[[], None], what: str) -> None:
-    """Call `write` until the disk takes it, loudly; after `PATIENCE` its OSError is raised."""
+
+def insist(write: Callable[[], None], what: str, give_up: Callable[[], object]) -> None:
+    """Call `write` until the disk takes it, loudly.
+
+    Its OSError is raised after `PATIENCE`, or as soon as `give_up` says so.
+    """
     for left in range(int(PATIENCE / WAIT), -1, -1):
         try:
             write()
             return
         except OSError as error:
-            if not left:
+            if not left or give_up():
                 raise
             logger.error(
                 "%s CANNOT BE WRITTEN: %s; trying again for %.0f s",
@@ -31,7 +37,10 @@ def insist(write: Callable[[], None], what: str) -> None:
                 error.strerror,
                 left * WAIT,
             )
-            time.sleep(WAIT)
+            for _ in range(SLICES):
+                time.sleep(WAIT / SLICES)
+                if give_up():
+                    break
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from manifold_hc.cli.options import json_option
 from manifold_hc.cli.terminal import console
-from manifold_hc.errors import DataError, RunFolderError
+from manifold_hc.errors import DataError, ManifoldError, RunFolderError
 from manifold_hc.files import write_atomically
 
 
@@ -78,15 +78,22 @@ def tokenize(
     start = time.perf_counter()
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    try:
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise RunFolderError(
+            f"tokenize: {out} cannot be made ({error.strerror}); choose another with --out"
+        ) from None
     try:
         texts = (text for source in sources for text in documents(source, text_key))
         index = write(texts, chosen, unfinished, shard_tokens)
         if out.is_dir():
             out.rmdir()
         unfinished.rename(out)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ManifoldError(f"tokenize: {out} cannot be written: {error.strerror}") from None
         raise
     seconds = time.perf_counter() - start
     figures = {

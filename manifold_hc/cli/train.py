@@ -1,6 +1,7 @@
 """`mhc train`."""
 
 import logging
+import shlex
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -100,21 +101,26 @@ def _run(
     if find is None and not is_empty(path):
         raise RunFolderError(
             f"run folder: {path} is not empty; choose another with --out, or go on with "
-            f"--resume {path}"
+            f"--resume {shlex.quote(str(path))}"
         )
     with locked(path):
         at = None
         if find is not None:
             at = find(Checkpoints(folder.checkpoints, config.checkpoint, corpus.digest))
-            logger.info("going on from %s", at or "the first step: there is no checkpoint yet")
-        kind = config.connection.kind
+            if at is None and folder.is_complete():
+                raise RunFolderError(
+                    f"run folder: {path} holds a complete run without a checkpoint to go on from"
+                )
+            if at is None:
+                logger.info("going on from the first step: there is no checkpoint yet")
+        kind, again = config.connection.kind, shlex.quote(str(path))
         try:
             training.train(config, corpus, folder, [GainMonitor], console(stderr=True), kind, at)
         except DivergedError as error:
-            error.add_note(f"try a lower rate: mhc train --resume {path} optimizer.lr=...")
+            error.add_note(f"lower the rate: mhc train --resume {again} --step N optimizer.lr=R")
             raise
         except StoppedError as error:
-            error.add_note(f"go on with: mhc train --resume {path}")
+            error.add_note(f"go on with: mhc train --resume {again}")
             raise
         rows = summarise(load_runs(path))
         console().print(as_table(rows, upright=console().width < WIDE))

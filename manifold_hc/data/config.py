@@ -22,6 +22,8 @@ class DataConfig:
     """Key of the text in JSON lines, column of the text in Parquet."""
     sequence: int = 128
     """Tokens in a sequence."""
+    verify: bool = True
+    """Whether shards are held against their checksums first, a second or two a gigabyte."""
     mask_documents: bool = True
     """Whether a token attends to its own document only, where a sequence holds several."""
     validation: float = 0.05

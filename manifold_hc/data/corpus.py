@@ -27,6 +27,8 @@ def load(config: DataConfig) -> Corpus:
                 f"({short(folder.index.tokenizer)}) than {chosen.name} "
                 f"({short(chosen.fingerprint)}); tokenize it again or change data.tokenizer"
             )
+        if config.verify:
+            folder.verify()
     sources = [
         Tokens(folders[path].shards)
         if path in folders

@@ -1,5 +1,6 @@
 """Documents as they lie on disk: text, JSON lines, Parquet, or folders of these."""
 
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ def files(path: Path) -> list[Path]:
         for file in path.rglob("*")
         if file.suffix in READERS and not file.name.startswith(".") and file.is_file()
     )
+    if not found and any(path.glob("shard-*.safetensors")):
+        raise DataError(f"data: {path} holds shards without their shards.json; it is not whole")
     if not found:
         raise DataError(f"data: {path} is a folder without {', '.join(READERS)} files or shards")
     return found
@@ -59,6 +62,7 @@ def _json_lines(file: Path, key: str) -> Iterator[str]:
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
+                line = line.removeprefix(BOM_UTF8)
                 if line.strip():
                     yield from _whole(_json_text(line, key, f"{file}, line {number}"))
     except OSError as error:
@@ -68,7 +72,9 @@ def _json_lines(file: Path, key: str) -> Iterator[str]:
 def _json_text(line: bytes, key: str, place: str) -> str:
     try:
         record: Any = msgspec.json.decode(line)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise DataError(f"data: {place}: not valid JSON: it is not UTF-8") from None
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise DataError(f"data: {place}: not valid JSON: {error}") from None
     if not isinstance(record, dict):
         raise DataError(f"data: {place}: must be an object with the key {key!r}")
@@ -128,7 +134,7 @@ def _read(file: Path) -> bytes:
 def _decoded(content: bytes | str, problem: str) -> str:
     """Text without NUL, which is the boundary between documents of bytes."""
     try:
-        text = content.decode("utf-8") if isinstance(content, bytes) else content
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
         text.encode("utf-8")
     except UnicodeError:
         raise DataError(f"data: {problem}") from None

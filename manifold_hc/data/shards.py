@@ -136,6 +136,13 @@ class ShardFolder:
         made_by = self.index.tokenizer
         return [Shard(self.path / entry.file, entry, made_by) for entry in self.index.shards]
 
+    def verify(self) -> None:
+        """Raise DataError for a shard whose content is not what was tokenized."""
+        for shard, entry in zip(self.shards, self.index.shards, strict=True):
+            with shard.file.open("rb") as content:
+                if hashlib.file_digest(content, "sha256").hexdigest() != entry.sha256:
+                    raise DataError(f"data: {shard.file} is altered; tokenize its text again")
+
     @property
     def tokenizer_file(self) -> Path | None:
         """The tokenizer.json that the ids were made with; None for bytes."""

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from manifold_hc.connection import Branch, ConnectionConfig
-from manifold_hc.errors import require_at_least_one, require_number
+from manifold_hc.errors import ConfigError, require_at_least_one, require_number
 from manifold_hc.models.attention import AttentionConfig, LatentAttention
 from manifold_hc.models.experts import Experts, ExpertsConfig, compute_dtype, mixtures
 from manifold_hc.models.feed_forward import GatedFeedForward
@@ -40,6 +40,11 @@ class DecoderConfig:
         """Raise ConfigError for sizes that cannot be built."""
         require_at_least_one(self, "vocabulary", "channels", "blocks", "feed_forward")
         require_number(self, "norm_eps", "init_std")
+        if self.experts.routed and self.experts.dense_blocks >= self.blocks:
+            raise ConfigError(
+                f"experts.dense_blocks: must be below blocks={self.blocks}, or no block has "
+                f"experts, but is {self.experts.dense_blocks}"
+            )
 
     @property
     def sublayers(self) -> int:

@@ -5,10 +5,12 @@ weights alone as `model.safetensors`, `checkpoint.json`, and `SHA256SUMS` over a
 `sha256sum -c` reads too. It is written under another name and renamed when it is on disk.
 """
 
+import errno
 import hashlib
 import logging
 import math
 import os
+import shlex
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -27,7 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from manifold_hc.errors import CheckpointError
-from manifold_hc.training.config import CheckpointConfig
+from manifold_hc.training.config import CheckpointConfig, RunConfig, fixed_differences
 from manifold_hc.training.state import TrainState
 
 logger = logging.getLogger("manifold_hc")
@@ -64,6 +66,8 @@ class Manifest:
     """Devices whose random states it holds."""
     tensors: dict[str, tuple[int, ...]]
     """Name and shape of every tensor of the model."""
+    config: RunConfig
+    """What the run was told to do."""
 
 
 class Checkpoints:
@@ -86,18 +90,16 @@ class Checkpoints:
 
         A failure is logged, costs nothing that was saved, and makes another attempt due soon.
         """
-        path = self.folder / f"step-{state.step:08}"
         try:
-            if not path.exists():
-                self._write(path, state, validation_loss)
-        except WRITE_ERRORS as error:
+            self.write(state, validation_loss)
+        except OSError as error:
             if not state.step < self._retry_at < math.inf:
                 self._retry_at = state.step + RETRY_STEPS
             logger.error(
-                "CHECKPOINT NOT SAVED at step %d: %s; the run goes on and tries again at step %d; "
+                "CHECKPOINT NOT SAVED at step %d: %s; a run that goes on tries again at step %d; "
                 "free some space at %s",
                 state.step,
-                _reason(error),
+                error.strerror,
                 self._retry_at,
                 self.folder,
             )
@@ -105,6 +107,21 @@ class Checkpoints:
         self._retry_at = math.inf
         self._prune()
         return True
+
+    def write(self, state: TrainState, validation_loss: float | None = None) -> None:
+        """Make the checkpoint of this step, if it is not there, and drop none.
+
+        Raises OSError, whoever noticed that the disk did not take it.
+        """
+        path = self.folder / f"step-{state.step:08}"
+        if path.exists():
+            return
+        try:
+            self._write(path, state, validation_loss)
+        except WRITE_ERRORS as error:
+            if _is_interrupt(error):
+                raise KeyboardInterrupt from None
+            raise OSError(errno.EIO, _reason(error), str(path)) from error
 
     def paths(self) -> list[Path]:
         """Those that are there, oldest first; whole or not."""
@@ -154,6 +171,7 @@ class Checkpoints:
             data_sha256=self.data_sha256,
             random=tuple(tensors["random"]),
             tensors=shapes(tensors["model"]),
+            config=state.config,
         )
         _write(path, tensors, manifest)
 
@@ -174,7 +192,7 @@ class Checkpoints:
                 shutil.rmtree(doomed, ignore_errors=True)
 
     def _offer(self, before: int) -> str:
-        run = self.folder.parent
+        run = shlex.quote(str(self.folder.parent))
         for path in reversed(self.paths()):
             if path_step(path) < before:
                 try:
@@ -210,8 +228,10 @@ def verify(path: Path) -> None:
     try:
         lines = (path / SUMS).read_text().splitlines()
         listed = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint: {path / SUMS} cannot be read: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"checkpoint: {path / SUMS}: {error.strerror}") from None
+    except ValueError:
+        raise CheckpointError(f"checkpoint: {path / SUMS} is truncated or altered") from None
     if missing := {MANIFEST, WEIGHTS, ".metadata"} - listed.keys():
         raise CheckpointError(f"checkpoint: {path / SUMS} is cut short: no {min(missing)}")
     for name, digest in listed.items():
@@ -224,9 +244,13 @@ def verify(path: Path) -> None:
 
 
 def load(path: Path, state: TrainState) -> Manifest:
-    """Put a verified checkpoint into `state`; CheckpointError when it is of another model."""
+    """Put a verified checkpoint into `state`; CheckpointError when it is of another run."""
     manifest = read_manifest(path)
     require_same_model(path, manifest.tensors, shapes(state.model.state_dict()))
+    if changed := fixed_differences(manifest.config, state.config):
+        raise CheckpointError(f"checkpoint: {path} is of a run with other {', '.join(changed)}")
+    if manifest.step != path_step(path):
+        raise CheckpointError(f"checkpoint: {path} is really that of step {manifest.step}")
     tensors = state.tensors()
     known = tensors["random"]
     # A device that this state lacks still needs a place to be read to.
@@ -325,6 +349,13 @@ def _unused(path: Path) -> Path:
         number += 1
         found = path.with_name(f"{path.name}-{number}")
     return found
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    """Whether torch has wrapped a Ctrl-C."""
+    return isinstance(error, CheckpointException) and any(
+        isinstance(inner, KeyboardInterrupt) for inner, _ in error.failures.values()
+    )
 
 
 def _reason(error: BaseException) -> str:

@@ -121,6 +121,13 @@ class RunFolder:
         if self.is_complete() and not 0 < step < config.training.steps:
             raise RunFolderError(f"run folder: {self.path} holds a complete run; choose another")
         kept = [record for record in self.metrics() if record["step"] < step]
+        if missing := set(range(step)) - {r["step"] for r in kept if r["event"] == "step"}:
+            logger.warning(
+                "run folder: %s lacks %d of the %d steps before the checkpoint",
+                self.metrics_file,
+                len(missing),
+                step,
+            )
         lines = b"".join(msgspec.json.encode(record) + b"\n" for record in kept)
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self.metrics_file, lines)
@@ -170,6 +177,10 @@ class RunFolder:
             if missing := wanted - set(record):
                 raise self._damaged(self.metrics_file, f"line {number} lacks {min(missing)}")
         return records
+
+    def has_validation(self, step: int) -> bool:
+        """Whether the metrics hold a validation after `step`, counted from 0."""
+        return any(r["event"] == "validation" and r["step"] == step for r in self.metrics())
 
     def save_model(self, weights: Mapping[str, Tensor]) -> None:
         """Write the weights as safetensors."""

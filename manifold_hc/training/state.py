@@ -17,6 +17,7 @@ class TrainState:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         """The state before the first step, drawn from `training.seed`."""
         torch.manual_seed(config.training.seed)
+        self.config = config
         self.device = device
         self.model = Decoder(config.model, config.connection).to(device)
         self.optimizer = optimizers.build(self.model, config.optimizer)

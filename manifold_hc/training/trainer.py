@@ -1,5 +1,6 @@
 """The training loop, one process."""
 
+import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,9 @@ from manifold_hc.training.folder import RunFolder
 from manifold_hc.training.journal import Journal, ObserverFactory, require_tensorboard
 from manifold_hc.training.state import TrainState
 from manifold_hc.training.step import loss_of, take_step
-from manifold_hc.training.stopping import stop_requests
+from manifold_hc.training.stopping import StopRequest, stop_requests
+
+logger = logging.getLogger("manifold_hc")
 
 
 class Ready(NamedTuple):
@@ -62,7 +65,8 @@ def train(
     digest = corpus.digest
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, digest)
     if resume is not None:
-        _go_on(state, resume, digest)
+        _go_on(state, resume, digest, folder)
+        logger.info("going on from %s", resume)
     folder.begin(config, state.step)
     checkpoints.clean()
     checkpoints.abandon_after(state.step)
@@ -100,14 +104,31 @@ def train(
 
             asked, best = stop.signal, state.improves(validation)
             due = checkpoints.is_due(state.step, best=best)
-            saved = (due or last or asked) and checkpoints.save(state, validation)
+            saved = (due or asked or last) and checkpoints.save(state, validation)
             if asked and not last:
                 raise StoppedError(state.step, asked, bool(saved))
+        return _finish(state, folder, checkpoints, stop)
 
+
+def _finish(
+    state: TrainState, folder: RunFolder, checkpoints: Checkpoints, stop: StopRequest
+) -> dict[str, Any]:
+    """Write what a run ends with, waiting for room on the disk; returns the summary."""
+    weights = state.model.state_dict()
     summary = folder.figures() | {"parameters": sum(p.numel() for p in state.model.parameters())}
-    insist(folder.flush, "the metrics")
-    insist(lambda: folder.save_model(state.model.state_dict()), "the weights")
-    insist(lambda: folder.finish(summary), "the summary")
+    files = {
+        "the metrics": folder.flush,
+        "the weights": lambda: folder.save_model(weights),
+        "the last checkpoint": lambda: checkpoints.write(state),
+        "the summary": lambda: folder.finish(summary),
+    }
+    try:
+        for what, write in files.items():
+            insist(write, what, lambda: stop.signal)
+    except OSError:
+        if stop.signal:
+            raise StoppedError(state.step, stop.signal, saved=False) from None
+        raise
     return summary
 
 
@@ -181,22 +202,34 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _go_on(state: TrainState, path: Path, digest: str) -> None:
+def _go_on(state: TrainState, path: Path, digest: str, folder: RunFolder) -> None:
     found = checkpoint.read_manifest(path).data_sha256
     if found != digest:
         raise CheckpointError(
-            f"checkpoint: {path} was made on other data; the text has changed since"
+            f"checkpoint: {path} was made on other data; "
+            "the text has changed since, or data.paths names another"
         )
     checkpoint.load(path, state)
+    steps = state.config.training.steps
+    if state.step > steps or (state.step == steps and not folder.has_validation(steps - 1)):
+        raise ConfigError(
+            f"training.steps: must be above {state.step}, where the checkpoint is, but is {steps}"
+        )
 
 
 def _save_last_finite(state: TrainState, checkpoints: Checkpoints, error: DivergedError) -> None:
     """The state before the step that failed; where that is not finite either, say what is left."""
-    if state.is_finite() and checkpoints.save(state):
-        error.add_note(f"the last finite state is saved as step {state.step}")
-    else:
-        newest = checkpoints.paths()[-1:]
-        error.add_note(f"the last finite state is {newest[0] if newest else 'not saved'}")
+    before = checkpoints.paths()
+    try:
+        if state.is_finite():
+            checkpoints.write(state)  # drops none: what made it fail may be in its weights already
+    except OSError as failed:
+        logger.error("CHECKPOINT NOT SAVED at step %d: %s", state.step, failed.strerror)
+    there = [checkpoint.path_step(path) for path in checkpoints.paths()]
+    saved = f"saved as step {there[-1]}" if there else "not saved"
+    error.add_note(f"the last finite state is {saved}")
+    if older := [step for path in before if (step := checkpoint.path_step(path)) < there[-1]]:
+        error.add_note(f"before it there is step {older[-1]}")
 
 
 @contextmanager

@@ -186,6 +186,7 @@ def test_bad_shards_are_one_line(capfd, tmp_path, text_file, bpe):
         ([tmp_path / "nowhere"], "does not exist"),
         ([text_file, "--tokenizer", text_file], "is no tokenizer.json"),
         ([text_file, "--shard-tokens", "0"], "not in the range"),
+        ([text_file, "--out", text_file / "below"], "cannot be made (Not a directory)"),
     ):
         out = [] if "--out" in arguments else ["--out", tmp_path / "new"]
         status, _, err = mhc(capfd, "tokenize", *arguments, *out)

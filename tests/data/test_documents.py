@@ -31,6 +31,12 @@ def test_a_text_file_is_one_document_whatever_its_name(folder):
     assert list(documents(folder / "notes.csv")) == ["not a text"]
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("text", encoding="utf-8-sig")
+    (tmp_path / "b.jsonl").write_text('{"text": "line"}', encoding="utf-8-sig")
+    assert list(documents(tmp_path)) == ["text", "line"]
+
+
 def test_another_key(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"content": "one"}\n')
     parquet.write_table(pyarrow.table({"content": ["two"]}), tmp_path / "b.parquet")
@@ -45,7 +51,8 @@ def test_another_key(tmp_path):
         ("a.jsonl", b'{"txt": "x"}\n', r"line 1: the key 'text' is missing; there are txt"),
         ("a.jsonl", b'{"text": 3}\n', r"line 1: the key 'text' is no text"),
         ("a.jsonl", b'{"text": "a\\u0000b"}\n', r"line 1: the text is binary"),
-        ("a.jsonl", b'{"text": "a\xff"}\n', r"line 1: not valid JSON"),
+        ("a.jsonl", b'{"text": "a\xff"}\n', r"line 1: not valid JSON: it is not UTF-8"),
+        ("a.jsonl", b"[" * 200_000, r"line 1: not valid JSON: maximum recursion"),
         ("a.jsonl", b"\n", r"is empty"),
         ("a.txt", bytes(range(256)), r"a\.txt is not UTF-8 text but binary"),
         ("a.txt", b"a\0b", r"a\.txt is not UTF-8 text but binary"),

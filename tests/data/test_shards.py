@@ -73,7 +73,9 @@ def test_one_shard_of_another_tokenizer(shards):
         load(DataConfig(paths=(str(folder),)))
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "swapped", "no index", "broken index"])
+@pytest.mark.parametrize(
+    "damage", ["missing", "truncated", "altered", "swapped", "no index", "broken index"]
+)
 def test_a_damaged_folder(shards, damage):
     folder, _ = shards
     file, index = folder / "shard-00001.safetensors", folder / "shards.json"
@@ -81,6 +83,9 @@ def test_a_damaged_folder(shards, damage):
         file.unlink()
     elif damage == "truncated":
         file.write_bytes(file.read_bytes()[:-7])
+    elif damage == "altered":
+        content = file.read_bytes()
+        file.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
     elif damage == "swapped":
         shutil.copy(folder / "shard-00000.safetensors", file)
     elif damage == "no index":
@@ -88,8 +93,18 @@ def test_a_damaged_folder(shards, damage):
     else:
         index.write_text(index.read_text()[:40])
     assert is_shards(folder) == (damage != "no index")
-    with pytest.raises(DataError, match=r"shard-00001|is a folder without|shards\.json is damaged"):
+    with pytest.raises(
+        DataError, match=r"shard-00001|without their shards\.json|shards\.json is damaged"
+    ):
         load(DataConfig(paths=(str(folder),)))
+
+
+def test_checksums_can_be_left_for_later(shards):
+    folder, _ = shards
+    file = folder / "shard-00001.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+    assert load(DataConfig(paths=(str(folder),), verify=False))
 
 
 def test_nothing_is_read_but_what_is_asked_for(shards):

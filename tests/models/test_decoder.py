@@ -6,7 +6,13 @@ from torch import nn
 
 from manifold_hc.connection import ConnectionConfig
 from manifold_hc.errors import ConfigError
-from manifold_hc.models import AttentionConfig, Decoder, DecoderConfig, LatentAttention
+from manifold_hc.models import (
+    AttentionConfig,
+    Decoder,
+    DecoderConfig,
+    ExpertsConfig,
+    LatentAttention,
+)
 
 SMALL = DecoderConfig(
     vocabulary=50,
@@ -107,6 +113,10 @@ def test_bfloat16_and_float64_run():
     ("build", "message"),
     [
         (lambda: DecoderConfig(blocks=0), "blocks: must be at least 1"),
+        (
+            lambda: DecoderConfig(blocks=2, experts=ExpertsConfig(routed=4, dense_blocks=2)),
+            r"experts\.dense_blocks: must be below blocks=2",
+        ),
         (lambda: DecoderConfig(vocabulary=0), "vocabulary: must be at least 1"),
         (lambda: AttentionConfig(heads=0), "heads: must be at least 1"),
         (lambda: AttentionConfig(rotary_size=3), "rotary_size: must be even"),

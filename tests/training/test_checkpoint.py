@@ -1,5 +1,7 @@
+import shlex
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -136,8 +138,6 @@ def test_another_shape_is_refused_with_both(saved):
     wide = TrainState(runs.with_experts(runs.config("residual")), CPU)
     with pytest.raises(CheckpointError, match=r"unknown: stack\.connections\.0\.maps\.bias"):
         load(saved[0] / "step-00000006", wide)
-    from dataclasses import replace
-
     three = replace(CONFIG, connection=replace(CONFIG.connection, streams=3))
     with pytest.raises(CheckpointError, match=r"maps\.bias \[24\] instead of \[15\]"):
         load(saved[0] / "step-00000006", TrainState(three, CPU))
@@ -182,3 +182,31 @@ def test_a_checkpoint_that_is_there_is_not_written_again(copy):
     before = (path / "SHA256SUMS").stat().st_mtime_ns
     assert copy.save(state)
     assert (path / "SHA256SUMS").stat().st_mtime_ns == before
+
+
+def test_another_run_of_the_same_shape_is_refused(copy):
+    seeded = replace(CONFIG, training=replace(CONFIG.training, seed=1))
+    with pytest.raises(CheckpointError, match=r"is of a run with other training\.seed$"):
+        load(copy.paths()[-1], TrainState(seeded, CPU))
+    fewer = replace(CONFIG, connection=replace(CONFIG.connection, iterations=5))
+    with pytest.raises(CheckpointError, match=r"is of a run with other connection\.iterations$"):
+        load(copy.paths()[-1], TrainState(fewer, CPU))
+    longer = replace(CONFIG, training=replace(CONFIG.training, steps=99))
+    assert load(copy.paths()[-1], TrainState(longer, CPU)).step == 6
+
+
+def test_a_checkpoint_under_anothers_name(copy):
+    renamed = copy.paths()[-1].rename(copy.folder / "step-00000009")
+    with pytest.raises(CheckpointError, match=r"step-00000009 is really that of step 6$"):
+        load(renamed, TrainState(CONFIG, CPU))
+
+
+def test_an_offer_can_be_typed(saved, tmp_path):
+    folder = tmp_path / "it's a run" / "checkpoints"
+    shutil.copytree(saved[0], folder)
+    checkpoints = Checkpoints(folder, KEEP_ALL, "data")
+    (checkpoints.paths()[-1] / "SHA256SUMS").write_text("garbage")
+    with pytest.raises(CheckpointError) as error:
+        checkpoints.find()
+    words = shlex.split(str(error.value).partition("whole: ")[2])
+    assert words == ["mhc", "train", "--resume", str(folder.parent), "--step", "4"]

@@ -11,8 +11,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
-from manifold_hc.errors import CheckpointError, DivergedError, RunFolderError, StoppedError
+from manifold_hc.errors import (
+    CheckpointError,
+    ConfigError,
+    DivergedError,
+    RunFolderError,
+    StoppedError,
+)
 from manifold_hc.files import insist
 from manifold_hc.training import CheckpointConfig, Checkpoints, OptimizerConfig, RunFolder, train
 from manifold_hc.training import trainer as trainer_module
@@ -181,7 +188,7 @@ def test_a_full_disk_stops_the_save_and_nothing_else(tmp_path, file_size, caplog
         f"CHECKPOINT NOT SAVED at step {step}" for step in (8, 12, 16)
     ]
     assert "torch could not write a file whole, as on a full disk" in errors[0]
-    assert "tries again at step 18" in errors[0]
+    assert "tries again at step 18" in errors[1]
     assert not half_written(run)
     train(config, runs.text(), RunFolder(tmp_path / "calm"), [at(-1, None), at(-1, None)])
     assert figures(run.path) == figures(tmp_path / "calm")
@@ -235,12 +242,16 @@ def test_the_end_of_a_run_waits_for_room(monkeypatch, caplog):
         if len(calls) <= fails:
             raise OSError(28, "No space left on device")
 
-    insist(lambda: write(2), "the weights")
+    insist(lambda: write(2), "the weights", lambda: False)
     assert caplog.text.count("THE WEIGHTS CANNOT BE WRITTEN: No space left on device") == 2
     calls.clear()
     with pytest.raises(OSError, match="No space left"):
-        insist(lambda: write(99), "the weights")
+        insist(lambda: write(99), "the weights", lambda: False)
     assert len(calls) == 4
+    calls.clear()
+    with pytest.raises(OSError, match="No space left"):
+        insist(lambda: write(99), "the weights", lambda: len(calls) == 2)
+    assert len(calls) == 2
 
 
 def test_a_loss_that_is_not_finite(tmp_path):
@@ -256,7 +267,7 @@ def test_a_loss_that_is_not_finite(tmp_path):
         "train: loss is not finite at step 5, first in parameter group 'layers' "
         "(output of branches.2.sublayer.query)"
     )
-    assert "step-00000003" in error.value.__notes__[0]
+    assert error.value.__notes__ == ["the last finite state is saved as step 3"]
     assert Checkpoints(tmp_path / "checkpoints", config.checkpoint, "").find().name[-1] == "3"
 
 
@@ -277,6 +288,92 @@ def test_a_gradient_that_is_not_finite(tmp_path):
     go_on(config, runs.text(), tmp_path / "broken", [at(-1, None)])
     go_on(config, runs.text(), tmp_path / "calm", [at(-1, None)])
     assert figures(tmp_path / "broken") == figures(tmp_path / "calm")
+
+
+def test_a_run_that_diverges_drops_none_of_its_checkpoints(tmp_path):
+    """The state it failed in is finite, but may be beyond repair."""
+
+    def break_it(model):
+        model.stack.connections[1].maps.bias.register_hook(lambda g: g * float("inf"))
+
+    keep = CheckpointConfig(every=4, keep=1, best=False)
+    config = runs.config(probe_every=1, checkpoint=keep)
+    for steps_until_then in (4, 0):
+        with pytest.raises(DivergedError) as error:
+            go_on(config, runs.text(), tmp_path, [at(steps_until_then, break_it)])
+    assert error.value.__notes__ == [
+        "the last finite state is saved as step 6",
+        "before it there is step 5",
+    ]
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep, "")
+    assert [path.name[-1] for path in checkpoints.paths()] == ["4", "5", "6"]
+
+
+def test_fewer_steps_than_the_checkpoint_has_are_refused(tmp_path):
+    go_on(runs.config(steps=8, checkpoint=CheckpointConfig(every=3)), runs.text(), tmp_path, [])
+    (tmp_path / "summary.json").unlink()
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    for steps in (7, 3):
+        with pytest.raises(ConfigError, match=r"training\.steps: must be above 8, .* but is"):
+            go_on(runs.config(steps=steps), runs.text(), tmp_path, [])
+    assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
+    go_on(runs.config(steps=8), runs.text(), tmp_path, [])
+    assert RunFolder(tmp_path).is_complete(), "killed between its checkpoint and its summary"
+
+
+def test_metrics_that_are_missing_are_told(tmp_path, caplog):
+    go_on(runs.config(steps=8), runs.text(), tmp_path, [])
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[3:]))
+    go_on(runs.config(steps=10), runs.text(), tmp_path, [])
+    assert "metrics.jsonl lacks 3 of the 8 steps before the checkpoint" in caplog.text
+
+
+def test_the_last_checkpoint_waits_for_room_too(tmp_path, file_size, monkeypatch, caplog):
+    """The disk is full when the run ends; the second time that it is told so there is room."""
+    monkeypatch.setattr("manifold_hc.files.WAIT", 0.001)
+
+    class Room(logging.Handler):
+        def emit(self, record):
+            if "THE WEIGHTS CANNOT BE WRITTEN" in record.getMessage():
+                file_size(None)
+
+    handler = Room()
+    logging.getLogger("manifold_hc").addHandler(handler)
+    try:
+        config = runs.config(steps=6, probe_every=1)
+        go_on(config, runs.text(), tmp_path, [at(3, lambda _: file_size(20_000))])
+    finally:
+        logging.getLogger("manifold_hc").removeHandler(handler)
+    assert "CHECKPOINT NOT SAVED at step 6" in caplog.text
+    assert Checkpoints(tmp_path / "checkpoints", config.checkpoint, "").find().name[-1] == "6"
+    assert RunFolder(tmp_path).is_complete()
+
+
+def test_a_signal_ends_the_wait_for_room(tmp_path, file_size, monkeypatch, caplog):
+    class Stop(logging.Handler):
+        def emit(self, record):
+            if "CANNOT BE WRITTEN" in record.getMessage():
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    handler = Stop()
+    logging.getLogger("manifold_hc").addHandler(handler)
+    try:
+        config = runs.config(steps=6, probe_every=1)
+        with pytest.raises(StoppedError, match="ITS CHECKPOINT COULD NOT BE SAVED"):
+            go_on(config, runs.text(), tmp_path, [at(3, lambda _: file_size(20_000))])
+    finally:
+        logging.getLogger("manifold_hc").removeHandler(handler)
+    assert not RunFolder(tmp_path).is_complete()
+
+
+def test_a_ctrl_c_inside_a_save_is_a_ctrl_c(tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise CheckpointException("save", {0: (KeyboardInterrupt(), None)})
+
+    monkeypatch.setattr("manifold_hc.training.checkpoint.save_tensors", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        go_on(runs.config(steps=2), runs.text(), tmp_path, [])
 
 
 def test_a_checkpoint_on_other_data_is_refused(tmp_path):
