@@ -2,6 +2,7 @@
 
 import logging
 import os
+from contextlib import suppress
 from functools import cache
 
 from rich.console import Console
@@ -31,7 +32,8 @@ class _ConsoleHandler(logging.Handler):
     """Prints through the console, so that a message stands above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        console(stderr=True).print(self.format(record), markup=False, soft_wrap=True)
+        with suppress(OSError):  # a log on a full disk must not stop what it tells of
+            console(stderr=True).print(self.format(record), markup=False, soft_wrap=True)
 
 
 def log_to_stderr() -> None:

@@ -1,6 +1,7 @@
 """What a person sees while a run goes on: a bar in a terminal, plain lines elsewhere."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -39,7 +40,8 @@ class ProgressView:
         due = (step + 1) % LINE_EVERY == 0 or step + 1 == self.steps
         if due and not self.console.is_terminal:
             line = f"{self.title}  step {step + 1}/{self.steps}  {text}"
-            self.console.print(line, soft_wrap=True, highlight=False)
+            with suppress(OSError):  # a log on a full disk, or a reader that has left
+                self.console.print(line, soft_wrap=True, highlight=False)
 
     def start(self) -> None:
         """Show the bar."""

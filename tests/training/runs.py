@@ -1,8 +1,16 @@
 """Small runs that the tests of the trainer share."""
 
 import json
+import logging
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -73,3 +81,34 @@ class At:
 def at(step: int, do):
     """The factory of such an observer."""
     return lambda probe: At(step, do)
+
+
+def children() -> ForkServerContext:
+    """Makes processes that need not import torch again and that share nothing with this one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.training.runs"])
+    return context
+
+
+def alone(body: Callable[..., Any], *arguments: object) -> tuple[Any, list[str]]:
+    """What `body` returns in a process of its own, or says in failing; and what it has logged."""
+    here, there = children().Pipe()
+    child = children().Process(target=_tell, args=(there, body, arguments))
+    child.start()
+    there.close()
+    answer, messages = here.recv()
+    child.join()
+    return answer, messages
+
+
+def _tell(pipe: Connection, body: Callable[..., Any], arguments: tuple) -> None:
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("manifold_hc").addHandler(handler)
+    try:
+        answer = body(*arguments)
+    except Exception as error:
+        answer = f"{type(error).__name__}: {error}"
+    pipe.send((answer, messages))

@@ -1,10 +1,7 @@
 """A run that is killed, stopped or cut off from its disk is the run that was never disturbed."""
 
-import logging
-import multiprocessing
 import os
 import random
-import resource
 import signal
 import time
 from dataclasses import replace
@@ -20,12 +17,11 @@ from manifold_hc.errors import (
     RunFolderError,
     StoppedError,
 )
-from manifold_hc.files import insist
-from manifold_hc.training import CheckpointConfig, Checkpoints, OptimizerConfig, RunFolder, train
+from manifold_hc.training import CheckpointConfig, Checkpoints, OptimizerConfig, RunFolder
 from manifold_hc.training import trainer as trainer_module
-from manifold_hc.training.checkpoint import WRITE_ERRORS, read_manifest, save_weights
+from manifold_hc.training.checkpoint import read_manifest
 from tests.training import runs
-from tests.training.runs import at, figures, go_on
+from tests.training.runs import at, children, figures, go_on
 
 STEPS = 60
 KILLS = 20
@@ -43,11 +39,8 @@ def in_a_child(folder):
 
 
 def test_killed_at_twenty_steps_and_during_saves_it_prints_the_same_losses(tmp_path):
-    children = multiprocessing.get_context("forkserver")
-    children.set_forkserver_preload(["tests.training.runs"])
-
     def start(name):
-        child = children.Process(target=in_a_child, args=(tmp_path / name,))
+        child = children().Process(target=in_a_child, args=(tmp_path / name,))
         child.start()
         return child
 
@@ -163,97 +156,6 @@ def test_a_complete_run_can_be_made_longer(tmp_path):
     assert RunFolder(tmp_path / "grown").summary()["steps"] == 12
 
 
-@pytest.fixture
-def file_size():
-    """A function that limits the size of files, as a full disk does; lifted at the end."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(
-        resource.RLIMIT_FSIZE, (before[0] if size is None else size, before[1])
-    )
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_full_disk_stops_the_save_and_nothing_else(tmp_path, file_size, caplog):
-    """From step 5 no file may pass 100 kB; from step 16 on there is room again."""
-    keep = CheckpointConfig(every=4, keep=9, best=False)
-    config = runs.config(steps=20, probe_every=1, checkpoint=keep)
-    full, room = at(5, lambda _: file_size(100_000)), at(16, lambda _: file_size(None))
-    caplog.set_level(logging.ERROR, "manifold_hc")
-    run = RunFolder(tmp_path / "full")
-    train(config, runs.text(), run, [full, room])
-    there = [path.name for path in Checkpoints(run.checkpoints, keep, "").paths()]
-    assert there == ["step-00000004", "step-00000018", "step-00000020"]
-    errors = [record.message for record in caplog.records if record.name == "manifold_hc"]
-    assert [message.partition(":")[0] for message in errors] == [
-        f"CHECKPOINT NOT SAVED at step {step}" for step in (8, 12, 16)
-    ]
-    assert "torch could not write a file whole, as on a full disk" in errors[0]
-    assert "tries again at step 18" in errors[1]
-    assert not half_written(run)
-    train(config, runs.text(), RunFolder(tmp_path / "calm"), [at(-1, None), at(-1, None)])
-    assert figures(run.path) == figures(tmp_path / "calm")
-
-
-def test_weights_that_do_not_fit_are_such_an_error_too(tmp_path, file_size):
-    file_size(1000)
-    with pytest.raises(WRITE_ERRORS):
-        save_weights({"w": torch.ones(1000)}, tmp_path / "weights")
-
-
-def test_metrics_wait_for_room(tmp_path, file_size, caplog):
-    config = runs.config(steps=12, probe_every=1)
-    full, room = at(3, lambda _: file_size(1000)), at(9, lambda _: file_size(None))
-    run = RunFolder(tmp_path / "full")
-    summary = train(config, runs.text(), run, [full, room])
-    train(config, runs.text(), RunFolder(tmp_path / "calm"), [at(-1, None), at(-1, None)])
-    assert figures(run.path) == figures(tmp_path / "calm")
-    assert summary == run.summary()
-    assert caplog.text.count("METRICS CANNOT BE WRITTEN") == 1
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_tensorboard_on_a_full_disk_is_given_up_and_the_run_is_not(tmp_path, file_size, caplog):
-    config = runs.config(steps=20, probe_every=1, tensorboard=True)
-    full, room = at(3, lambda _: file_size(2000)), at(18, lambda _: file_size(None))
-    run = RunFolder(tmp_path / "full")
-    train(config, runs.text(), run, [full, room, lambda probe: Slow()])
-    assert "TENSORBOARD CANNOT BE WRITTEN" in caplog.text
-    assert run.is_complete()
-
-
-class Slow:
-    """An observer with many numbers, which waits for TensorBoard's thread to write them."""
-
-    name = "slow"
-    shown: dict[str, str] = {}  # noqa: RUF012
-
-    def __call__(self, model):
-        time.sleep(0.05)
-        return {str(number): 1.0 for number in range(200)}
-
-
-def test_the_end_of_a_run_waits_for_room(monkeypatch, caplog):
-    monkeypatch.setattr("manifold_hc.files.WAIT", 0.001)
-    monkeypatch.setattr("manifold_hc.files.PATIENCE", 0.003)
-    calls = []
-
-    def write(fails):
-        calls.append(1)
-        if len(calls) <= fails:
-            raise OSError(28, "No space left on device")
-
-    insist(lambda: write(2), "the weights", lambda: False)
-    assert caplog.text.count("THE WEIGHTS CANNOT BE WRITTEN: No space left on device") == 2
-    calls.clear()
-    with pytest.raises(OSError, match="No space left"):
-        insist(lambda: write(99), "the weights", lambda: False)
-    assert len(calls) == 4
-    calls.clear()
-    with pytest.raises(OSError, match="No space left"):
-        insist(lambda: write(99), "the weights", lambda: len(calls) == 2)
-    assert len(calls) == 2
-
-
 def test_a_loss_that_is_not_finite(tmp_path):
     """A weight becomes infinite after step 4: step 5 names it, and nothing infinite is saved."""
 
@@ -327,44 +229,6 @@ def test_metrics_that_are_missing_are_told(tmp_path, caplog):
     metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[3:]))
     go_on(runs.config(steps=10), runs.text(), tmp_path, [])
     assert "metrics.jsonl lacks 3 of the 8 steps before the checkpoint" in caplog.text
-
-
-def test_the_last_checkpoint_waits_for_room_too(tmp_path, file_size, monkeypatch, caplog):
-    """The disk is full when the run ends; the second time that it is told so there is room."""
-    monkeypatch.setattr("manifold_hc.files.WAIT", 0.001)
-
-    class Room(logging.Handler):
-        def emit(self, record):
-            if "THE WEIGHTS CANNOT BE WRITTEN" in record.getMessage():
-                file_size(None)
-
-    handler = Room()
-    logging.getLogger("manifold_hc").addHandler(handler)
-    try:
-        config = runs.config(steps=6, probe_every=1)
-        go_on(config, runs.text(), tmp_path, [at(3, lambda _: file_size(20_000))])
-    finally:
-        logging.getLogger("manifold_hc").removeHandler(handler)
-    assert "CHECKPOINT NOT SAVED at step 6" in caplog.text
-    assert Checkpoints(tmp_path / "checkpoints", config.checkpoint, "").find().name[-1] == "6"
-    assert RunFolder(tmp_path).is_complete()
-
-
-def test_a_signal_ends_the_wait_for_room(tmp_path, file_size, monkeypatch, caplog):
-    class Stop(logging.Handler):
-        def emit(self, record):
-            if "CANNOT BE WRITTEN" in record.getMessage():
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    handler = Stop()
-    logging.getLogger("manifold_hc").addHandler(handler)
-    try:
-        config = runs.config(steps=6, probe_every=1)
-        with pytest.raises(StoppedError, match="ITS CHECKPOINT COULD NOT BE SAVED"):
-            go_on(config, runs.text(), tmp_path, [at(3, lambda _: file_size(20_000))])
-    finally:
-        logging.getLogger("manifold_hc").removeHandler(handler)
-    assert not RunFolder(tmp_path).is_complete()
 
 
 def test_a_ctrl_c_inside_a_save_is_a_ctrl_c(tmp_path, monkeypatch):
