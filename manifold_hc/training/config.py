@@ -122,7 +122,7 @@ class RunConfig:
 FIXED = ("model", "connection", "data", "training.seed")
 """What a run keeps when it goes on: sections and keys that decide on its weights and its data."""
 
-FREE = ("connection.backend", "data.paths")
+FREE = ("connection.backend", "data.paths", "data.verify")
 """Keys in these sections that it need not keep: results or the data's digest say the same."""
 
 
