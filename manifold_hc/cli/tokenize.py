@@ -10,6 +10,7 @@ from rich.table import Table
 
 from manifold_hc.cli.options import json_option
 from manifold_hc.cli.terminal import console
+from manifold_hc.data.shards import SHARD_TOKENS
 from manifold_hc.errors import DataError, ManifoldError, RunFolderError
 from manifold_hc.files import write_atomically
 
@@ -44,7 +45,7 @@ from manifold_hc.files import write_atomically
 @click.option(
     "--shard-tokens",
     type=click.IntRange(min=1),
-    default=2**28,
+    default=SHARD_TOKENS,
     show_default=True,
     help="Tokens in a shard; no document is cut.",
 )

@@ -117,7 +117,7 @@ def _run(
         try:
             training.train(config, corpus, folder, [GainMonitor], console(stderr=True), kind, at)
         except DivergedError as error:
-            error.add_note(f"lower the rate: mhc train --resume {again} --step N optimizer.lr=R")
+            error.add_note(f"lower the rate: mhc train --resume {again} optimizer.lr=R")
             raise
         except StoppedError as error:
             error.add_note(f"go on with: mhc train --resume {again}")

@@ -32,16 +32,16 @@ def load(config: DataConfig) -> Corpus:
     sources = [
         Tokens(folders[path].shards)
         if path in folders
-        else in_memory(documents(path, config.text_key), chosen)
+        else _in_memory(documents(path, config.text_key), chosen)
         for path in paths
     ]
     if not paths:
-        sources = [in_memory([documentation()], chosen)]
+        sources = [_in_memory([documentation()], chosen)]
     return Corpus(sources, chosen.vocabulary, config.weights, chosen.name)
 
 
-def in_memory(texts: Iterable[str], chosen: Tokenizer) -> Tokens:
-    """Documents, tokenized now; DataError where they give no token."""
+def _in_memory(texts: Iterable[str], chosen: Tokenizer) -> Tokens:
+    """One source of documents, tokenized now."""
     ids, starts = joined(list(encode(texts, chosen)))
     return Tokens([ArrayPart(ids, starts)])
 

@@ -4,6 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate
 
 import numpy as np
@@ -155,7 +156,7 @@ class Corpus:
         """Number of tokens of all sources."""
         return sum(map(len, self.sources))
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Which data a run was trained on: equal for equal tokens in equal sources."""
         digests = [source.digest for source in self.sources]

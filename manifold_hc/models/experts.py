@@ -9,6 +9,7 @@ from torch.nn.functional import grouped_mm, linear, silu
 
 from manifold_hc.connection import WideModule
 from manifold_hc.errors import ConfigError, require_at_least_one, require_number
+from manifold_hc.models.autocast import compute_dtype
 from manifold_hc.models.feed_forward import GatedFeedForward
 
 ALIGNMENT = 16
@@ -158,9 +159,3 @@ def _torch_can(rows: Tensor, weights: Tensor) -> bool:
             and torch.cuda.get_device_capability(rows.device) >= (8, 0)
         )
     return known and aligned and len(rows) > 0
-
-
-def compute_dtype(u: Tensor) -> torch.dtype:
-    """What a linear layer would compute in: autocast's dtype where it is on."""
-    device = u.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else u.dtype

@@ -255,8 +255,11 @@ def load(path: Path, state: TrainState) -> Manifest:
     known = tensors["random"]
     # A device that this state lacks still needs a place to be read to.
     tensors["random"] = {name: known.get(name, known["cpu"].clone()) for name in manifest.random}
-    with _one_process():
-        load_tensors(tensors, storage_reader=FileSystemReader(path), no_dist=True)
+    try:
+        with _one_process():
+            load_tensors(tensors, storage_reader=FileSystemReader(path), no_dist=True)
+    except CheckpointException as error:
+        raise CheckpointError(f"checkpoint: {path} cannot be loaded: {_reason(error)}") from None
     state.restore(tensors)
     state.step, state.sequences = manifest.step, manifest.sequences
     state.best = math.inf if manifest.best is None else manifest.best

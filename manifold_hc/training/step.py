@@ -41,9 +41,12 @@ def take_step(state: TrainState, batch: Batch, config: RunConfig) -> StepFigures
             loss += part.detach()
     if not math.isfinite(loss.item()):
         raise DivergedError(state.step, "loss", _first_infinite_layer(state, batch, config))
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip or math.inf)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    # Before clipping, which spreads one gradient's NaN over all of them.
     if not math.isfinite(norm.item()):
         raise DivergedError(state.step, "gradient norm", _first_infinite_gradient(state))
+    nn.utils.clip_grads_with_norm_(model.parameters(), config.optimizer.clip or math.inf, norm)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     state.optimizer.step()

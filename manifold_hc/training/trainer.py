@@ -218,10 +218,13 @@ def _go_on(state: TrainState, path: Path, digest: str, folder: RunFolder) -> Non
 
 
 def _save_last_finite(state: TrainState, checkpoints: Checkpoints, error: DivergedError) -> None:
-    """The state before the step that failed; where that is not finite either, say what is left."""
+    """The state before the step that failed; where that is not finite either, say what is left.
+
+    Before the first step there is nothing to save: the seed gives that state again.
+    """
     before = checkpoints.paths()
     try:
-        if state.is_finite():
+        if state.step and state.is_finite():
             checkpoints.write(state)  # drops none: what made it fail may be in its weights already
     except OSError as failed:
         logger.error("CHECKPOINT NOT SAVED at step %d: %s", state.step, failed.strerror)

@@ -201,6 +201,15 @@ def test_a_checkpoint_under_anothers_name(copy):
         load(renamed, TrainState(CONFIG, CPU))
 
 
+def test_a_checkpoint_that_lacks_what_the_optimizer_needs(tmp_path):
+    """Written before any step, while there are gradients: torch saves no state of the optimizer."""
+    state, checkpoints = TrainState(CONFIG, CPU), Checkpoints(tmp_path, KEEP_ALL, "data")
+    next(state.model.parameters()).sum().backward()
+    checkpoints.write(state)
+    with pytest.raises(CheckpointError, match=r"cannot be loaded: Missing key .* optimizer\."):
+        load(checkpoints.find(), TrainState(CONFIG, CPU))
+
+
 def test_an_offer_can_be_typed(saved, tmp_path):
     folder = tmp_path / "it's a run" / "checkpoints"
     shutil.copytree(saved[0], folder)

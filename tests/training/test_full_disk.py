@@ -51,7 +51,7 @@ def test_the_save_is_tried_again_and_nothing_else_is_different(tmp_path):
     run = RunFolder(tmp_path / "full")
     there = [path.name for path in Checkpoints(run.checkpoints, KEEP, "").paths()]
     assert there == ["step-00000004", "step-00000018", "step-00000020"]
-    errors = [message for message in messages if message.isupper() or "NOT SAVED" in message]
+    errors = [message for message in messages if "NOT SAVED" in message]
     assert [message.partition(":")[0] for message in errors] == [
         f"CHECKPOINT NOT SAVED at step {step}" for step in (8, 12, 16)
     ]

@@ -173,11 +173,12 @@ def test_a_loss_that_is_not_finite(tmp_path):
     assert Checkpoints(tmp_path / "checkpoints", config.checkpoint, "").find().name[-1] == "3"
 
 
-def test_a_gradient_that_is_not_finite(tmp_path):
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite(tmp_path, bad):
     """The state before it is finite: it is saved, and the run goes on from there."""
 
     def break_it(model):
-        model.stack.connections[1].maps.bias.register_hook(lambda g: g * float("inf"))
+        model.stack.connections[1].maps.bias.register_hook(lambda g: g * bad)
 
     config = runs.config(probe_every=1)
     with pytest.raises(DivergedError) as error:
@@ -190,6 +191,16 @@ def test_a_gradient_that_is_not_finite(tmp_path):
     go_on(config, runs.text(), tmp_path / "broken", [at(-1, None)])
     go_on(config, runs.text(), tmp_path / "calm", [at(-1, None)])
     assert figures(tmp_path / "broken") == figures(tmp_path / "calm")
+
+
+def test_a_run_that_fails_in_its_first_step_can_start_again(tmp_path):
+    """Its state is the seed's: there is no checkpoint of it, and none is missed."""
+    config = runs.config()
+    wild = replace(config, model=replace(config.model, init_std=1e30))
+    for _ in range(2):
+        with pytest.raises(DivergedError, match="at step 0, first in parameter group") as error:
+            go_on(wild, runs.text(), tmp_path, [])
+        assert error.value.__notes__ == ["the last finite state is not saved"]
 
 
 def test_a_run_that_diverges_drops_none_of_its_checkpoints(tmp_path):
