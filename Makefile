@@ -25,7 +25,7 @@ demo: .venv/ready  ## train residual, HC and mHC on Python's own documentation, 
 test: .venv/ready-to-develop  ## run the tests
 	$(BIN)/pytest $(if $(TEST_DATA),--test-data=$(TEST_DATA)) $(ARGS)
 
-kernels: .venv/ready-to-develop  ## compile every GPU kernel for every target: ten minutes
+kernels: .venv/ready-to-develop  ## compile every GPU kernel for every target: some minutes
 	$(BIN)/pytest tests/kernels/test_triton_compiles.py --every-kernel $(ARGS)
 
 check: .venv/ready-to-develop  ## lint, formatting, types, order of imports

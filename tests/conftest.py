@@ -14,7 +14,7 @@ import torch  # noqa: E402
 def pytest_addoption(parser):
     parser.addoption("--test-data", type=Path, default=None, help="folder with real text")
     parser.addoption(
-        "--every-kernel", action="store_true", help="compile GPU kernels at every n: ten minutes"
+        "--every-kernel", action="store_true", help="compile GPU kernels at every n: some minutes"
     )
 
 

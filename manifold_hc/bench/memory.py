@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from manifold_hc.bench.candidates import Candidate
 from manifold_hc.bench.problem import Inputs
+from manifold_hc.kernels.cpu.memory import BLOCKS
 
 FREE = """
     view _unsafe_view as_strided transpose t permute expand unsqueeze squeeze slice select
@@ -62,6 +63,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with (
         _no_messages(),
+        _nothing_kept(),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
     ):
         run()
@@ -107,6 +109,16 @@ class _Counter(TorchDispatchMode):
         name = func.overloadpacket.__name__
         self.count += name not in FREE and not name.startswith(("empty", "new_empty"))
         return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _nothing_kept() -> Iterator[None]:
+    """Has the CPU kernels ask torch for memory that they would otherwise have kept."""
+    limit, BLOCKS.limit = BLOCKS.limit, 0
+    try:
+        yield
+    finally:
+        BLOCKS.limit = limit
 
 
 @contextlib.contextmanager

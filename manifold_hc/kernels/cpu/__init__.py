@@ -11,35 +11,27 @@ import torch
 from torch import Tensor
 
 from manifold_hc.kernels.cpu.build import library
+from manifold_hc.kernels.cpu.memory import empty
 from manifold_hc.kernels.operators import FUSED_CONSTRAINTS, Settings
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 MAX_STREAMS = 16
 
-HUGE = 4 << 20
-"""Bytes from which a new tensor asks the system for huge pages: its first touch costs less."""
-
 
 def _call(function: str, *arguments: Any) -> None:
     """Tensors go as pointers, None as null, then numbers by their type; threads come last."""
-    values = [_value(argument) for argument in arguments]
-    getattr(library(), function)(*values, ctypes.c_int(torch.get_num_threads()))
+    run = getattr(library(), function)
+    if run.argtypes is None:
+        run.argtypes = [*map(_kind, arguments), ctypes.c_int]
+    pointers = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
+    run(*pointers, torch.get_num_threads())
 
 
-def _value(argument: Any) -> Any:
-    if argument is None:
-        return ctypes.c_void_p(None)
-    if isinstance(argument, Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
-
-
-def _fresh(like: Tensor, *shape: int) -> Tensor:
-    tensor = like.new_empty(shape)
-    if tensor.nbytes >= HUGE:
-        library().mhc_advise(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(tensor.nbytes))
-    return tensor
+def _kind(argument: Any) -> Any:
+    if argument is None or isinstance(argument, Tensor):
+        return ctypes.c_void_p
+    return ctypes.c_float if isinstance(argument, float) else ctypes.c_int64
 
 
 def _is_bfloat16(tensor: Tensor) -> int:
@@ -87,7 +79,7 @@ def project_backward(
 ) -> tuple[Tensor, Tensor]:
     """See `Kernels.project_backward`."""
     (N, K), R = v.shape, phi.shape[0]
-    dv, dphi, parts = _fresh(v, N, K), torch.empty_like(phi), _slices(phi, N, 1, K)
+    dv, dphi, parts = empty(v, N, K), torch.empty_like(phi), _slices(phi, N, 1, K)
     _call(
         "mhc_project_backward",
         *(grad, v, phi, projected, inverse_rms, dv, dphi, parts, N, K, R, _is_bfloat16(v)),
@@ -98,7 +90,7 @@ def project_backward(
 def read(x: Tensor, pre: Tensor) -> Tensor:
     """See `Kernels.read`."""
     N, n, C = x.shape
-    u = _fresh(x, N, C)
+    u = empty(x, N, C)
     _call("mhc_read", x, pre, u, N, n, C, _is_bfloat16(x))
     return u
 
@@ -106,7 +98,7 @@ def read(x: Tensor, pre: Tensor) -> Tensor:
 def read_backward(grad: Tensor, x: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
     """See `Kernels.read_backward`."""
     N, n, C = x.shape
-    dx, dpre = _fresh(x, N, n, C), torch.empty_like(pre)
+    dx, dpre = empty(x, N, n, C), torch.empty_like(pre)
     _call("mhc_read_backward", grad, x, pre, dx, dpre, N, n, C, _is_bfloat16(x))
     return dx, dpre
 
@@ -114,7 +106,7 @@ def read_backward(grad: Tensor, x: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]
 def write(x: Tensor, y: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """See `Kernels.write`."""
     N, n, C = x.shape
-    out = _fresh(x, N, n, C)
+    out = empty(x, N, n, C)
     _call("mhc_write", x, y, post, res, out, N, n, C, _is_bfloat16(x), _is_bfloat16(y))
     return out
 
@@ -124,8 +116,8 @@ def write_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `Kernels.write_backward`."""
     N, n, C = x.shape
-    dx = _fresh(x, N, n, C) if wants_x else None
-    dy, dpost, dres = _fresh(y, N, C), torch.empty_like(post), torch.empty_like(res)
+    dx = empty(x, N, n, C) if wants_x else None
+    dy, dpost, dres = empty(y, N, C), torch.empty_like(post), torch.empty_like(res)
     _call(
         "mhc_write_backward",
         *(grad, x, y, post, res, dx, dy, dpost, dres, N, n, C, _is_bfloat16(x), _is_bfloat16(y)),
@@ -139,7 +131,7 @@ def coefficients_and_read(
     """See `Kernels.coefficients_and_read`."""
     (N, n, C), R = x.shape, phi.shape[0]
     shapes = ((N, n), (N, n), (N, n, n), (N, R), (N,))
-    u, made = _fresh(x, N, C), tuple(phi.new_empty(shape) for shape in shapes)
+    u, made = empty(x, N, C), tuple(phi.new_empty(shape) for shape in shapes)
     _call(
         "mhc_coefficients_and_read",
         *(x, phi, alpha, bias, u, *made, N, n, C, R, *_numbers(settings), _is_bfloat16(x)),
@@ -165,7 +157,7 @@ def coefficients_and_read_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `Kernels.coefficients_and_read_backward`."""
     (N, n, C), R = x.shape, phi.shape[0]
-    dx, dphi, small = _fresh(x, N, n, C), torch.empty_like(phi), phi.new_empty(R + 3)
+    dx, dphi, small = empty(x, N, n, C), torch.empty_like(phi), phi.new_empty(R + 3)
     parts = _slices(phi, N, n, C)
     small_parts = phi.new_empty(len(parts), R + 3)
     _call(
@@ -181,4 +173,4 @@ def _slices(phi: Tensor, tokens: int, n: int, channels: int) -> Tensor:
     """Room for the gradients of phi that are summed apart."""
     count = library().mhc_slices(ctypes.c_int64(tokens))
     sizes = (ctypes.c_int64(size) for size in (n, channels, phi.shape[0]))
-    return _fresh(phi, count, library().mhc_slice_floats(*sizes))
+    return empty(phi, count, library().mhc_slice_floats(*sizes))

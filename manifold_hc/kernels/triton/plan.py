@@ -133,7 +133,7 @@ def projection_tile(rows: int, width: int, dtype: torch.dtype) -> dict[str, int]
         "BK": BK,
         "RB": rows_tile(rows),
         "CHUNK": CHUNK,
-        "num_stages": 3,
+        "num_stages": 2 if torch.version.hip else 3,  # a stage fewer fits into 64 KiB
         **threads(8, 128 if rows <= 32 else 255),
     }
 

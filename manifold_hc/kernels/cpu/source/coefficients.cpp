@@ -1,6 +1,6 @@
 // Projections, Sinkhorn-Knopp, and the coefficients together with the read they are made for.
 
-#include "projection.h"
+#include "gradient.h"
 #include "sinkhorn.h"
 #include "streams.h"
 
@@ -123,10 +123,10 @@ void project_backward(const float* grad, const X* v, const float* phi, const flo
     const int count = slices(tokens);
     const int64_t length = slice_length(tokens);
     const Chunks chunks(1, size);
-    std::vector<float> packed(chunks.floats(rows));
+    std::vector<RowEntry<X>> packed(chunks.floats(row_entries<RowEntry<X>>(rows)));
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> weights((size_t)rows * BLOCK), values(BLOCK * CHUNK), out(BLOCK * CHUNK);
+        GradientScratch<X> scratch(rows, 1);
         float shares[BLOCK];
         pack(phi, rows, chunks, packed.data());
 #pragma omp for schedule(static)
@@ -137,26 +137,16 @@ void project_backward(const float* grad, const X* v, const float* phi, const flo
             for (int64_t t = slice * length; t < end; t += BLOCK) {
                 const int own = (int)std::min<int64_t>(BLOCK, end - t);
                 for (int k = 0; k < own * rows; k++)
-                    weights[k % rows * BLOCK + k / rows] = grad[t * rows + k];
+                    scratch.weights[k % rows * BLOCK + k / rows] = grad[t * rows + k];
                 norm_backward(rows, own, size, projected + t * rows, inverse_rms + t,
-                              weights.data(), shares);
+                              scratch.weights.data(), shares);
+                scratch.weigh();
                 for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
-                    const int64_t from = chunks.from(chunk), wide = chunks.length(chunk);
-                    const int64_t at = chunk * rows * CHUNK;
-                    take(v + t * size, size, own, from, wide, values.data());
-                    for (int k = 0; k < BLOCK; k++)
-                        for_channels(0, wide, [&](int64_t c, auto width) {
-                            store(&out[k * CHUNK + c],
-                                  -shares[k] * load(&values[k * CHUNK + c], width), width);
-                        });
-                    add_rows(weights.data(), &packed[at], rows, chunks.padded(chunk), out.data());
-                    add_outer(weights.data(), values.data(), chunks.padded(chunk), dphi + at,
-                              rows);
-                    for (int k = 0; k < own; k++)
-                        for_channels(0, wide, [&](int64_t c, auto width) {
-                            store(dv + (t + k) * size + from + c, load(&out[k * CHUNK + c], width),
-                                  width);
-                        });
+                    const int64_t from = t * size + chunks.from(chunk);
+                    const int64_t wide = chunks.length(chunk);
+                    take(v + from, size, own, wide, scratch.values.data(), nullptr);
+                    std::fill(scratch.out.begin(), scratch.out.end(), 0.0f);
+                    scratch.multiply(packed, chunk, 0, wide, shares, dv + from, size, own, dphi);
                 }
             }
         }
@@ -269,6 +259,30 @@ INLINE void coefficients_backward(N n, int rows, int count, const float* project
     for (int k = 0; k < n * n; k++) take(2 * n + k, matrix[k], p[k]);
 }
 
+// out [n][BLOCK][CHUNK] = what reaches a token's streams through the read and through the write.
+template <class X, class N>
+INLINE void mix_gradients(N n, int64_t C, const Gradients<X>& grad, int64_t token, int64_t from,
+                          int64_t length, const float* pre, const float* res, float* out) {
+    const X* read = grad.u + token * C + from;
+    const X* written = grad.link + token * n * C + from;
+    const float* own = res + token * n * n;
+    for_channels(0, length, [&](int64_t k, auto width) {
+        Vec total[limit<N>] = {};
+        if (grad.u) {
+            const Vec g = load(read + k, width);
+            expect(read + k + CHUNK);
+            for (int i = 0; i < n; i++) total[i] = pre[i] * g;
+        }
+        if (grad.link)
+            for (int o = 0; o < n; o++) {
+                const Vec g = load(written + o * C + k, width);
+                expect(written + o * C + k + CHUNK);
+                for (int i = 0; i < n; i++) total[i] += own[o * n + i] * g;
+            }
+        for (int i = 0; i < n; i++) store(out + i * BLOCK * CHUNK + k, total[i], width);
+    });
+}
+
 template <class X, class N>
 void coefficients_and_read_backward(Gradients<X> grad, const X* x, const float* phi,
                                     const float* alpha, const float* bias, const float* res,
@@ -278,10 +292,10 @@ void coefficients_and_read_backward(Gradients<X> grad, const X* x, const float* 
     const int count = slices(tokens);
     const int64_t length = slice_length(tokens), size = n * C;
     const Chunks chunks(n, C);
-    std::vector<float> packed(chunks.floats(rows));
+    std::vector<RowEntry<X>> packed(chunks.floats(row_entries<RowEntry<X>>(rows)));
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> weights((size_t)rows * BLOCK), values(BLOCK * CHUNK), out(BLOCK * CHUNK);
+        GradientScratch<X> scratch(rows, n);
         std::vector<Vec> iterates(iterates_size(n, settings.sinkhorn));
         float shares[BLOCK], pre[BLOCK * limit<N>];
         pack(phi, rows, chunks, packed.data());
@@ -306,40 +320,25 @@ void coefficients_and_read_backward(Gradients<X> grad, const X* x, const float* 
                                           alpha, bias, grad.pre ? grad.pre + at * n : nullptr,
                                           grad.post ? grad.post + at * n : nullptr,
                                           grad.res ? grad.res + at * n * n : nullptr, settings,
-                                          pre + t * n, weights.data() + t, iterates.data(), sums);
+                                          pre + t * n, &scratch.weights[t], iterates.data(), sums);
                 }
                 norm_backward(rows, own, size, projected + first * rows, inverse_rms + first,
-                              weights.data(), shares);
+                              scratch.weights.data(), shares);
+                scratch.weigh();
                 // All streams of some channels, so that what was written is read once.
-                for (int64_t piece = 0; piece < chunks.per_stream; piece++)
+                for (int64_t piece = 0; piece < chunks.per_stream; piece++) {
+                    const int64_t c = chunks.within(piece), wide = chunks.length(piece);
+                    for (int t = 0; t < own; t++)
+                        mix_gradients(n, C, grad, first + t, c, wide, pre + t * n, res,
+                                      &scratch.out[t * CHUNK]);
                     for (int i = 0; i < n; i++) {
                         const int64_t chunk = i * chunks.per_stream + piece;
-                        const int64_t from = chunks.from(chunk), wide = chunks.length(chunk);
-                        const int64_t c = chunks.within(chunk), at = chunk * rows * CHUNK;
-                        take(x + first * size, size, own, from, wide, values.data());
-                        for (int t = 0; t < own; t++) {
-                            const X* mixed = grad.link + (first + t) * size + c;
-                            const X* read = grad.u + (first + t) * C + c;
-                            const float* row = res + (first + t) * n * n + i;
-                            const float weight = pre[t * n + i], share = -shares[t];
-                            for_channels(0, wide, [&](int64_t k, auto width) {
-                                Vec total = share * load(&values[t * CHUNK + k], width);
-                                if (grad.u) total += weight * load(read + k, width);
-                                if (grad.link)
-                                    for (int o = 0; o < n; o++)
-                                        total += row[o * n] * load(mixed + o * C + k, width);
-                                store(&out[t * CHUNK + k], total, width);
-                            });
-                        }
-                        const int64_t padded = chunks.padded(chunk);
-                        add_rows(weights.data(), &packed[at], rows, padded, out.data());
-                        add_outer(weights.data(), values.data(), padded, dphi + at, rows);
-                        for (int t = 0; t < own; t++)
-                            for_channels(0, wide, [&](int64_t k, auto width) {
-                                store(dx + (first + t) * size + from + k,
-                                      load(&out[t * CHUNK + k], width), width);
-                            });
+                        const int64_t from = first * size + chunks.from(chunk);
+                        take(x + from, size, own, wide, scratch.values.data(), nullptr);
+                        scratch.multiply(packed, chunk, i, wide, shares, dx + from, size, own,
+                                         dphi);
                     }
+                }
             }
             float* totals = small + slice * (rows + 3);
             for (int row = 0; row < rows; row++) totals[row] = sum(sums.bias[row]);

@@ -1,4 +1,4 @@
-// Blocks of tokens times phi, forward and backward, with phi's chunks held in the nearest cache.
+// Blocks of tokens times phi, with phi's chunks held in the nearest cache.
 //
 // Rows of phi and of the streams often lie a multiple of 4096 bytes apart, where they evict one
 // another from that cache. So both are worked on in copies: phi, and the sums of its gradient, as
@@ -42,14 +42,20 @@ inline void pack(const float* phi, int rows, const Chunks& chunks, float* packed
 }
 
 // values [BLOCK][CHUNK] of the block's tokens in float; tokens past its end repeat the last one.
+// squares [BLOCK] += their squares, unless it is null.
 template <class X>
-INLINE void take(const X* x, int64_t size, int tokens, int64_t from, int64_t length,
-                 float* values) {
+INLINE void take(const X* x, int64_t size, int tokens, int64_t length, float* values,
+                 Vec* squares) {
     for (int t = 0; t < BLOCK; t++) {
-        const X* row = x + std::min(t, tokens - 1) * size + from;
+        const X* row = x + std::min(t, tokens - 1) * size;
+        Vec total = squares ? squares[t] : Vec{};
         for_channels(0, length, [&](int64_t k, auto width) {
-            store(values + t * CHUNK + k, load(row + k, width), Whole{});
+            expect(row + k + CHUNK);
+            const Vec v = load(row + k, width);
+            store(values + t * CHUNK + k, v, Whole{});
+            if (squares) total += v * v;
         });
+        if (squares) squares[t] = total;
     }
 }
 
@@ -90,12 +96,7 @@ void project_block(const X* x, int tokens, const Chunks& chunks, int64_t size, c
     for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
         const int64_t length = chunks.padded(chunk);
         const float* own = phi + chunk * rows * CHUNK;
-        take(x, size, tokens, chunks.from(chunk), chunks.length(chunk), values);
-        for (int t = 0; t < BLOCK; t++)
-            for (int64_t k = 0; k < length; k += LANES) {
-                const Vec v = load(values + t * CHUNK + k, Whole{});
-                squares[t] += v * v;
-            }
+        take(x + chunks.from(chunk), size, tokens, chunks.length(chunk), values, squares);
         for (int t = 0; t < BLOCK; t += TILE_TOKENS) {
             int r = 0;
             for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
@@ -111,85 +112,4 @@ void project_block(const X* x, int tokens, const Chunks& chunks, int64_t size, c
         for (int r = 0; r < rows; r++)
             projected[t * rows + r] = sum(scratch.sums[t * rows + r]) * inverse_rms[t];
     }
-}
-
-constexpr int OUTER_TOKENS = REGISTERS == 32 ? 16 : 8;
-constexpr int OUTER_ROWS = REGISTERS == 32 ? 8 : 4;
-
-// out [BLOCK][CHUNK] += weights [rows, BLOCK]^T phi [row][CHUNK].
-INLINE void add_rows(const float* weights, const float* phi, int rows, int64_t length, float* out) {
-    for (int t0 = 0; t0 < BLOCK; t0 += OUTER_TOKENS)
-        for (int64_t k = 0; k < length; k += LANES) {
-            Vec total[OUTER_TOKENS];
-            for (int t = 0; t < OUTER_TOKENS; t++)
-                total[t] = load(out + (t0 + t) * CHUNK + k, Whole{});
-            for (int r = 0; r < rows; r++) {
-                const Vec row = load(phi + r * CHUNK + k, Whole{});
-                for (int t = 0; t < OUTER_TOKENS; t++)
-                    total[t] += weights[r * BLOCK + t0 + t] * row;
-            }
-            for (int t = 0; t < OUTER_TOKENS; t++)
-                store(out + (t0 + t) * CHUNK + k, total[t], Whole{});
-        }
-}
-
-template <int ROWS>
-INLINE void add_outer_tile(const float* weights, const float* values, int64_t length,
-                           float* dphi) {
-    for (int64_t k = 0; k < length; k += LANES) {
-        Vec total[ROWS];
-        for (int r = 0; r < ROWS; r++) total[r] = load(dphi + r * CHUNK + k, Whole{});
-        for (int t = 0; t < BLOCK; t++) {
-            const Vec v = load(values + t * CHUNK + k, Whole{});
-            for (int r = 0; r < ROWS; r++) total[r] += weights[r * BLOCK + t] * v;
-        }
-        for (int r = 0; r < ROWS; r++) store(dphi + r * CHUNK + k, total[r], Whole{});
-    }
-}
-
-// dphi [row][CHUNK] += weights [rows, BLOCK] values [BLOCK][CHUNK].
-INLINE void add_outer(const float* weights, const float* values, int64_t length, float* dphi,
-                      int rows) {
-    int r = 0;
-    for (; r + OUTER_ROWS <= rows; r += OUTER_ROWS)
-        add_outer_tile<OUTER_ROWS>(weights + r * BLOCK, values, length, dphi + r * CHUNK);
-    for (; r < rows; r++)
-        add_outer_tile<1>(weights + r * BLOCK, values, length, dphi + r * CHUNK);
-}
-
-// Slices of tokens whose gradients of phi are summed apart and then in order: as many as the
-// tokens ask for, whatever the number of threads, so that every run rounds alike.
-inline int slices(int64_t tokens) {
-    const int64_t wanted = (tokens + 127) / 128;
-    return (int)std::max<int64_t>(1, std::min<int64_t>(wanted, 32));
-}
-
-inline int64_t slice_length(int64_t tokens) {
-    const int count = slices(tokens);
-    const int64_t blocks = (tokens + BLOCK - 1) / BLOCK;
-    return (blocks + count - 1) / count * BLOCK;
-}
-
-// total [length] = the sum of parts [count, length], in order.
-inline void sum_slices(const float* parts, int count, int64_t length, float* total) {
-    for_channels(0, length, [&](int64_t k, auto width) {
-        Vec v{};
-        for (int s = 0; s < count; s++) v += load(parts + s * length + k, width);
-        store(total + k, v, width);
-    });
-}
-
-// dphi [rows, nC] = the sum of parts [count][chunk][row][CHUNK], in order.
-inline void sum_packed_slices(const float* parts, int count, int rows, const Chunks& chunks,
-                              float* dphi, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t chunk = 0; chunk < chunks.count; chunk++)
-        for (int r = 0; r < rows; r++)
-            for_channels(0, chunks.length(chunk), [&](int64_t k, auto width) {
-                Vec v{};
-                for (int s = 0; s < count; s++)
-                    v += load(parts + s * chunks.floats(rows) + (chunk * rows + r) * CHUNK + k,
-                              width);
-                store(dphi + r * chunks.size() + chunks.from(chunk) + k, v, width);
-            });
 }

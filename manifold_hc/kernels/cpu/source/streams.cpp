@@ -35,7 +35,11 @@ void write(const X* x, const Y* y, const float* post, const float* res, X* out, 
         const X* own = x + t * n * C;
         for_channels(0, C, [&](int64_t c, auto width) {
             Vec stream[limit<N>];
-            for (int i = 0; i < n; i++) stream[i] = load(own + i * C + c, width);
+            for (int i = 0; i < n; i++) {
+                stream[i] = load(own + i * C + c, width);
+                expect(own + (n + i) * C + c);
+            }
+            expect(y + (t + 1) * C + c);
             const Vec branch = load(y + t * C + c, width);
             for (int o = 0; o < n; o++) {
                 Vec total = post[t * n + o] * branch;
@@ -52,18 +56,21 @@ constexpr int64_t WRITE_CHUNK = 512;
 template <int OUT, class X, class Y, class N>
 INLINE void dot_tile(N n, int64_t C, const X* grad, const X* x, const Y* y, int64_t from,
                      int64_t to, Vec* sums) {
+    using F = Factors<X, Y>;
     Vec total[OUT][limit<N> + 1];
     for (int o = 0; o < OUT; o++)
         for (int i = 0; i <= n; i++) total[o][i] = sums[o * (n + 1) + i];
-    for_channels(from, to, [&](int64_t c, auto width) {
-        Vec g[OUT];
-        for (int o = 0; o < OUT; o++) g[o] = load(grad + o * C + c, width);
+    for_channels<F::STEP>(from, to, [&](int64_t c, auto width) {
+        decltype(F::load(grad, width)) g[OUT];
+        for (int o = 0; o < OUT; o++) g[o] = F::load(grad + o * C + c, width);
         for (int i = 0; i < n; i++) {
-            const Vec stream = load(x + i * C + c, width);
-            for (int o = 0; o < OUT; o++) total[o][i] += g[o] * stream;
+            const auto stream = F::load(x + i * C + c, width);
+            expect(x + (n + i) * C + c);
+            for (int o = 0; o < OUT; o++) total[o][i] = add_products(total[o][i], g[o], stream);
         }
-        const Vec branch = load(y + c, width);
-        for (int o = 0; o < OUT; o++) total[o][n] += g[o] * branch;
+        const auto branch = F::load(y + c, width);
+        expect(y + C + c);
+        for (int o = 0; o < OUT; o++) total[o][n] = add_products(total[o][n], g[o], branch);
     });
     for (int o = 0; o < OUT; o++)
         for (int i = 0; i <= n; i++) sums[o * (n + 1) + i] = total[o][i];
@@ -87,6 +94,7 @@ void write_backward(const X* grad, const X* x, const Y* y, const float* post, co
                 Vec out[limit<N>], total{};
                 for (int o = 0; o < n; o++) {
                     out[o] = load(g + o * C + c, width);
+                    expect(g + (n + o) * C + c);
                     total += post[t * n + o] * out[o];
                 }
                 store(dy + t * C + c, total, width);

@@ -8,6 +8,10 @@
 #include <type_traits>
 #include <vector>
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
 constexpr int REGISTERS = 32;
@@ -22,6 +26,13 @@ constexpr int LANES = 4;
 constexpr int REGISTERS = 16;
 #endif
 
+// Whether one instruction multiplies two pairs of bfloat16 in every lane.
+#if defined(__AVX512BF16__)
+constexpr bool MULTIPLIES_PAIRS = true;
+#else
+constexpr bool MULTIPLIES_PAIRS = false;
+#endif
+
 constexpr int MAX_STREAMS = 16;
 
 #define INLINE inline __attribute__((always_inline))
@@ -30,6 +41,7 @@ typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef float AnyVec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t AnyWords __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 typedef uint16_t AnyHalf __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 struct bfloat16 {
@@ -42,7 +54,9 @@ struct Part {
     int count;
 };
 
-INLINE Vec broadcast(float value) { return Vec{} + value; }
+// A zero that is taken away changes nothing, and costs nothing; one that is added turns -0 into 0.
+INLINE Vec broadcast(float value) { return value - Vec{}; }
+INLINE Words broadcast(uint32_t value) { return Words{} + value; }
 
 INLINE Vec load(const float* p, Whole) { return *(const AnyVec*)p; }
 INLINE void store(float* p, Vec v, Whole) { *(AnyVec*)p = v; }
@@ -51,13 +65,31 @@ INLINE Vec load(const bfloat16* p, Whole) {
     return (Vec)(__builtin_convertvector(*(const AnyHalf*)p, Words) << 16);
 }
 
-INLINE void store(bfloat16* p, Vec v, Whole) {
-    // To nearest, ties to even; a NaN stays one.
-    Words bits = (Words)v;
-    Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    Words chosen = v == v ? rounded : Words{} + 0x7fc0u;
-    *(AnyHalf*)p = __builtin_convertvector(chosen, AnyHalf);
+// The bits of bfloat16, to nearest, ties to even; a NaN stays one.
+INLINE Words rounded(Vec v) {
+    const Words bits = (Words)v;
+    const Words nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return v == v ? nearest : Words{} + 0x7fc0u;
 }
+
+INLINE void store(bfloat16* p, Vec v, Whole) {
+    *(AnyHalf*)p = __builtin_convertvector(rounded(v), AnyHalf);
+}
+
+INLINE Words load(const uint32_t* p, Whole) { return *(const AnyWords*)p; }
+INLINE void store(uint32_t* p, Words v) { *(AnyWords*)p = v; }
+
+// Two bfloat16 in every lane, as they lie in memory.
+INLINE Words load_pairs(const bfloat16* p, Whole) { return *(const AnyWords*)p; }
+INLINE Words load_pairs(const bfloat16* p, Part part) {
+    bfloat16 row[2 * LANES] = {};
+    std::memcpy(row, p, part.count * sizeof(bfloat16));
+    return load_pairs(row, Whole{});
+}
+
+// Asks for what is read soon. The rows of a token's streams are too short, and too many at a time,
+// for the processor to see where each goes on.
+INLINE void expect(const void* p) { __builtin_prefetch(p); }
 
 template <class T>
 INLINE Vec load(const T* p, Part part) {
@@ -73,13 +105,39 @@ INLINE void store(T* p, Vec v, Part part) {
     std::memcpy(p, row, part.count * sizeof(T));
 }
 
-// body(c, width) for every vector of the channels [from, to).
-template <class Body>
+// body(c, width) for every STEP of the channels [from, to): a vector, unless it is told otherwise.
+template <int STEP = LANES, class Body>
 INLINE void for_channels(int64_t from, int64_t to, Body body) {
     int64_t c = from;
-    for (; c + LANES <= to; c += LANES) body(c, Whole{});
+    for (; c + STEP <= to; c += STEP) body(c, Whole{});
     if (c < to) body(c, Part{(int)(to - c)});
 }
+
+INLINE Vec add_products(Vec sum, Vec a, Vec b) { return sum + a * b; }
+
+// Both products of every lane's pairs; they are exact.
+INLINE Vec add_products(Vec sum, Words a, Words b) {
+#if defined(__AVX512BF16__)
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    sum += (Vec)(a << 16) * (Vec)(b << 16);
+    return sum + (Vec)(a & 0xffff0000u) * (Vec)(b & 0xffff0000u);
+#endif
+}
+
+// How inner products of rows of these types are taken: in pairs if all are bfloat16.
+template <class... T>
+struct Factors {
+    static constexpr bool PAIRS = (std::is_same_v<T, bfloat16> && ...);
+    static constexpr int STEP = PAIRS ? 2 * LANES : LANES;
+    template <class X, class Width>
+    INLINE static auto load(const X* p, Width width) {
+        if constexpr (PAIRS)
+            return load_pairs(p, width);
+        else
+            return ::load(p, width);
+    }
+};
 
 INLINE float sum(Vec v) {
     float total = 0;
