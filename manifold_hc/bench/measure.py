@@ -44,11 +44,17 @@ Run = Callable[[], Sample]
 
 
 def alternate(runs: Sequence[Run], rounds: int) -> list[list[Sample]]:
-    """Samples of each run; they take turns call by call, so that a slow minute hits all."""
+    """Samples of each run; they take turns call by call, so that a slow minute hits all.
+
+    Every second round goes backwards: what one run leaves in caches and free memory is not always
+    found by the same next one.
+    """
     samples: list[list[Sample]] = [[] for _ in runs]
+    turns = list(zip(runs, samples, strict=True))
     for _ in range(rounds):
-        for run, mine in zip(runs, samples, strict=True):
+        for run, mine in turns:
             mine.append(run())
+        turns.reverse()
     return samples
 
 

@@ -70,9 +70,10 @@ def _devices(torch) -> list[str]:  # type: ignore[no-untyped-def]
 
 
 def _compiler() -> str:
-    command = shlex.split(os.environ.get("CC") or "cc")
-    try:
-        answer = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return f"none that runs as {shlex.join(command)}"
+    from manifold_hc.kernels.cpu.build import find_compiler
+
+    command = find_compiler()
+    if command is None:
+        return "none as $CXX, g++, clang++ or c++"
+    answer = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
     return next(iter(answer.stdout.splitlines()), shlex.join(command))

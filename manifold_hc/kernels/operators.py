@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.library import Library, register_autograd, register_fake
 
 from manifold_hc.errors import BackendError
 
@@ -127,8 +128,8 @@ class _Definer:
         _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, run or self._plain(operator), "CompositeExplicitAutograd")
         qualified = f"{NAMESPACE}::{name}"
-        torch.library.register_fake(qualified, fake, lib=_library)
-        torch.library.register_autograd(
+        register_fake(qualified, fake, lib=_library)
+        register_autograd(
             qualified, backward or _only_once(operator), setup_context=keep, lib=_library
         )
         return getattr(torch.ops.manifold_hc, name).default
@@ -138,7 +139,7 @@ class _Definer:
         return lambda *arguments: kernel(*_dense(*arguments))
 
 
-_library = torch.library.Library(NAMESPACE, "FRAGMENT")
+_library = Library(NAMESPACE, "FRAGMENT")
 
 
 def _dense(*arguments: Any) -> tuple[Any, ...]:

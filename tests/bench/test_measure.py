@@ -21,7 +21,7 @@ def test_runs_take_turns():
     calls = []
     runs = [recorder(name, calls, {}) for name in "abc"]
     samples = m.alternate(runs, 4)
-    assert [name for name, _ in calls] == list("abc") * 4
+    assert [name for name, _ in calls] == list("abccba") * 2
     assert [len(mine) for mine in samples] == [4, 4, 4]
 
 
@@ -31,7 +31,7 @@ def test_each_has_its_own_best_number_of_threads():
     runs = [recorder("alone", calls, alone), recorder("together", calls, together)]
     timings = m.measure(runs, [[1, 2], [1, 2]], 5)
     assert [timing.threads for timing in timings] == [1, 2]
-    assert calls[-10:] == [("alone", 1), ("together", 2)] * 5
+    assert sorted(calls[-10:]) == [("alone", 1)] * 5 + [("together", 2)] * 5
     assert [len(timing.samples) for timing in timings] == [5, 5]
     assert torch.get_num_threads() == before
 

@@ -1,10 +1,12 @@
 """Allocations of functions whose allocations are known."""
 
+import pytest
 import torch
 
 from manifold_hc.bench import memory
 from manifold_hc.bench.candidates import Candidate, ours, without_branch
 from manifold_hc.bench.problem import Problem
+from manifold_hc.kernels import refusal
 
 SMALL = Problem(tokens=64, channels=32)
 STREAMS = SMALL.stream_bytes
@@ -63,6 +65,16 @@ def test_the_reference_keeps_more_than_the_fast_backends_may():
     found = memory.cost(ours(SMALL, SMALL.inputs(), "reference"), SMALL.inputs())
     assert found.extra_bytes > 2 * STREAMS
     assert found.forward_launches > 50
+
+
+@pytest.mark.skipif(bool(refusal("cpu", 4, "cpu", [torch.float32])), reason="no CPU kernels here")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_cpu_kernels_need_less_than_half_of_the_streams(dtype):
+    """Kept memory counts like any other: it is the promise of docs/backends.md."""
+    problem = Problem(tokens=2048, channels=1280, dtype=dtype)
+    inputs = problem.inputs()
+    found = memory.cost(ours(problem, inputs, "cpu"), inputs)
+    assert 0.1 * problem.stream_bytes < found.extra_bytes < 0.5 * problem.stream_bytes
 
 
 def test_compiled_code_hides_its_operators():
