@@ -197,12 +197,23 @@ def page(results: Path, out: Path) -> None:
 def _write(device: str, save: bool, json_file: Path | None, **tables: Any) -> None:
     from manifold_hc.bench import results
 
-    command = shlex.join(["mhc", *sys.argv[1:]]).encode(errors="backslashreplace").decode()
-    record = results.record(device, command, **tables)
+    record = results.record(device, _command(), **tables)
     if json_file:
         write_atomically(json_file, results.as_json(record))
     if save:
         click.echo(f"results: {results.save(record)}")
+
+
+def _command() -> str:
+    """The line that was typed, without the file it leaves on this machine."""
+    words = iter(["mhc", *sys.argv[1:]])
+    kept = []
+    for word in words:
+        if word == "--json":
+            next(words, None)
+        elif not word.startswith("--json="):
+            kept.append(word)
+    return shlex.join(kept).encode(errors="backslashreplace").decode()
 
 
 def _judge(name: str, wrong: list[str], missing: list[str]) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from manifold_hc.bench import results
 from manifold_hc.bench.page import page
+from manifold_hc.cli.bench import _command
 from manifold_hc.errors import DataError
 from tests.cli.test_commands import mhc
 
@@ -30,6 +31,12 @@ def test_json_has_medians_and_ratios(ops_table):
     assert rows["eager"]["times_ours"] == 5
     assert "median_seconds" not in rows["wrong but fast"]
     assert content["ops"][0]["fastest_peer"] == "eager, compiled"
+
+
+def test_the_command_names_no_file_of_this_machine(monkeypatch):
+    for written in (["--json", "/home/me/ops.json"], ["--json=/home/me/ops.json"]):
+        monkeypatch.setattr("sys.argv", ["/bin/mhc", "bench", "ops", *written, "--rounds", "3"])
+        assert _command() == "mhc bench ops --rounds 3"
 
 
 def test_the_page_says_what_is_not_measured(tmp_path, ops_table):
