@@ -8,8 +8,8 @@ constexpr int OUTER_TOKENS = REGISTERS == 32 ? 16 : 8;
 constexpr int OUTER_ROWS = REGISTERS == 32 ? 8 : 4;
 
 // What is multiplied for the gradient of streams X: rows of phi, or pairs of them in bfloat16 where
-// one instruction takes two. Rounding phi and the weights first loses less than rounding the
-// gradient itself, and takes half of the time.
+// one instruction takes two, in half of the time. Rounding phi and the weights makes an error of the
+// size that rounding the gradient makes anyway, in the smaller part of it.
 template <class X>
 using RowEntry =
     std::conditional_t<MULTIPLIES_PAIRS && std::is_same_v<X, bfloat16>, uint32_t, float>;
