@@ -287,6 +287,13 @@ def test_token_splits_and_segments(monkeypatch):
     check_connection(70, 2, 600, torch.float32, "sinkhorn", "paper")
 
 
+@pytest.mark.parametrize(("tokens", "n", "C", "key"), [(90, 2, 40, "fp32"), (110, 4, 64, "bf16")])
+def test_a_program_goes_over_several_blocks_of_tokens(tokens, n, C, key, monkeypatch):
+    """As with more tokens than there are programs for."""
+    monkeypatch.setattr(plan, "PROGRAMS", 3)
+    check_connection(tokens, n, C, STREAMS[key], "sinkhorn", "paper")
+
+
 def test_same_bits_alone_and_in_a_batch():
     x, phi, alpha, bias = connection(33, 4, 64, torch.bfloat16, "sinkhorn", 1.0)
     settings = Settings("sinkhorn", 20, False, 1e-20, 0.0)
