@@ -36,10 +36,11 @@ __all__ = [
 class Link(NamedTuple):
     """Ties a write to the coefficients its streams were read with, so that both share a backward.
 
-    Opaque. It holds for these streams and this `res`; a write with another `res` does without.
+    Opaque. It holds for these streams and this `res`; a write with others does without.
     """
 
     stand_in: Float[Tensor, "*tokens n C"]
+    x: Float[Tensor, "*batch n C"]
     res: Float[Tensor, "*batch o i"]
 
 
@@ -155,7 +156,7 @@ def coefficients_and_read(
         *("coefficients_and_read", backend, n, _given(x, phi, alpha, bias)),
         *(x, phi, alpha, bias, iterations, constraint, chosen),
     )
-    return Reading(pre, post, res, u, None if stand_in is None else Link(stand_in, res))
+    return Reading(pre, post, res, u, None if stand_in is None else Link(stand_in, x, res))
 
 
 def hc_coefficients(
@@ -246,7 +247,8 @@ def write(
     _check_device("write", "y", y, x.device)
     _check_coefficient("write", "post", post, x, (n,))
     _check_coefficient("write", "res", res, x, (n, n))
-    stand_in = link.stand_in if link is not None and link.res is res else None
+    linked = link is not None and link.x is x and link.res is res
+    stand_in = link.stand_in if link is not None and linked else None
     result: Tensor = _run("write", backend, n, [x, y, post, res], x, y, post, res, stand_in)
     return result
 
@@ -310,8 +312,10 @@ def _check_maps(
 
 
 def _check_iterations(operation: str, iterations: int) -> None:
-    if iterations < 1:
-        raise ConfigError(f"{operation}: iterations must be at least 1 but is {iterations}")
+    if not isinstance(iterations, int) or iterations < 1:
+        raise ConfigError(
+            f"{operation}: iterations must be a whole number from 1 but is {iterations}"
+        )
 
 
 def _check_real(operation: str, **tensors: Tensor) -> None:

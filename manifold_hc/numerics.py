@@ -1,5 +1,6 @@
 """The numerics presets: the same mathematics, with the details two codebases disagree on."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -36,7 +37,8 @@ PRESETS: dict[str, Numerics] = {
 def preset(name: str, *, norm_eps: float | None = None, hc_eps: float | None = None) -> Numerics:
     """The preset `name`, with its epsilons replaced where they are given.
 
-    Raises ConfigError for an unknown name and for an `hc_eps` with "paper", which has none.
+    Raises ConfigError for an unknown name, for an `hc_eps` with "paper", which has none, and for
+    epsilons below 0 or not finite.
     """
     if name not in PRESETS:
         raise ConfigError(f"numerics: must be one of {', '.join(PRESETS)} but is {name!r}")
@@ -45,6 +47,9 @@ def preset(name: str, *, norm_eps: float | None = None, hc_eps: float | None = N
         raise ConfigError(
             'hc_eps: numerics "paper" has none; leave it out or use numerics="deepseek_v4"'
         )
+    for epsilon, value in (("norm_eps", norm_eps), ("hc_eps", hc_eps)):
+        if value is not None and not 0 <= value < math.inf:
+            raise ConfigError(f"{epsilon}: must be finite and not negative but is {value}")
     if norm_eps is not None:
         chosen = replace(chosen, norm_eps=norm_eps)
     if hc_eps is not None:

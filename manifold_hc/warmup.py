@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from manifold_hc.connection import ConnectionConfig
+from manifold_hc.errors import ConfigError, DtypeError
 from manifold_hc.stack import Stack
 
 logger = logging.getLogger("manifold_hc")
@@ -27,10 +28,20 @@ def warmup(
     dtype: the streams', as they leave the embedding; branch_dtype: what the branches return where
     that differs, as under autocast. One call serves any number of tokens, training and inference.
     Nothing but the kernels' caches changes. Raises BackendError where the configuration names a
-    backend that cannot serve.
+    backend that cannot serve, DtypeError for integers, ConfigError for a device that is not there.
     """
     start = time.perf_counter()
-    device = torch.device(device)
+    for name, chosen in (("dtype", dtype), ("branch_dtype", branch_dtype or dtype)):
+        if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
+            raise DtypeError(
+                f"warmup: {name} must be a real floating-point torch.dtype but is {chosen!r}; "
+                "take the one that your streams have"
+            )
+    try:
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"warmup: torch finds no device {device}: {reason}") from error
     # The parameters of a fresh stack are drawn; a run's own random numbers stay as they are.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         stack = Stack(channels, config, sublayers=2).to(device)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import manifold_hc as mhc
-from manifold_hc.errors import BackendError
+from manifold_hc.errors import BackendError, ConfigError, DtypeError
 
 FIRST_STEP = """
 import logging, sys
@@ -46,3 +46,12 @@ def test_a_backend_that_cannot_serve_says_so_now():
     config = mhc.ConnectionConfig(backend="cpu")
     with pytest.raises(BackendError, match="takes streams in float32 or bfloat16"):
         mhc.warmup(8, config, dtype=torch.float16)
+
+
+def test_what_is_not_there_is_named():
+    with pytest.raises(ConfigError, match="warmup: torch finds no device nowhere"):
+        mhc.warmup(8, device="nowhere")
+    with pytest.raises(DtypeError, match=r"warmup: dtype must be a real floating-point"):
+        mhc.warmup(8, dtype=torch.int32)
+    with pytest.raises(DtypeError, match=r"branch_dtype must be a real .* but is torch.int8"):
+        mhc.warmup(8, branch_dtype=torch.int8)

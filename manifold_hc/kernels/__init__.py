@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 
 from manifold_hc import constraints, reference
 from manifold_hc.errors import BackendError
@@ -19,6 +21,9 @@ logger = logging.getLogger("manifold_hc")
 
 BACKENDS = ("triton", "cpu", "reference")
 """The preferred one first."""
+
+MOST_STREAMS = 64
+"""Up to which torch.compile may be given n as a symbol."""
 
 OPERATORS: dict[tuple[str, str], Callable[..., Any]] = {
     ("sinkhorn", "reference"): constraints.sinkhorn,
@@ -47,8 +52,33 @@ def pick(operator: str, backend: str, n: int, tensors: Sequence[Tensor]) -> Call
     back.
     """
     device = tensors[0].device.type
-    chosen = _choose(operator, backend, n, device, tuple(tensor.dtype for tensor in tensors))
+    dtypes = tuple(tensor.dtype for tensor in tensors)
+    chosen = _choose(operator, backend, _constant(n), device, dtypes)
+    if chosen != "reference" and not torch.compiler.is_compiling() and _is_transformed():
+        if backend != "auto":
+            raise BackendError(
+                f'{operator}: backend "{backend}" has derivatives by autograd alone, none by '
+                'torch.func or in forward mode; use backend="reference"'
+            )
+        chosen = "reference"
     return OPERATORS[operator, chosen]
+
+
+def _constant(n: int) -> int:
+    """n, where Dynamo may bring a symbol: comparing it makes it the number it stands for."""
+    if torch.compiler.is_compiling():
+        for number in range(1, MOST_STREAMS + 1):
+            if n == number:
+                return number
+    return n
+
+
+def _is_transformed() -> bool:
+    """Whether derivatives are taken of which a custom operator knows nothing."""
+    interpreters = torch._C._functorch.get_interpreter_stack() or ()
+    return forward_ad._current_level >= 0 or any(
+        interpreter.key() in (TransformType.Grad, TransformType.Jvp) for interpreter in interpreters
+    )
 
 
 def _choose(
@@ -62,7 +92,8 @@ def _choose(
             f'but is {backend!r}, which this version does not have; use backend="auto"'
         )
     if reason := refusal(backend, n, device, dtypes):
-        raise BackendError(f'{operator}: backend "{backend}" {reason}; or use backend="auto"')
+        repair = "" if "use backend=" in reason else '; or use backend="auto"'
+        raise BackendError(f'{operator}: backend "{backend}" {reason}{repair}')
     return backend
 
 

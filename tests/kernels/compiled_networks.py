@@ -27,10 +27,10 @@ def breaking(u):
     return u.sin()
 
 
-def check(backend, branch=torch.sin, compiler="aot_eager", fullgraph=True, **options):
+def check(backend, branch=torch.sin, compiler="aot_eager", fullgraph=True, dynamic=None, **options):
     torch._dynamo.reset()
     stack = network(backend, **options)
-    compiled = torch.compile(stack, fullgraph=fullgraph, backend=compiler)
+    compiled = torch.compile(stack, fullgraph=fullgraph, backend=compiler, dynamic=dynamic)
     for tokens in (5, 7, 9):  # from the second on, the number of tokens is symbolic
         h = torch.randn(2, tokens, 8)
         wanted = outputs_and_gradients(lambda h: stack(h, [branch] * 3), stack, h)
@@ -45,4 +45,5 @@ if __name__ == "__main__":
     check(backend, numerics="deepseek_v4", disable=("pre",))
     check(backend, kind="hc")
     check(backend, branch=breaking, fullgraph=False)
+    check("auto", dynamic=True)
     check(backend, compiler="inductor")

@@ -62,9 +62,10 @@ def test_many_processes_build_once(tmp_path, compiler):
     assert len(compiled_files(tmp_path)) == len(list(build.SOURCES.glob("*.cpp")))
     announced = f"INFO building the CPU kernels with {compiler}, once for this machine"
     assert sum(log.count(announced) for _, _, log in answers) == 1
-    # Nothing is left behind but the library and the lock.
+    # Nothing is left behind but the library, its checksum and the lock.
     folder = next((tmp_path / "cache" / "manifold-hc" / "kernels").iterdir())
-    assert sorted(path.name for path in folder.iterdir()) == ["operators.lock", "operators.so"]
+    names = ["operators.lock", "operators.sha256", "operators.so"]
+    assert sorted(path.name for path in folder.iterdir()) == names
 
 
 def test_an_installation_that_cannot_be_written(tmp_path, compiler):
@@ -122,12 +123,20 @@ def test_a_cache_that_cannot_be_written(tmp_path):
 
 
 def test_a_damaged_library_is_built_again(tmp_path, compiler):
+    """One that is cut in the middle would load, and end the process at the first call."""
     environment = {"CXX": compiler, "XDG_CACHE_HOME": tmp_path / "cache"}
     finished(use("cpu", **environment))
     (library,) = (tmp_path / "cache").rglob("operators.so")
-    library.write_bytes(b"")
+    whole = library.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2]):
+        library.unlink()
+        library.write_bytes(damaged)
+        status, out, log = finished(use("cpu", **environment))
+        assert (status, out) == (0, ["48.0", "48.0"])
+        assert "is damaged and is built again: its checksum is another" in log
+        assert library.stat().st_size == len(whole)
+    library.with_suffix(".sha256").unlink()
     assert finished(use("cpu", **environment))[:2] == (0, ["48.0", "48.0"])
-    assert library.stat().st_size > 10_000
 
 
 def test_what_makes_another_library(monkeypatch, tmp_path):

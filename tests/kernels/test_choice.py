@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from manifold_hc import functional, kernels
 from manifold_hc.errors import BackendError, ShapeError
@@ -49,3 +50,43 @@ def test_auto_prefers_what_is_fast():
     x, pre = streams()
     assert "cpu_read" in str(functional.read(x.requires_grad_(), pre).grad_fn.next_functions)
     assert "cpu" not in str(functional.read(x.double(), pre).grad_fn.name())
+
+
+def transforms():
+    """Derivatives that a custom operator has not, of a read."""
+    x, pre = torch.randn(3, 4, 8), torch.rand(3, 4)
+
+    def loss(x, backend):
+        return functional.read(x, pre, backend).sin().sum()
+
+    def dual(backend):
+        with forward_ad.dual_level():
+            out = loss(forward_ad.make_dual(x, torch.ones_like(x)), backend)
+            return forward_ad.unpack_dual(out).tangent
+
+    return {
+        "grad": lambda backend: torch.func.grad(loss)(x, backend),
+        "jvp": lambda backend: torch.func.jvp(lambda x: loss(x, backend), (x,), (x,))[1],
+        "hessian": lambda backend: torch.func.hessian(loss)(x, backend),
+        "dual numbers": dual,
+    }
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", transforms())
+def test_other_derivatives_are_the_references(name):
+    """auto takes it by itself; a named backend says so instead of returning zeros."""
+    torch.manual_seed(0)
+    derivative = transforms()[name]
+    wanted = derivative("reference")
+    assert wanted.abs().max() > 0
+    torch.testing.assert_close(derivative("auto"), wanted)
+    with pytest.raises(BackendError, match='read: backend "cpu" has derivatives by autograd alone'):
+        derivative("cpu")
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_needs_no_other_backend():
+    x, pre = torch.randn(3, 4, 8), torch.rand(3, 4)
+    mapped = torch.func.vmap(lambda x, pre: functional.read(x, pre, "cpu"))(x, pre)
+    torch.testing.assert_close(mapped, functional.read(x, pre, "reference"))

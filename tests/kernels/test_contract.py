@@ -320,6 +320,19 @@ def test_a_write_with_another_res_does_without_the_link(backend):
     compare(changed, inputs, backend)
 
 
+def test_a_write_of_other_streams_does_without_the_link(backend):
+    serve(backend, 3, torch.float32)
+    inputs = [torch.randn(9, 3, 8), *maps(3, 8, 9), torch.randn(9, 8)]
+
+    def stopped(x, phi, alpha, bias, y, backend):
+        reading = functional.coefficients_and_read(x, phi, alpha, bias, backend=backend)
+        others = 2 * x.detach()
+        written = functional.write(others, y, reading.post, reading.res, backend, link=reading.link)
+        return reading.u, written
+
+    compare(stopped, inputs, backend)
+
+
 def test_second_derivatives_are_refused_by_name(backend):
     from manifold_hc.errors import BackendError
 

@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock
 
 from manifold_hc.errors import BackendError
-from manifold_hc.files import cache_folder
+from manifold_hc.files import cache_folder, write_atomically
 
 logger = logging.getLogger("manifold_hc")
 
@@ -97,12 +97,21 @@ def _processor() -> str:
 
 
 def _loaded(target: Path) -> ctypes.CDLL | None:
-    """The library, if it is there and whole."""
-    try:
-        return ctypes.CDLL(str(target)) if target.exists() else None
-    except OSError as error:
-        logger.warning("%s is damaged and is built again: %s", target, error)
+    """The library, if it is there and whole: loading half of one would end the process."""
+    if not target.exists():
         return None
+    try:
+        if _checksum(target) == target.with_suffix(".sha256").read_text():
+            return ctypes.CDLL(str(target))
+        reason = "its checksum is another"
+    except OSError as error:
+        reason = str(error)
+    logger.warning("%s is damaged and is built again: %s", target, reason)
+    return None
+
+
+def _checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _built(compiler: tuple[str, ...], target: Path) -> ctypes.CDLL:
@@ -114,7 +123,10 @@ def _built(compiler: tuple[str, ...], target: Path) -> ctypes.CDLL:
         start = time.perf_counter()
         logger.info("building the CPU kernels with %s, once for this machine", compiler[0])
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            _compile(compiler, Path(folder)).replace(target)
+            built = _compile(compiler, Path(folder))
+            # First the checksum: where a library is, there is one.
+            write_atomically(target.with_suffix(".sha256"), _checksum(built))
+            built.replace(target)
         logger.info("built in %.0f s: %s", time.perf_counter() - start, target)
         return ctypes.CDLL(str(target))
 
@@ -141,7 +153,7 @@ def _require(results: list[tuple[str, int]], compiler: tuple[str, ...]) -> None:
     for complaint, status in results:
         if status:
             errors = [line for line in complaint.splitlines() if "error" in line]
-            shown = "; ".join((errors or complaint.splitlines())[:LINES])
+            shown = "; ".join((errors or complaint.splitlines())[:LINES]) or f"status {status}"
             raise BackendError(
                 f"the CPU kernels do not build with {shlex.join(compiler)}: {shown}; "
                 'set CXX to another compiler, or use backend="reference"'

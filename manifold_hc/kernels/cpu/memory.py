@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import threading
 import weakref
+from collections import deque
 
 import torch
 from torch import Tensor
@@ -30,18 +31,21 @@ class Blocks:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._free: list[mmap.mmap] = []
-        # Re-entrant: a tensor may be collected in the middle of anything.
-        self._lock = threading.RLock()
+        # A tensor may be collected in the middle of anything, here too: what comes back is put
+        # aside, and sorted in by whoever has the lock.
+        self._returned: deque[mmap.mmap] = deque()
+        self._lock = threading.Lock()
 
-    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor of arbitrary content; its block comes back when the last view of it is gone."""
-        count = torch.Size(shape).numel()
-        block = self._take(-(-count * dtype.itemsize // PAGE) * PAGE)
-        start = -_address(block) % PAGE
-        own = (ctypes.c_char * (count * dtype.itemsize)).from_buffer(block, start)
+    def tensor(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Arbitrary content of `like`'s dtype; its block comes back when the last view is gone."""
+        size = torch.Size(shape).numel() * like.dtype.itemsize
+        block = self._take(-(-size // PAGE) * PAGE)
+        own = (ctypes.c_char * size).from_buffer(block, -_address(block) % PAGE)
         # Nothing needs to come back when the process ends.
         weakref.finalize(own, self._give_back, block).atexit = False
-        return torch.frombuffer(own, dtype=dtype).view(shape)
+        memory = torch.frombuffer(own, dtype=like.dtype).untyped_storage()
+        # No view of another tensor: autograd would not let those be changed in place.
+        return like.new_empty(0).set_(memory, 0, shape)  # type: ignore[call-overload]
 
     def kept(self) -> int:
         """Bytes that are mapped and unused."""
@@ -50,10 +54,12 @@ class Blocks:
     def release(self) -> None:
         """Hand all unused memory back to the system."""
         with self._lock:
+            self._sort_in()
             self._free.clear()
 
     def _take(self, size: int) -> mmap.mmap:
         with self._lock:
+            self._sort_in()
             for index in range(len(self._free) - 1, -1, -1):  # what was freed last is in cache
                 if len(self._free[index]) == size + PAGE:
                     return self._free.pop(index)
@@ -64,10 +70,18 @@ class Blocks:
         return block
 
     def _give_back(self, block: mmap.mmap) -> None:
-        with self._lock:
-            self._free.append(block)
-            while self.kept() > self.limit:
-                self._free.pop(0)
+        self._returned.append(block)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._sort_in()
+            finally:
+                self._lock.release()
+
+    def _sort_in(self) -> None:
+        while self._returned:
+            self._free.append(self._returned.popleft())
+        while self.kept() > self.limit:
+            self._free.pop(0)
 
 
 def _address(block: mmap.mmap) -> int:
@@ -81,4 +95,4 @@ BLOCKS = Blocks(KEEP)
 def empty(like: Tensor, *shape: int) -> Tensor:
     """A new tensor of `like`'s dtype, in memory that is kept if it is large."""
     large = torch.Size(shape).numel() * like.dtype.itemsize >= LARGE
-    return BLOCKS.tensor(shape, like.dtype) if large and BLOCKS.limit else like.new_empty(shape)
+    return BLOCKS.tensor(like, shape) if large and BLOCKS.limit else like.new_empty(shape)

@@ -6,10 +6,15 @@ import threading
 import pytest
 import torch
 
+import manifold_hc as mhc
 from manifold_hc import functional
 from manifold_hc.kernels import refusal
 from manifold_hc.kernels.cpu import memory
 from manifold_hc.kernels.cpu.memory import LARGE, PAGE, Blocks
+
+NEEDS_KERNELS = pytest.mark.skipif(
+    bool(refusal("cpu", 4, "cpu", [torch.float32])), reason="no CPU kernels here"
+)
 
 MEGABYTE = 1 << 20
 
@@ -20,7 +25,7 @@ def blocks():
 
 
 def large(blocks, megabytes=8):
-    return blocks.tensor((megabytes, MEGABYTE // 4), torch.float32)
+    return blocks.tensor(torch.empty(0), (megabytes, MEGABYTE // 4))
 
 
 def test_a_freed_block_serves_again(blocks):
@@ -53,7 +58,7 @@ def test_other_sizes_and_dtypes(blocks):
     smaller = large(blocks, 6)
     assert blocks.kept() == 8 * MEGABYTE + PAGE
     # 7 MiB fill the same huge pages as 8.
-    half = blocks.tensor((7, MEGABYTE // 2), torch.bfloat16)
+    half = blocks.tensor(torch.empty(0, dtype=torch.bfloat16), (7, MEGABYTE // 2))
     assert (half.dtype, half.shape, blocks.kept()) == (torch.bfloat16, (7, MEGABYTE // 2), 0)
     assert smaller.shape == (6, MEGABYTE // 4)
 
@@ -89,7 +94,23 @@ def test_threads_do_not_share_a_block(blocks):
     assert blocks.kept() <= blocks.limit
 
 
-@pytest.mark.skipif(bool(refusal("cpu", 4, "cpu", [torch.float32])), reason="no CPU kernels here")
+@NEEDS_KERNELS
+@pytest.mark.parametrize("tokens", [64, 2100])
+def test_results_may_be_changed_in_place(tokens):
+    """Large ones too: what a branch does to u, and a model to the streams."""
+    connection = mhc.Connection(512, mhc.ConnectionConfig(streams=4, backend="cpu"))
+
+    def gradient(branch, change):
+        x = torch.randn(tokens, 4, 512, generator=torch.Generator().manual_seed(1))
+        out = connection(x.requires_grad_(), branch)
+        change(out).square().sum().backward()
+        return x.grad
+
+    ours = gradient(torch.nn.ReLU(inplace=True), lambda out: out.mul_(2))
+    assert torch.equal(ours, gradient(torch.nn.ReLU(), lambda out: out * 2))
+
+
+@NEEDS_KERNELS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_results_do_not_depend_on_what_was_there(monkeypatch, dtype):
     """Every large result is written over memory full of NaN, and equals the one without."""
