@@ -124,8 +124,8 @@ struct GradientScratch {
 
     // dx [tokens, size] = out of one stream + weights^T phi - shares values, dphi += weights
     // values, in one chunk of `length` channels; phi is [chunk][entry][CHUNK].
-    INLINE void multiply(const std::vector<Entry>& phi, int64_t chunk, int stream, int64_t length,
-                         const float* shares, X* dx, int64_t size, int tokens, float* dphi) {
+    void multiply(const std::vector<Entry>& phi, int64_t chunk, int stream, int64_t length,
+                  const float* shares, X* dx, int64_t size, int tokens, float* dphi) {
         const int entries = row_entries<Entry>(rows);
         const int64_t padded = (length + LANES - 1) / LANES * LANES;
         const bool whole = tokens == BLOCK && padded == length;
@@ -144,6 +144,20 @@ struct GradientScratch {
             });
     }
 };
+
+// weights [rows, BLOCK] = grad / rms; shares [BLOCK] = what the norm takes back of every value.
+INLINE void norm_backward(int rows, int tokens, int64_t size, const float* projected,
+                          const float* inverse_rms, float* weights, float* shares) {
+    for (int t = 0; t < BLOCK; t++) {
+        const float inverse = t < tokens ? inverse_rms[t] : 0;
+        float total = 0;
+        for (int r = 0; r < rows; r++) {
+            if (t < tokens) total += weights[r * BLOCK + t] * projected[t * rows + r];
+            weights[r * BLOCK + t] = t < tokens ? weights[r * BLOCK + t] * inverse : 0;
+        }
+        shares[t] = total * inverse * inverse / size;
+    }
+}
 
 // Slices of tokens whose gradients of phi are summed apart and then in order: as many as the
 // tokens ask for, whatever the number of threads, so that every run rounds alike.

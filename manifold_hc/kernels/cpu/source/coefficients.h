@@ -1,0 +1,45 @@
+// Settings and coefficients of up to LANES tokens as the operators hold them: one token a lane.
+#pragma once
+
+#include "sinkhorn.h"
+#include "vector.h"
+
+enum Constraint { SINKHORN = 0, IDENTITY = 1, NONE = 2 };
+
+struct Settings {
+    int constraint;
+    Sinkhorn sinkhorn;
+    float norm_eps;
+    float hc_eps;
+};
+
+inline Settings settings_of(int64_t constraint, int64_t iterations, int64_t transposed,
+                            float norm_eps, float hc_eps) {
+    return {(int)constraint, {(int)iterations, (bool)transposed, hc_eps}, norm_eps, hc_eps};
+}
+
+// LANES numbers, `stride` apart, as one vector; 0 past `count`.
+INLINE Vec gather(const float* p, int64_t stride, int count) {
+    Vec v{};
+    for (int lane = 0; lane < count; lane++) v[lane] = p[lane * stride];
+    return v;
+}
+
+INLINE void scatter(float* p, int64_t stride, int count, Vec v) {
+    for (int lane = 0; lane < count; lane++) p[lane * stride] = v[lane];
+}
+
+// Entry k of the logits' matrix is entry turned(k) of res[o][i].
+INLINE int turned(int k, int n, bool transposed) { return transposed ? k % n * n + k / n : k; }
+
+template <class N>
+INLINE void gather_matrix(N n, const float* p, int count, bool transposed, Vec* matrix) {
+    for (int k = 0; k < n * n; k++)
+        matrix[k] = gather(p + turned(k, n, transposed), n * n, count);
+}
+
+template <class N>
+INLINE void scatter_matrix(N n, float* p, int count, bool transposed, const Vec* matrix) {
+    for (int k = 0; k < n * n; k++)
+        scatter(p + turned(k, n, transposed), n * n, count, matrix[k]);
+}

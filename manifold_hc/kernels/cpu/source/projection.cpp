@@ -1,0 +1,93 @@
+// project, forward and backward.
+
+#include "gradient.h"
+
+namespace {
+
+template <class X>
+void project(const X* v, const float* phi, float* projected, float* inverse_rms, int64_t tokens,
+             int64_t size, int rows, float norm_eps, int threads) {
+    const int64_t blocks = (tokens + BLOCK - 1) / BLOCK;
+    const Chunks chunks(1, size);
+    std::vector<float> packed(chunks.floats(rows));
+#pragma omp parallel num_threads(threads)
+    {
+        ProjectionScratch scratch(rows);
+        pack(phi, rows, chunks, packed.data());
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < blocks; block++) {
+            const int64_t t = block * BLOCK;
+            project_block(v + t * size, (int)std::min<int64_t>(BLOCK, tokens - t), chunks, size,
+                          packed.data(), rows, norm_eps, projected + t * rows, inverse_rms + t,
+                          scratch);
+        }
+    }
+}
+
+template <class X>
+void project_backward(const float* grad, const X* v, const float* phi, const float* projected,
+                      const float* inverse_rms, X* dv, float* parts, int64_t tokens, int64_t size,
+                      int rows, int threads) {
+    const int count = slices(tokens);
+    const int64_t length = slice_length(tokens);
+    const Chunks chunks(1, size);
+    std::vector<RowEntry<X>> packed(chunks.floats(row_entries<RowEntry<X>>(rows)));
+#pragma omp parallel num_threads(threads)
+    {
+        GradientScratch<X> scratch(rows, 1);
+        float shares[BLOCK];
+        pack(phi, rows, chunks, packed.data());
+#pragma omp for schedule(static)
+        for (int slice = 0; slice < count; slice++) {
+            float* dphi = parts + slice * chunks.floats(rows);
+            std::memset(dphi, 0, chunks.floats(rows) * sizeof(float));
+            const int64_t end = std::min((slice + 1) * length, tokens);
+            for (int64_t t = slice * length; t < end; t += BLOCK) {
+                const int own = (int)std::min<int64_t>(BLOCK, end - t);
+                for (int k = 0; k < own * rows; k++)
+                    scratch.weights[k % rows * BLOCK + k / rows] = grad[t * rows + k];
+                norm_backward(rows, own, size, projected + t * rows, inverse_rms + t,
+                              scratch.weights.data(), shares);
+                scratch.weigh();
+                for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
+                    const int64_t from = t * size + chunks.from(chunk);
+                    const int64_t wide = chunks.length(chunk);
+                    take(v + from, size, own, wide, scratch.values.data(), nullptr);
+                    std::fill(scratch.out.begin(), scratch.out.end(), 0.0f);
+                    scratch.multiply(packed, chunk, 0, wide, shares, dv + from, size, own, dphi);
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+int64_t mhc_slices(int64_t tokens) { return slices(tokens); }
+
+// Floats of one slice's gradient of phi.
+int64_t mhc_slice_floats(int64_t n, int64_t C, int64_t rows) { return Chunks(n, C).floats(rows); }
+
+void mhc_project(const void* v, const float* phi, float* projected, float* inverse_rms,
+                 int64_t tokens, int64_t size, int64_t rows, float norm_eps, int64_t is_bfloat16,
+                 int64_t threads) {
+    with_dtype(is_bfloat16, [&](auto* type) {
+        project((decltype(type))v, phi, projected, inverse_rms, tokens, size, rows, norm_eps,
+                threads);
+    });
+}
+
+// parts: mhc_slices(tokens) gradients of phi of mhc_slice_floats(1, size, rows) each.
+void mhc_project_backward(const float* grad, const void* v, const float* phi,
+                          const float* projected, const float* inverse_rms, void* dv, float* dphi,
+                          float* parts, int64_t tokens, int64_t size, int64_t rows, int64_t is_bfloat16,
+                          int64_t threads) {
+    with_dtype(is_bfloat16, [&](auto* type) {
+        project_backward(grad, (decltype(type))v, phi, projected, inverse_rms,
+                         (decltype(type))dv, parts, tokens, size, rows, threads);
+    });
+    sum_packed_slices(parts, slices(tokens), rows, Chunks(1, size), dphi, threads);
+}
+}
