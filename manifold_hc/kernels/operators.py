@@ -15,8 +15,7 @@ backward of `coefficients_and_read` applies `res^T`.
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
-from torch.library import Library, register_autograd, register_fake
+from torch import Tensor, library
 
 from manifold_hc.errors import BackendError
 
@@ -128,8 +127,8 @@ class _Definer:
         _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, run or self._plain(operator), "CompositeExplicitAutograd")
         qualified = f"{NAMESPACE}::{name}"
-        register_fake(qualified, fake, lib=_library)
-        register_autograd(
+        library.register_fake(qualified, fake, lib=_library)
+        library.register_autograd(
             qualified, backward or _only_once(operator), setup_context=keep, lib=_library
         )
         return getattr(torch.ops.manifold_hc, name).default
@@ -139,7 +138,7 @@ class _Definer:
         return lambda *arguments: kernel(*_dense(*arguments))
 
 
-_library = Library(NAMESPACE, "FRAGMENT")
+_library = library.Library(NAMESPACE, "FRAGMENT")
 
 
 def _dense(*arguments: Any) -> tuple[Any, ...]:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from torch.library import opcheck
+from torch import library
 
 from manifold_hc import functional
 from manifold_hc.kernels import backends, refusal
@@ -57,7 +57,7 @@ def test_opcheck(backend, name):
     if not name.endswith("_backward"):  # those have no derivative, by name
         tensors = [tensor.clone().requires_grad_() for tensor in tensors]
     operator = getattr(getattr(torch.ops, NAMESPACE), f"{backend}_{name}").default
-    opcheck(operator, (*tensors, *numbers))
+    library.opcheck(operator, (*tensors, *numbers))
 
 
 def test_compiled_networks_compute_the_same(backend):

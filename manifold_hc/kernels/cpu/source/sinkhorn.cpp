@@ -1,5 +1,7 @@
 // sinkhorn, forward and backward.
 
+#include <algorithm>
+
 #include "coefficients.h"
 
 namespace {
