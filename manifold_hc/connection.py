@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from manifold_hc import constraints, functional
 from manifold_hc.constraints import ConstraintName
 from manifold_hc.errors import ConfigError, ShapeError, require_at_least_one, require_number
-from manifold_hc.functional import Reading
+from manifold_hc.functional import InputNorm, Reading
 from manifold_hc.kernels import backends
 from manifold_hc.numerics import PRESETS, NumericsName, preset
 
@@ -20,7 +20,7 @@ Kind = Literal["residual", "hc", "mhc"]
 Part = Literal["pre", "post", "res"]
 
 Branch = Callable[[Tensor], Tensor]
-"""A sublayer, its own norm inside: [..., C] -> [..., C]."""
+"""A sublayer, its own norm inside unless the connection has it: [..., C] -> [..., C]."""
 
 POST_SPREAD = 0.2
 """Half the range of mHC's initial write logits: different values, so that streams separate."""
@@ -55,6 +55,8 @@ class ConnectionConfig:
     """Standard deviation of the dynamic part's initial projection."""
     disable: tuple[Part, ...] = ()
     """Parts replaced by constants, as in the paper's Table 1: pre 1/n, post 1, res identity."""
+    single_pass: bool = False
+    """Whether a sublayer reads with the `pre` of the one before it (DeepSeek-V4.1); in a Stack."""
     backend: str = "auto"
     """Which implementation computes the connection."""
 
@@ -72,6 +74,10 @@ class ConnectionConfig:
             )
         if unknown := [part for part in self.disable if part not in ("pre", "post", "res")]:
             raise ConfigError(f"disable: takes any of pre, post, res but has {unknown[0]!r}")
+        if self.single_pass and self.kind != "mhc":
+            raise ConfigError(
+                f"single_pass: only mhc reads a sublayer late but kind is {self.kind}; leave it out"
+            )
         constraints.constraint(self.constraint, self.streams)
         preset(self.numerics, norm_eps=self.norm_eps, hc_eps=self.hc_eps)
 
@@ -81,8 +87,10 @@ class ConnectionConfig:
         return 1 if self.kind == "residual" else self.streams
 
     @property
-    def exit(self) -> Literal["mean", "sum", "learned"]:
-        """How the streams become one after the last sublayer."""
+    def exit(self) -> Literal["mean", "sum", "learned", "pre"]:
+        """How the streams become one after the last sublayer; "pre": weighted by its pre."""
+        if self.single_pass:
+            return "pre"
         if self.kind == "hc":
             return "sum"
         if self.kind == "residual":
@@ -106,18 +114,44 @@ class WideModule(nn.Module):
         return cast("WideModule", super()._apply(lambda t: _at_least_float32(fn, t), recurse))
 
 
-class Maps(WideModule):
-    """The learned maps of one connection: streams [..., n, C] -> (pre, post, res, u, link).
+class Unwritten(NamedTuple):
+    """A sublayer whose output is not in the streams yet.
 
-    Parameters `phi`, `alpha` and `bias`, packed as `functional.coefficients` and
-    `functional.hc_coefficients` say. A forward hook here sees the coefficients that the forward
-    pass uses; one that returns others replaces them, `u` included.
+    What a connection of a Stack hands to the next one, which makes the streams together with its
+    own coefficients.
     """
 
-    def __init__(self, channels: int, config: ConnectionConfig, sublayer: int) -> None:
+    reading: Reading
+    """The streams, and the coefficients that mix and write them."""
+    y: Float[Tensor, "*batch C"]
+    """The branch's output."""
+    config: ConnectionConfig
+
+    def write(self) -> Float[Tensor, "*batch n C"]:
+        """The next streams [..., n, C]."""
+        x, y, reading = self.reading.x, self.y, self.reading
+        if self.config.kind == "residual":
+            return (x + y.unsqueeze(-2)).to(x.dtype)
+        return functional.write(
+            x, y, reading.post, reading.res, self.config.backend, link=reading.link
+        )
+
+
+class Maps(WideModule):
+    """The learned maps of one connection: streams, written or not -> `functional.Reading`.
+
+    Parameters `phi`, `alpha` and `bias`, packed as `functional.coefficients` and
+    `functional.hc_coefficients` say. A forward hook here sees the streams and the coefficients that
+    the forward pass uses; one that returns others replaces them, `u` included.
+    """
+
+    def __init__(
+        self, channels: int, config: ConnectionConfig, sublayer: int, learn_res: bool = True
+    ) -> None:
         """Initialise so that a network of these equals the pre-norm residual network."""
         super().__init__()
         self.config = config
+        self.learn_res = learn_res
         n = config.n
         initial = _hc_bias(n, sublayer) if config.kind == "hc" else _mhc_bias(n, self._constraint)
         self.bias = nn.Parameter(initial.to(_wide()))
@@ -131,14 +165,30 @@ class Maps(WideModule):
             self.register_parameter("alpha", None)
 
     @property
+    def crosses(self) -> bool:
+        """Whether it makes unwritten streams together with their coefficients."""
+        return self.config.kind == "mhc" and "pre" not in self.config.disable
+
+    @property
     def _constraint(self) -> str:
         return "identity" if "res" in self.config.disable else self.config.constraint
 
-    def forward(self, x: Float[Tensor, "*batch n C"]) -> Reading:
-        """The coefficients of every token, and what they read from its streams."""
+    def forward(
+        self,
+        source: Float[Tensor, "*batch n C"] | Unwritten,
+        input_norm: InputNorm | None = None,
+    ) -> Reading:
+        """The coefficients of every token, and what is read from its streams.
+
+        The norm of what was read is computed with it, if the streams are `Unwritten`.
+        """
         config = self.config
-        if config.kind == "mhc" and "pre" not in config.disable:
-            return self._without_disabled(self._mhc(functional.coefficients_and_read, x))
+        if self.crosses and isinstance(source, Unwritten):
+            return self._without_disabled(self._boundary(source, input_norm))
+        if self.crosses and not config.single_pass:
+            made = self._mhc(functional.coefficients_and_read, source, learn_res=self.learn_res)
+            return self._without_disabled(made)
+        x = source.write() if isinstance(source, Unwritten) else source
         if config.kind == "hc":
             pre, post, res = functional.hc_coefficients(
                 x,
@@ -150,15 +200,33 @@ class Maps(WideModule):
             )
         else:
             pre, post, res = self._mhc(functional.coefficients, x)
+            res = res if self.learn_res else res.detach()
         if "pre" in config.disable:
             pre = torch.full_like(pre, 1 / config.n)
-        u = functional.read(x, pre, config.backend)
-        return self._without_disabled(Reading(pre, post, res, u, None))
+        weights = pre
+        if config.single_pass:
+            weights = source.reading.pre if isinstance(source, Unwritten) else first_read(pre)
+        u = functional.read(x, weights, config.backend)
+        return self._without_disabled(Reading(pre, post, res, u, x, weights, None))
 
-    def _mhc(self, compute: Callable[..., Any], x: Tensor) -> Any:
+    def _boundary(self, source: Unwritten, input_norm: InputNorm | None) -> Reading:
+        before = source.reading
+        return cast(
+            Reading,
+            self._mhc(
+                functional.boundary,
+                *(before.x, source.y, before.post, before.res),
+                pre=before.pre if self.config.single_pass else None,
+                input_norm=input_norm,
+                link=before.link,
+                learn_res=self.learn_res,
+            ),
+        )
+
+    def _mhc(self, compute: Callable[..., Any], *streams: Any, **options: Any) -> Any:
         config = self.config
         return compute(
-            x,
+            *streams,
             self.phi,
             self.alpha,
             self.bias,
@@ -168,6 +236,7 @@ class Maps(WideModule):
             norm_eps=config.norm_eps,
             hc_eps=config.hc_eps,
             backend=config.backend,
+            **options,
         )
 
     def _without_disabled(self, reading: Reading) -> Reading:
@@ -179,15 +248,45 @@ class Maps(WideModule):
         return reading
 
 
+def first_read(pre: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+    """What the first sublayer reads with where each reads with the one before it: stream 0."""
+    weights = torch.zeros_like(pre)
+    weights[..., 0] = 1
+    return weights
+
+
 class ResidualMaps(nn.Module):
     """The maps of a plain residual connection: one stream, every coefficient 1."""
 
-    def forward(self, x: Float[Tensor, "*batch 1 C"]) -> Reading:
-        """Ones, as views of a single number, and the stream itself."""
+    crosses = False
+
+    def forward(
+        self,
+        source: Float[Tensor, "*batch 1 C"] | Unwritten,
+        input_norm: InputNorm | None = None,
+    ) -> Reading:
+        """Ones, as views of a single number, and the stream itself; no norm is computed with it."""
+        x = source.write() if isinstance(source, Unwritten) else source
         one = torch.ones((), dtype=torch.float32, device=x.device)
         batch = x.shape[:-2]
         weight, res = one.expand(*batch, 1), one.expand(*batch, 1, 1)
-        return Reading(weight, weight, res, x.squeeze(-2), None)
+        return Reading(weight, weight, res, x.squeeze(-2), x, weight, None)
+
+
+def known_norm(norm: Branch | None, x: Tensor) -> InputNorm | None:
+    """The norm as a kernel takes it, if it is one that a kernel knows.
+
+    That is an RMSNorm of torch's in x's own dtype, or a module that says so by `input_norm(dtype)`.
+    """
+    if not isinstance(norm, nn.RMSNorm) or norm._forward_hooks or norm._forward_pre_hooks:
+        return None
+    if callable(known := getattr(norm, "input_norm", None)):
+        return cast(InputNorm, known(x.dtype))
+    plain = type(norm) is nn.RMSNorm and not torch.is_autocast_enabled(x.device.type)
+    if not plain or norm.weight is None or norm.weight.dtype != x.dtype:
+        return None
+    eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
+    return InputNorm(norm.weight.to(torch.promote_types(x.dtype, torch.float32)), eps)
 
 
 class Connection(nn.Module):
@@ -197,6 +296,7 @@ class Connection(nn.Module):
     x = connection(x, branch)      x: [..., n, C], from `functional.expand` or the one before
 
     sublayer: the index in depth order; HC's first read takes stream `sublayer % n`.
+    stacked: whether a Stack runs it, which knows its neighbours.
     equal_streams: whether the streams are known to be equal, as after `expand`. Then mHC's res,
     whose rows sum to 1, changes nothing, and its gradient is rounding noise, which Adam with the
     paper's epsilon of 1e-20 would turn into full steps: it gets none.
@@ -209,8 +309,9 @@ class Connection(nn.Module):
         sublayer: int = 0,
         *,
         equal_streams: bool = False,
+        stacked: bool = False,
     ) -> None:
-        """Raises ConfigError for channels < 1 or a negative sublayer."""
+        """Raises ConfigError for channels < 1, a negative sublayer, or single_pass on its own."""
         super().__init__()
         if channels < 1:
             raise ConfigError(f"Connection: channels must be at least 1 but is {channels}")
@@ -218,37 +319,53 @@ class Connection(nn.Module):
             raise ConfigError(f"Connection: sublayer must not be negative but is {sublayer}")
         self.channels = channels
         self.config = config or ConnectionConfig()
+        if self.config.single_pass and not stacked:
+            raise ConfigError(
+                "Connection: single_pass reads with the pre of the sublayer before, which a lone "
+                "connection does not have; use mhc.Stack"
+            )
         self.sublayer = sublayer
         self.res_is_idle = self._mixes_to_one() and (equal_streams or self.config.n == 1)
         residual = self.config.kind == "residual"
-        self.maps = ResidualMaps() if residual else Maps(channels, self.config, sublayer)
+        self.maps = (
+            ResidualMaps()
+            if residual
+            else Maps(channels, self.config, sublayer, learn_res=not self.res_is_idle)
+        )
 
     def forward(
-        self, x: Float[Tensor, "*batch n C"], branch: Branch
-    ) -> Float[Tensor, "*batch n C"]:
+        self,
+        x: Float[Tensor, "*batch n C"] | Unwritten,
+        branch: Branch,
+        norm: Branch | None = None,
+        *,
+        write: bool = True,
+    ) -> Float[Tensor, "*batch n C"] | Unwritten:
         """Read the streams, run the branch, mix and write: [..., n, C] -> [..., n, C].
 
-        Raises ShapeError when x does not hold this connection's streams.
+        norm: what the branch's input goes through first, if that is not inside the branch. write:
+        False leaves the write to the next connection, which takes it together with its own maps.
+        Raises ShapeError when x does not hold this connection's streams, or when the branch
+        changes the shape of its input.
         """
-        if x.shape[-2:] != (self.config.n, self.channels):
+        streams = x.reading.x if isinstance(x, Unwritten) else x
+        if streams.shape[-2:] != (self.config.n, self.channels):
             raise ShapeError(
                 f"Connection: x must be [..., {self.config.n}, {self.channels}] "
-                f"but is {list(x.shape)}; was expand() called after the embedding?"
+                f"but is {list(streams.shape)}; was expand() called after the embedding?"
             )
-        _, post, res, u, link = self.maps(x)
+        fuses = isinstance(x, Unwritten) and self.maps.crosses
+        input_norm = known_norm(norm, streams) if fuses else None
+        reading = self.maps(x, input_norm)
+        u = reading.u if norm is None or input_norm is not None else norm(reading.u)
         y = branch(u)
-        if self.config.kind == "residual":
-            if y.shape != (wanted := (*x.shape[:-2], self.channels)):
-                raise ShapeError(
-                    f"Connection: the branch must return {list(wanted)} but returned "
-                    f"{list(y.shape)}; a branch must keep the shape of its input"
-                )
-            return (x + y.unsqueeze(-2)).to(x.dtype)
-        if self.res_is_idle:
-            idle = res.detach()
-            link = link._replace(res=idle) if link is not None and link.res is res else None
-            res = idle
-        return functional.write(x, y, post, res, self.config.backend, link=link)
+        if y.shape != (wanted := (*streams.shape[:-2], self.channels)):
+            raise ShapeError(
+                f"Connection: the branch must return {list(wanted)} but returned "
+                f"{list(y.shape)}; a branch must keep the shape of its input"
+            )
+        unwritten = Unwritten(reading, y, self.config)
+        return unwritten.write() if write else unwritten
 
     def _mixes_to_one(self) -> bool:
         """Whether the rows of res sum to 1 whatever its logits are."""

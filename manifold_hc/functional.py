@@ -5,6 +5,7 @@ float64, float32, bfloat16 or float16; coefficient parameters in float32 or floa
 not reach inside: the same inputs give the same answers with and without it.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,8 +20,10 @@ from manifold_hc.numerics import preset
 from manifold_hc.reference import Coefficients
 
 __all__ = [
+    "InputNorm",
     "Link",
     "Reading",
+    "boundary",
     "coefficients",
     "coefficients_and_read",
     "collapse",
@@ -28,6 +31,7 @@ __all__ = [
     "expand",
     "hc_coefficients",
     "read",
+    "rebuild",
     "sinkhorn",
     "write",
 ]
@@ -36,7 +40,8 @@ __all__ = [
 class Link(NamedTuple):
     """Ties a write to the coefficients its streams were read with, so that both share a backward.
 
-    Opaque. It holds for these streams and this `res`; a write with others does without.
+    Opaque. It holds for these streams and this `res`, whose gradients come through it; a write with
+    others does without.
     """
 
     stand_in: Float[Tensor, "*tokens n C"]
@@ -51,8 +56,20 @@ class Reading(NamedTuple):
     post: Float[Tensor, "*batch n"]
     res: Float[Tensor, "*batch o i"]
     u: Float[Tensor, "*batch C"]
+    x: Float[Tensor, "*batch n C"]
+    """The streams themselves."""
+    weights: Float[Tensor, "*batch n"]
+    """What u was read with: pre, or what `boundary` was given for it."""
     link: Link | None
     """For the `write` that follows; None where the backend has no use for it."""
+
+
+class InputNorm(NamedTuple):
+    """The RMS norm of a sublayer's input."""
+
+    weight: Float[Tensor, " C"]
+    eps: float
+    """Inside the root."""
 
 
 def expand(h: Float[Tensor, "*batch C"], n: int) -> Float[Tensor, "*batch n C"]:
@@ -143,20 +160,82 @@ def coefficients_and_read(
     numerics: str = "paper",
     norm_eps: float | None = None,
     hc_eps: float | None = None,
+    learn_res: bool = True,
     backend: str = "auto",
 ) -> Reading:
     """`coefficients` and the `read` with them at once: what a sublayer starts with.
 
-    Arguments and errors are those of `coefficients`. Handing the result's `link` to the `write`
-    that follows saves, in backward, a pass over the streams and a tensor of their size.
+    Arguments and errors are those of `coefficients`. Handing the result's `link` to the `write` or
+    `boundary` that follows saves, in backward, a pass over the streams and a tensor of their size.
+    learn_res: whether `res` has a gradient.
     """
     chosen = preset(numerics, norm_eps=norm_eps, hc_eps=hc_eps)
     n = _check_maps("coefficients_and_read", x, phi, alpha, bias, iterations, constraint)
     pre, post, res, u, stand_in = _run(
         *("coefficients_and_read", backend, n, _given(x, phi, alpha, bias)),
-        *(x, phi, alpha, bias, iterations, constraint, chosen),
+        *(x, phi, alpha, bias, iterations, constraint, chosen, learn_res),
     )
-    return Reading(pre, post, res, u, None if stand_in is None else Link(stand_in, x, res))
+    res = res if learn_res else res.detach()
+    return Reading(pre, post, res, u, x, pre, _link(stand_in, x, res))
+
+
+def boundary(
+    x: Float[Tensor, "*batch n C"],
+    y: Float[Tensor, "*batch C"],
+    post: Float[Tensor, "*#batch n"],
+    res: Float[Tensor, "*#batch n n"],
+    phi: Float[Tensor, "rows nC"] | None,
+    alpha: Float[Tensor, "3"] | None,
+    bias: Float[Tensor, " rows"],
+    *,
+    pre: Float[Tensor, "*#batch n"] | None = None,
+    input_norm: InputNorm | None = None,
+    link: Link | None = None,
+    iterations: int = 20,
+    constraint: str = "sinkhorn",
+    numerics: str = "paper",
+    norm_eps: float | None = None,
+    hc_eps: float | None = None,
+    learn_res: bool = True,
+    backend: str = "auto",
+) -> Reading:
+    """All that lies between two sublayers: the write of one, `coefficients_and_read` of the next.
+
+    x, y, post, res and link: as `write` takes them; phi, alpha, bias and what follows: the next
+    sublayer's, as `coefficients_and_read` takes them. The next sublayer reads with its own pre; or
+    with `pre` [..., n] where that is given, the one that the sublayer before it has made: then it
+    is DeepSeek-V4.1's single pass. input_norm: the RMS norm of what was read, computed with it.
+
+    Returns the written streams as the `x` of a Reading. The same bits as the separate functions.
+    Raises ShapeError, DtypeError, ConfigError, BackendError.
+    """
+    chosen = preset(numerics, norm_eps=norm_eps, hc_eps=hc_eps)
+    n = _check_maps("boundary", x, phi, alpha, bias, iterations, constraint)
+    _check_write("boundary", x, y, post, res)
+    weight, eps = (None, 0.0) if input_norm is None else input_norm
+    if pre is not None:
+        _check_coefficient("boundary", "pre", pre, x, (n,))
+    if weight is not None:
+        _check_input_norm(weight, eps, x)
+    given = _given(x, phi, alpha, bias, y, post, res, pre, weight)
+    arguments = (x, y, post, res, pre, phi, alpha, bias, weight, eps)
+    written, new_pre, new_post, new_res, u, stand_in = _run(
+        *("boundary", backend, n, given, *arguments, iterations, constraint, chosen),
+        *(learn_res, _stand_in(link, x, res)),
+    )
+    new_res = new_res if learn_res else new_res.detach()
+    weights = new_pre if pre is None else pre
+    new_link = _link(stand_in, written, new_res)
+    return Reading(new_pre, new_post, new_res, u, written, weights, new_link)
+
+
+def _link(stand_in: Tensor | None, x: Tensor, res: Tensor) -> Link | None:
+    return None if stand_in is None else Link(stand_in, x, res)
+
+
+def _stand_in(link: Link | None, x: Tensor, res: Tensor) -> Tensor | None:
+    """The link's, if it holds for these."""
+    return link.stand_in if link is not None and link.x is x and link.res is res else None
 
 
 def hc_coefficients(
@@ -236,21 +315,40 @@ def write(
     link: from the `coefficients_and_read` of the same x and res.
     Raises ShapeError, DtypeError, BackendError.
     """
-    n, channels = _streams("write", x)
-    wanted = (*x.shape[:-2], channels)
-    if y.shape != wanted:
-        raise ShapeError(
-            f"write: y must be {list(wanted)} for x {_shape(x)} but is {_shape(y)}; "
-            "a branch must keep the shape of its input"
-        )
-    _check_real("write", y=y)
-    _check_device("write", "y", y, x.device)
-    _check_coefficient("write", "post", post, x, (n,))
-    _check_coefficient("write", "res", res, x, (n, n))
-    linked = link is not None and link.x is x and link.res is res
-    stand_in = link.stand_in if link is not None and linked else None
-    result: Tensor = _run("write", backend, n, [x, y, post, res], x, y, post, res, stand_in)
+    n = _check_write("write", x, y, post, res)
+    result: Tensor = _run(
+        "write", backend, n, [x, y, post, res], x, y, post, res, _stand_in(link, x, res)
+    )
     return result
+
+
+def rebuild(
+    x: Float[Tensor, "*batch n C"],
+    writes: Sequence[tuple[Tensor, Tensor, Tensor]],
+    reads: Sequence[Tensor],
+    backend: str = "auto",
+) -> tuple[list[Tensor], list[Tensor]]:
+    """A run of sublayers by what is kept of them, their branches left out (mHC, section 4.3).
+
+    writes: (y [..., C], post [..., n], res [..., o, i]) of each sublayer but the last; reads: what
+    each of them reads with, [..., n]. Returns the streams after each write and the input of each
+    sublayer, the same bits as `write`, `read` and `boundary` make. It has no derivative.
+    Raises ShapeError, DtypeError, BackendError.
+    """
+    n, _ = _streams("rebuild", x)
+    if len(reads) != len(writes) + 1:
+        raise ShapeError(
+            f"rebuild: reads must be {len(writes) + 1}, one more than the writes, "
+            f"but are {len(reads)}; what the last sublayer writes is the next block's"
+        )
+    for y, post, res in writes:
+        _check_write("rebuild", x, y, post, res)
+    for pre in reads:
+        _check_coefficient("rebuild", "pre", pre, x, (n,))
+    given = [x, *(tensor for write in writes for tensor in write), *reads]
+    with torch.no_grad():
+        streams, inputs = _run("rebuild", backend, n, given, x, writes, reads)
+    return streams, inputs
 
 
 def collapse(
@@ -309,6 +407,35 @@ def _check_maps(
     rows = 2 * n + constraints.constraint(constraint, n).size(n)
     _check_parameters(operation, x, phi, alpha, bias, (rows, n * channels), rows, 3)
     return n
+
+
+def _check_write(operation: str, x: Tensor, y: Tensor, post: Tensor, res: Tensor) -> int:
+    """The arguments of a write; returns n."""
+    n, channels = _streams(operation, x)
+    wanted = (*x.shape[:-2], channels)
+    if y.shape != wanted:
+        raise ShapeError(
+            f"{operation}: y must be {list(wanted)} for x {_shape(x)} but is {_shape(y)}; "
+            "a branch must keep the shape of its input"
+        )
+    _check_real(operation, y=y)
+    _check_device(operation, "y", y, x.device)
+    _check_coefficient(operation, "post", post, x, (n,))
+    _check_coefficient(operation, "res", res, x, (n, n))
+    return n
+
+
+def _check_input_norm(weight: Tensor, eps: float, x: Tensor) -> None:
+    if weight.shape != x.shape[-1:]:
+        raise ShapeError(
+            f"boundary: the input norm's weight must be {[x.shape[-1]]} for x {_shape(x)} "
+            f"but is {_shape(weight)}; one number a channel"
+        )
+    _check_wide("boundary", "the input norm's weight", weight, x.device)
+    if not 0 <= eps < math.inf:
+        raise ConfigError(
+            f"boundary: the input norm's eps must be finite and not negative but is {eps}"
+        )
 
 
 def _check_iterations(operation: str, iterations: int) -> None:

@@ -1,13 +1,23 @@
-"""A stack of connections: expands once, runs every sublayer, collapses once."""
+"""A stack of connections: expands once, runs every sublayer, collapses once.
+
+The only place that sees two neighbours. Between two sublayers the streams are written, and at once
+projected and read for the next one: every connection but the last leaves its write to its
+successor.
+"""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import repeat
+from typing import cast
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from manifold_hc import functional
-from manifold_hc.connection import Branch, Connection, ConnectionConfig, LearnedExit
+from manifold_hc.connection import Branch, Connection, ConnectionConfig, LearnedExit, Unwritten
 from manifold_hc.errors import ConfigError, ShapeError
+from manifold_hc.recompute import Recompute, Recording, block_length
 
 
 class Stack(nn.Module):
@@ -16,20 +26,38 @@ class Stack(nn.Module):
     stack = Stack(channels, ConnectionConfig(kind="mhc", streams=4), sublayers=24)
     h = stack(h, branches)      h: [..., C]; branches: one callable per sublayer
 
-    The exit is the mean of the streams for mHC, their sum for HC (normalise after it), and the
-    learned exit with deepseek_v4 numerics.
+    Between two connections the streams are `Unwritten`; what to watch are a connection's `maps`,
+    whose forward hooks see the streams and their coefficients once, with and without recompute.
+
+    The exit is the mean of the streams for mHC, their sum for HC (normalise after it), the learned
+    exit with deepseek_v4 numerics, and weighted by the last sublayer's pre with single_pass.
     """
 
     def __init__(
-        self, channels: int, config: ConnectionConfig | None = None, sublayers: int = 1
+        self,
+        channels: int,
+        config: ConnectionConfig | None = None,
+        sublayers: int = 1,
+        recompute: Recompute = None,
     ) -> None:
-        """Raises ConfigError for sublayers < 1."""
+        """recompute: hold only the first streams of every block, rebuild the others in backward.
+
+        A block has as many sublayers as it says, or as take the least memory ("auto"). Outputs and
+        gradients are the same bits. Raises ConfigError for sublayers < 1 or such a block.
+        """
         super().__init__()
         if sublayers < 1:
             raise ConfigError(f"Stack: sublayers must be at least 1 but is {sublayers}")
         self.config = config or ConnectionConfig()
+        self.block_length = block_length(recompute, sublayers, self.config.n)
         self.connections = nn.ModuleList(
-            Connection(channels, self.config, sublayer, equal_streams=self._are_equal(sublayer))
+            Connection(
+                channels,
+                self.config,
+                sublayer,
+                equal_streams=self._are_equal(sublayer),
+                stacked=True,
+            )
             for sublayer in range(sublayers)
         )
         learned = self.config.exit == "learned"
@@ -40,26 +68,55 @@ class Stack(nn.Module):
         return sublayer == 0 or "post" in self.config.disable
 
     def forward(
-        self, h: Float[Tensor, "*batch C"], branches: Sequence[Branch]
+        self,
+        h: Float[Tensor, "*batch C"],
+        branches: Sequence[Branch],
+        norms: Sequence[Branch] | None = None,
     ) -> Float[Tensor, "*batch C"]:
         """Embedding in, last hidden state out: [..., C] -> [..., C].
 
-        Raises ShapeError when there is not one branch per sublayer.
+        norms: what each branch's input goes through first, one per sublayer. A norm given here may
+        be computed with the streams, and under recompute its result is not held; one inside a
+        branch is the branch's own.
+        Raises ShapeError when there is not one branch per sublayer, and one norm if there are any,
+        or when a branch changes the shape of its input.
         """
-        if len(branches) != len(self.connections):
-            raise ShapeError(
-                f"Stack: branches must be {len(self.connections)}, one per sublayer, "
-                f"but are {len(branches)}; attention and feed-forward count as one each"
-            )
-        x = functional.expand(h, self.config.n)
-        for connection, branch in zip(self.connections, branches, strict=True):
-            x = connection(x, branch)
-        return self.collapse(x)
+        self._require_one_each("branches", branches)
+        if norms is not None:
+            self._require_one_each("norms", norms)
+        recording = None
+        if self.block_length and torch.is_grad_enabled():
+            recording = Recording(self.block_length, h.device.type)
+        source: Tensor | Unwritten = functional.expand(h, self.config.n)
+        with recording or nullcontext():
+            for connection, branch, norm in zip(
+                self.connections, branches, norms or repeat(None), strict=False
+            ):
+                own = recording.norm(norm) if recording else norm
+                unwritten: Unwritten = connection(source, branch, own, write=False)
+                if recording:
+                    recording.keep(unwritten, cast(Connection, connection).maps, norm)
+                source = unwritten
+            return self.collapse(unwritten.write(), unwritten.reading.pre)
 
-    def collapse(self, x: Float[Tensor, "*batch n C"]) -> Float[Tensor, "*batch C"]:
-        """The exit alone: streams [..., n, C] -> [..., C]."""
+    def _require_one_each(self, name: str, given: Sequence[Branch]) -> None:
+        if len(given) != len(self.connections):
+            raise ShapeError(
+                f"Stack: {name} must be {len(self.connections)}, one per sublayer, "
+                f"but are {len(given)}; attention and feed-forward count as one each"
+            )
+
+    def collapse(
+        self, x: Float[Tensor, "*batch n C"], pre: Float[Tensor, "*batch n"] | None = None
+    ) -> Float[Tensor, "*batch C"]:
+        """The exit alone: streams [..., n, C] -> [..., C].
+
+        pre: that of the last sublayer; single_pass weights the streams by it.
+        """
         if self.exit is not None:
             h: Tensor = self.exit(x)
             return h
+        if self.config.exit == "pre":
+            return functional.collapse(x, pre, self.config.backend)
         mean = functional.collapse(x, backend=self.config.backend)
         return mean * self.config.n if self.config.exit == "sum" else mean

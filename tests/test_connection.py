@@ -117,7 +117,7 @@ def test_training_keeps_the_streams_apart():
 def test_a_connection_is_coefficients_read_branch_write():
     connection = mhc.Connection(8, ConnectionConfig(streams=3, phi_std=0.3), sublayer=2)
     x = torch.randn(2, 5, 3, 8)
-    pre, post, res, u, _ = connection.maps(x)
+    pre, post, res, u, *_ = connection.maps(x)
     assert torch.equal(u, functional.read(x, pre))
     wanted = functional.write(x, torch.sin(functional.read(x, pre)), post, res)
     assert torch.equal(connection(x, torch.sin), wanted)

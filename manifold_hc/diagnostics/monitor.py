@@ -73,9 +73,9 @@ def capture(model: nn.Module, probe: Tensor) -> tuple[Tensor, list[Tensor]]:
     """
     found: list[tuple[Tensor, Tensor]] = []
 
-    def keep(_: nn.Module, arguments: tuple[Tensor], reading: Reading) -> None:
+    def keep(_: nn.Module, arguments: tuple[Any, ...], reading: Reading) -> None:
         # On the CPU, because not every device has float64.
-        x, res = arguments[0].cpu(), reading.res.cpu()
+        x, res = reading.x.cpu(), reading.res.cpu()
         found.append((res.reshape(-1, *res.shape[-2:]), x.reshape(-1, *x.shape[-2:])))
 
     handles = [

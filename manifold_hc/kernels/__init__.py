@@ -25,15 +25,18 @@ BACKENDS = ("triton", "cpu", "reference")
 MOST_STREAMS = 64
 """Up to which torch.compile may be given n as a symbol."""
 
+# The reference knows neither links nor what learns.
 OPERATORS: dict[tuple[str, str], Callable[..., Any]] = {
     ("sinkhorn", "reference"): constraints.sinkhorn,
     ("coefficients", "reference"): reference.coefficients,
-    ("coefficients_and_read", "reference"): reference.coefficients_and_read,
+    ("coefficients_and_read", "reference"): lambda *a: reference.coefficients_and_read(*a[:7]),
+    ("boundary", "reference"): lambda *a: reference.boundary(*a[:13]),
     ("hc_coefficients", "reference"): reference.hc_coefficients,
     ("exit_coefficients", "reference"): reference.exit_coefficients,
     ("read", "reference"): reference.read,
-    ("write", "reference"): lambda x, y, post, res, link=None: reference.write(x, y, post, res),
+    ("write", "reference"): lambda *a: reference.write(*a[:4]),
     ("collapse", "reference"): reference.collapse,
+    ("rebuild", "reference"): reference.rebuild,
     **Compiled("cpu").table(),
     **Compiled("triton").table(),
 }

@@ -4,7 +4,8 @@ Flattens the tokens, makes what broadcasts whole, and leaves to torch what costs
 activations of the projections, and the constraints that no kernel is worth.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
 from math import prod
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from manifold_hc import reference
 from manifold_hc.constraints import CONSTRAINTS
-from manifold_hc.kernels.operators import FUSED_CONSTRAINTS
+from manifold_hc.kernels.operators import FUSED_CONSTRAINTS, Settings
 from manifold_hc.numerics import Numerics
 from manifold_hc.reference import Coefficients
 
@@ -31,11 +32,13 @@ class Compiled:
             self.sinkhorn,
             self.coefficients,
             self.coefficients_and_read,
+            self.boundary,
             self.hc_coefficients,
             self.exit_coefficients,
             self.read,
             self.write,
             self.collapse,
+            self.rebuild,
         )
         return {(operator.__name__, self.backend): operator for operator in operators}
 
@@ -92,24 +95,62 @@ class Compiled:
         iterations: int,
         constraint: str,
         numerics: Numerics,
+        learns: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """(pre, post, res, u, link); one pass where the maps are dynamic and a kernel makes res."""
+        """(pre, post, res, u, link); one pass where the maps are dynamic and a kernel makes res.
+
+        Without `learns` what comes through the link is no gradient of res.
+        """
         if phi is None or alpha is None or constraint not in FUSED_CONSTRAINTS:
             maps = self.coefficients(x, phi, alpha, bias, iterations, constraint, numerics)
             return *maps, self.read(x, maps[0]), None
         (*batch, n, C) = x.shape
-        settings = (constraint, iterations, numerics.res_is_transposed)
-        epsilons = (numerics.norm_eps, numerics.hc_eps)
+        settings = _settings(iterations, constraint, numerics, learns)
         u, pre, post, res, _, _, link = self._operator("coefficients_and_read")(
-            x.reshape(prod(batch), n, C), phi, alpha, bias, *settings, *epsilons
+            x.reshape(prod(batch), n, C), phi, alpha, bias, *settings
         )
-        return (
-            pre.view(*batch, n),
-            post.view(*batch, n),
-            res.view(*batch, n, n),
-            u.view(*batch, C),
-            link,
+        pre, post, res, u = _batched(batch, pre, post, res, u)
+        return pre, post, res, u, link
+
+    def boundary(
+        self,
+        x: Tensor,
+        y: Tensor,
+        post: Tensor,
+        res: Tensor,
+        pre: Tensor | None,
+        phi: Tensor | None,
+        alpha: Tensor | None,
+        bias: Tensor,
+        weight: Tensor | None,
+        input_eps: float,
+        iterations: int,
+        constraint: str,
+        numerics: Numerics,
+        learns: bool = True,
+        link: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """(x', pre', post', res', u', link'); one pass, or `write` and what follows it."""
+        maps = (iterations, constraint, numerics)
+        if phi is None or alpha is None or constraint not in FUSED_CONSTRAINTS:
+            x = self.write(x, y, post, res, link)
+            new_pre, new_post, new_res = self.coefficients(x, phi, alpha, bias, *maps)
+            u = self.read(x, new_pre if pre is None else pre)
+            u = u if weight is None else reference.normalise(u, weight, input_eps)
+            return x, new_pre, new_post, new_res, u, None
+        (*batch, n, C) = x.shape
+        tokens = prod(batch)
+        written, u, new_pre, new_post, new_res, _, _, new_link = self._operator("boundary")(
+            x.reshape(tokens, n, C),
+            y.reshape(tokens, C),
+            post.expand(*batch, n).reshape(tokens, n),
+            res.expand(*batch, n, n).reshape(tokens, n, n),
+            None if pre is None else pre.expand(*batch, n).reshape(tokens, n),
+            *(link, phi, alpha, bias, weight, input_eps),
+            *_settings(iterations, constraint, numerics, learns),
         )
+        new_pre, new_post, new_res, u = _batched(batch, new_pre, new_post, new_res, u)
+        return written.view(x.shape), new_pre, new_post, new_res, u, new_link
 
     def hc_coefficients(
         self,
@@ -159,3 +200,38 @@ class Compiled:
     def collapse(self, x: Tensor, weights: Tensor | None) -> Tensor:
         """See `reference.collapse`."""
         return reference.collapse(x, None) if weights is None else self.read(x, weights)
+
+    def rebuild(
+        self,
+        x: Tensor,
+        writes: Sequence[tuple[Tensor, Tensor, Tensor]],
+        reads: Sequence[Tensor],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """See `reference.rebuild`; one pass, which autograd does not see."""
+        (*batch, n, C) = x.shape
+        tokens = prod(batch)
+
+        def flat(weights: Tensor, *own: int) -> Tensor:
+            return weights.expand(*batch, *own).reshape(tokens, *own)
+
+        # The kernel takes one dtype; a wider one holds the same numbers.
+        dtypes = [y.dtype for y, _, _ in writes] or [x.dtype]
+        dtype = reduce(torch.promote_types, dtypes)
+        streams, inputs = self._operator("rebuild")(
+            x.reshape(tokens, n, C),
+            [y.to(dtype).reshape(tokens, C) for y, _, _ in writes],
+            [flat(post, n) for _, post, _ in writes],
+            [flat(res, n, n) for _, _, res in writes],
+            [flat(pre, n) for pre in reads],
+        )
+        return [s.view(x.shape) for s in streams], [u.view(*batch, C) for u in inputs]
+
+
+def _settings(iterations: int, constraint: str, numerics: Numerics, learns: bool) -> Settings:
+    epsilons = (numerics.norm_eps, numerics.hc_eps)
+    return Settings(constraint, iterations, numerics.res_is_transposed, *epsilons, learns)
+
+
+def _batched(batch: list[int], *flat: Tensor) -> tuple[Tensor, ...]:
+    """The tokens' own shape again."""
+    return tuple(tensor.view(*batch, *tensor.shape[1:]) for tensor in flat)

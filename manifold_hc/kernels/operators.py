@@ -5,13 +5,18 @@ A backend brings plain functions on tensors (`Kernels`); `register` turns them i
 understand. Tokens are flattened to N here; every tensor is contiguous; coefficients are float32,
 streams what the backend takes.
 
-`coefficients_and_read` and the `write` after it share the streams' gradient. What reaches the
-streams through the mixing is `res^T g` for the gradient g of the written streams. Adding it up
-where the rest of the gradient is computed saves a pass and a buffer of the streams' size, so
-`write` hands g on as the gradient of `link`, an empty stand-in of the streams' shape, and the
-backward of `coefficients_and_read` applies `res^T`.
+What makes coefficients and the write that uses them share a gradient. For the gradient g of the
+written streams, `res^T g` reaches the streams that were mixed, and `<g[o], x[i]>` is the gradient
+of `res`. Both are cheapest where the rest of the streams' gradient is made, in the same pass. So a
+write hands g on as the gradient of `link`, an empty stand-in of the streams' shape that came with
+the coefficients, and their backward does the rest: streams and `res` that are mixed under a link
+get their gradients through it alone.
+
+`boundary` is all that lies between two sublayers: the write of one, the coefficients and the read
+of the next.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -34,6 +39,8 @@ class Settings(NamedTuple):
     transposed: bool
     norm_eps: float
     hc_eps: float
+    learns: bool
+    """Whether what comes through the link is a gradient of res too."""
 
 
 @runtime_checkable
@@ -71,9 +78,12 @@ class Kernels(Protocol):
         """x [N, n, C], y [N, C] of any dtype, post [N, n], res [N, o, i] -> x' in x's dtype."""
 
     def write_backward(
-        self, grad: Tensor, x: Tensor, y: Tensor, post: Tensor, res: Tensor, wants_x: bool
+        self, grad: Tensor, x: Tensor, y: Tensor, post: Tensor, res: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of x (empty without `wants_x`), y, post and res."""
+        """Gradients of x, y, post and res."""
+
+    def branch_backward(self, grad: Tensor, y: Tensor, post: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of a write's y and post alone."""
 
     def coefficients_and_read(
         self, x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings
@@ -96,12 +106,69 @@ class Kernels(Protocol):
         inverse_rms: Tensor,
         settings: Settings,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of x, phi, alpha and bias; `grad_link` [N, n, C] is mixed back by `res^T`."""
+        """Gradients of x, phi, alpha and bias; `grad_link`: of what is written next."""
+
+    def boundary(
+        self,
+        x: Tensor,
+        y: Tensor,
+        post: Tensor,
+        res: Tensor,
+        pre: Tensor | None,
+        phi: Tensor,
+        alpha: Tensor,
+        bias: Tensor,
+        weight: Tensor | None,
+        input_eps: float,
+        settings: Settings,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The written streams [N, n, C], and of them what `coefficients_and_read` returns.
+
+        `pre`: what is read with, [N, n]; without it the new coefficients. `weight` [C]: u is
+        divided by its root mean square, with `input_eps` inside the root, and multiplied by it.
+        """
+
+    def boundary_backward(
+        self,
+        grad_written: Tensor | None,
+        grad_u: Tensor | None,
+        grad_pre: Tensor | None,
+        grad_post: Tensor | None,
+        grad_res: Tensor | None,
+        grad_link: Tensor | None,
+        written: Tensor,
+        y: Tensor,
+        post: Tensor,
+        pre: Tensor | None,
+        phi: Tensor,
+        alpha: Tensor,
+        bias: Tensor,
+        weight: Tensor | None,
+        input_eps: float,
+        res: Tensor,
+        projected: Tensor,
+        inverse_rms: Tensor,
+        settings: Settings,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Whole gradient of the written streams; of y, post, pre, phi, alpha, bias and weight.
+
+        `post`: that of the write; `res`, `projected` and `inverse_rms`: what `boundary` returned.
+        """
+
+    def rebuild(
+        self, x: Tensor, writes: Sequence[tuple[Tensor, Tensor, Tensor]], reads: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The streams after each of `writes` (y, post, res), and what each of `reads` (pre) reads.
+
+        From x [N, n, C], which the first of `reads` reads and the first of `writes` mixes; there is
+        one write fewer. All y have one dtype. Bit for bit what `write`, `read` and `boundary` make.
+        """
 
 
 def register(backend: str, kernels: Kernels) -> None:
     """Define `torch.ops.manifold_hc.<backend>_<operator>` for everything in `kernels`."""
-    for define in (_sinkhorn, _project, _read, _write, _coefficients_and_read):
+    definitions = (_sinkhorn, _project, _read, _write, _coefficients_and_read, _boundary, _rebuild)
+    for define in definitions:
         define(_Definer(backend, kernels))
 
 
@@ -131,7 +198,11 @@ class _Definer:
         library.register_autograd(
             qualified, backward or _only_once(operator), setup_context=keep, lib=_library
         )
-        return getattr(torch.ops.manifold_hc, name).default
+        return self.operator(operator)
+
+    def operator(self, name: str) -> Any:
+        """One that is defined."""
+        return getattr(torch.ops.manifold_hc, f"{self.backend}_{name}").default
 
     def _plain(self, operator: str) -> Any:
         kernel = getattr(self.kernels, operator)
@@ -233,22 +304,24 @@ def _read(define: _Definer) -> None:
 def _write(define: _Definer) -> None:
     differentiate = define(
         "write_backward",
-        "(Tensor grad, Tensor x, Tensor y, Tensor post, Tensor res, bool wants_x)"
+        "(Tensor grad, Tensor x, Tensor y, Tensor post, Tensor res)"
         " -> (Tensor, Tensor, Tensor, Tensor)",
-        lambda grad, x, y, post, res, wants_x: (
-            torch.empty_like(x) if wants_x else x.new_empty(0),
-            *map(torch.empty_like, (y, post, res)),
-        ),
+        lambda grad, *inputs: tuple(map(torch.empty_like, inputs)),
+    )
+    differentiate_branch = define(
+        "branch_backward",
+        "(Tensor grad, Tensor y, Tensor post) -> (Tensor, Tensor)",
+        lambda grad, *inputs: tuple(map(torch.empty_like, inputs)),
     )
 
     def keep(ctx: Any, inputs: Any, output: Tensor) -> None:
         x, y, post, res, link = inputs
-        ctx.linked = link is not None
-        ctx.save_for_backward(x, y, post, res)
+        ctx.save_for_backward(*((x, y, post, res) if link is None else (y, post)))
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dx, *rest = differentiate(grad, *ctx.saved_tensors, not ctx.linked)
-        return (None, *rest, grad) if ctx.linked else (dx, *rest, None)
+        if len(ctx.saved_tensors) == 2:
+            return (None, *differentiate_branch(grad, *ctx.saved_tensors), None, grad)
+        return (*differentiate(grad, *ctx.saved_tensors), None)
 
     define(
         "write",
@@ -260,14 +333,18 @@ def _write(define: _Definer) -> None:
     )
 
 
+SETTINGS = (
+    "str constraint, int iterations, bool transposed, float norm_eps, float hc_eps, bool learns"
+)
+
+
 def _coefficients_and_read(define: _Definer) -> None:
-    settings = "str constraint, int iterations, bool transposed, float norm_eps, float hc_eps"
     differentiate = define(
         "coefficients_and_read_backward",
         "(Tensor? grad_u, Tensor? grad_pre, Tensor? grad_post, Tensor? grad_res, "
         "Tensor? grad_link, Tensor x, Tensor phi, Tensor alpha, Tensor bias, Tensor res, "
-        f"Tensor projected, Tensor inverse_rms, {settings}) -> (Tensor, Tensor, Tensor, Tensor)",
-        lambda *a: tuple(torch.empty_like(tensor) for tensor in a[5:9]),
+        f"Tensor projected, Tensor inverse_rms, {SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor)",
+        lambda *a: tuple(map(torch.empty_like, a[5:9])),
         run=lambda *a: define.kernels.coefficients_and_read_backward(
             *_dense(*a[:12]), Settings(*a[12:])
         ),
@@ -288,26 +365,103 @@ def _coefficients_and_read(define: _Definer) -> None:
     def run(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *settings: Any) -> Any:
         tensors = _dense(x, phi, alpha, bias)
         made = define.kernels.coefficients_and_read(*tensors, Settings(*settings))
-        return (*made, x.new_zeros(()).expand(x.shape))
-
-    def fake(x: Tensor, phi: Tensor, *_: Any) -> tuple[Tensor, ...]:
-        N, n, C = x.shape
-        return (
-            x.new_empty(N, C),
-            phi.new_empty(N, n),
-            phi.new_empty(N, n),
-            phi.new_empty(N, n, n),
-            phi.new_empty(N, phi.shape[0]),
-            phi.new_empty(N),
-            x.new_empty(()).expand(x.shape),
-        )
+        return (*made, _stand_in(x))
 
     define(
         "coefficients_and_read",
-        f"(Tensor x, Tensor phi, Tensor alpha, Tensor bias, {settings})"
+        f"(Tensor x, Tensor phi, Tensor alpha, Tensor bias, {SETTINGS})"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-        fake,
+        lambda x, phi, *_: _fake_reading(x, phi),
         run=run,
         keep=keep,
         backward=backward,
+    )
+
+
+def _boundary(define: _Definer) -> None:
+    differentiate_write = define.operator("write_backward")
+    differentiate = define(
+        "boundary_backward",
+        "(Tensor? grad_written, Tensor? grad_u, Tensor? grad_pre, Tensor? grad_post, "
+        "Tensor? grad_res, Tensor? grad_link, Tensor written, Tensor y, Tensor post, Tensor? pre, "
+        "Tensor phi, Tensor alpha, Tensor bias, Tensor? weight, float input_eps, Tensor res, "
+        f"Tensor projected, Tensor inverse_rms, {SETTINGS})"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        lambda *a: tuple(a[6].new_empty(0) if t is None else torch.empty_like(t) for t in a[6:14]),
+        run=lambda *a: define.kernels.boundary_backward(*_dense(*a[:18]), Settings(*a[18:])),
+    )
+
+    def keep(ctx: Any, inputs: Any, output: Any) -> None:
+        x, y, post, res, pre, link, phi, alpha, bias, weight, ctx.input_eps, *ctx.settings = inputs
+        written, _, _, _, *made, _ = output
+        ctx.mark_non_differentiable(*made[1:])
+        ctx.set_materialize_grads(False)
+        mixed = (x, res) if link is None else (None, None)
+        ctx.save_for_backward(*mixed, written, y, post, pre, phi, alpha, bias, weight, *made)
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, res, written, y, post, pre, phi, alpha, bias, weight, *made = ctx.saved_tensors
+        inputs = (written, y, post, pre, phi, alpha, bias, weight, ctx.input_eps, *made)
+        found = differentiate(*grads[:5], grads[7], *inputs, *ctx.settings)
+        whole, dy, dpost, dpre, dphi, dalpha, dbias, dweight = found
+        dx, dres, link = None, None, whole
+        if x is not None:
+            link = None
+            dx, dy, dpost, dres = differentiate_write(whole, x, y, post, res)
+        return (
+            *(dx, dy, dpost, dres, None if pre is None else dpre, link),
+            *(dphi, dalpha, dbias, None if weight is None else dweight),
+            *[None] * (1 + len(ctx.settings)),
+        )
+
+    def run(x: Tensor, *rest: Any) -> Any:
+        y, post, res, pre, _, phi, alpha, bias, weight, input_eps, *settings = rest
+        tensors = _dense(x, y, post, res, pre, phi, alpha, bias, weight)
+        made = define.kernels.boundary(*tensors, input_eps, Settings(*settings))
+        return (*made, _stand_in(x))
+
+    define(
+        "boundary",
+        "(Tensor x, Tensor y, Tensor post, Tensor res, Tensor? pre, Tensor? link, Tensor phi, "
+        f"Tensor alpha, Tensor bias, Tensor? weight, float input_eps, {SETTINGS})"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        lambda x, *rest: (torch.empty_like(x), *_fake_reading(x, rest[5])),
+        run=run,
+        keep=keep,
+        backward=backward,
+    )
+
+
+def _rebuild(define: _Definer) -> None:
+    def run(
+        x: Tensor, y: list[Tensor], post: list[Tensor], res: list[Tensor], pre: list[Tensor]
+    ) -> Any:
+        writes = [_dense(*write) for write in zip(y, post, res, strict=True)]
+        return define.kernels.rebuild(x.contiguous(), writes, _dense(*pre))
+
+    define(
+        "rebuild",
+        "(Tensor x, Tensor[] y, Tensor[] post, Tensor[] res, Tensor[] pre) -> (Tensor[], Tensor[])",
+        lambda x, y, post, res, pre: (
+            [torch.empty_like(x) for _ in y],
+            [x.new_empty(x.shape[0], x.shape[2]) for _ in pre],
+        ),
+        run=run,
+    )
+
+
+def _stand_in(x: Tensor) -> Tensor:
+    return x.new_zeros(()).expand(x.shape)
+
+
+def _fake_reading(x: Tensor, phi: Tensor) -> tuple[Tensor, ...]:
+    N, n, C = x.shape
+    return (
+        x.new_empty(N, C),
+        phi.new_empty(N, n),
+        phi.new_empty(N, n),
+        phi.new_empty(N, n, n),
+        phi.new_empty(N, phi.shape[0]),
+        phi.new_empty(N),
+        x.new_empty(()).expand(x.shape),
     )

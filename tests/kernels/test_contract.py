@@ -66,6 +66,29 @@ def sublayer(x, phi, alpha, bias, y, *, backend, **options):
     return reading.pre, reading.post, reading.res, reading.u, written
 
 
+def boundary(x, y, *rest, backend, single_pass=False, norm=False, linked=True, **options):
+    """Two sublayers, and what lies between them: the fused operator and both of its neighbours."""
+    first, second, z, weight = rest[:3], rest[3:6], *rest[6:]
+    before = functional.coefficients_and_read(x, *first, backend=backend, **options)
+    after = functional.boundary(
+        *(x, y, before.post, before.res, *second),
+        pre=before.pre if single_pass else None,
+        input_norm=functional.InputNorm(weight, 0.1) if norm else None,
+        link=before.link if linked else None,
+        backend=backend,
+        **options,
+    )
+    written = functional.write(after.x, z, after.post, after.res, backend, link=after.link)
+    made = (after.pre, after.post, after.res, after.u, after.x)
+    return *made, before.u, written, *(() if norm else (weight + 0,))
+
+
+def neighbours(shape, n, C, dtype, k):
+    """The inputs of `boundary`."""
+    x, y, z = (torch.randn(*shape, *own).to(dtype) for own in ((n, C), (C,), (C,)))
+    return [x, y, *maps(n, C, k), *maps(n, C, k), z, 1 + 0.5 * torch.randn(C)]
+
+
 def compare(function, inputs, backend, factor=1.0, **options):
     """Outputs and all gradients of `function` against the float64 reference.
 
@@ -74,6 +97,10 @@ def compare(function, inputs, backend, factor=1.0, **options):
     """
     in_tf32 = place(backend) == "cuda" and inputs[0].dtype != torch.float32
     products = TF32 if in_tf32 else COEFFICIENTS
+    if function is boundary:
+        # What passes from one sublayer to the other was rounded to the streams' dtype on its way,
+        # both times, and is then summed over tokens, where it may cancel.
+        products, factor = max(products, ROUNDING[inputs[0].dtype]), 3 * factor
     exact = [tensor.double() for tensor in inputs]
     got, ours = run(function, inputs, backend, **options)
     plain, theirs = run(function, inputs, "reference", **options)
@@ -123,6 +150,29 @@ def test_a_sublayer(backend, n, C, numerics, dtype):
         compare(sublayer, inputs, backend, numerics=numerics)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("single_pass", [False, True], ids=["standard", "single-pass"])
+@pytest.mark.parametrize("n", STREAMS)
+def test_a_boundary(backend, n, single_pass, norm, dtype):
+    serve(backend, n, dtype)
+    for shape, C in [((0,), 8), ((2, 3), 7), ((33,), 32)]:
+        inputs = neighbours(shape, n, C, dtype, n * n)
+        compare(boundary, inputs, backend, single_pass=single_pass, norm=norm)
+
+
+@pytest.mark.parametrize("numerics", ["paper", "deepseek_v4"])
+@pytest.mark.parametrize("constraint", CONSTRAINTS)
+@pytest.mark.parametrize("linked", [False, True], ids=["alone", "linked"])
+def test_a_boundary_of_every_constraint(backend, constraint, linked, numerics):
+    n = 4
+    serve(backend, n, torch.float32)
+    inputs = neighbours((19,), n, 24, torch.float32, CONSTRAINTS[constraint].size(n))
+    options = {"constraint": constraint, "numerics": numerics, "linked": linked}
+    for single_pass in (False, True):
+        compare(boundary, inputs, backend, single_pass=single_pass, norm=linked, **options)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sizes_beyond_every_block_chunk_and_slice(backend, dtype):
     for tokens, n, C in [(300, 3, 530), (129, 4, 1280), (4200, 2, 24)]:
@@ -130,6 +180,44 @@ def test_sizes_beyond_every_block_chunk_and_slice(backend, dtype):
         inputs = [torch.randn(tokens, n, C).to(dtype), *maps(n, C, n * n)]
         inputs.append(torch.randn(tokens, C).to(dtype))
         compare(sublayer, inputs, backend)
+        compare(boundary, neighbours((tokens,), n, C, dtype, n * n), backend, norm=n == 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", STREAMS)
+def test_what_is_rebuilt_has_the_same_bits(backend, n, dtype):
+    """However the streams were written and read: one by one, at a boundary, or in a block."""
+    serve(backend, n, dtype)
+    for shape, C in [((), 8), ((0,), 8), ((2, 3), 37), ((40,), 530)]:
+        moved = [t.to(place(backend)) for t in neighbours(shape, n, C, dtype, n * n)]
+        x, y, *rest = moved
+        first, second, z = rest[:3], rest[3:6], rest[6]
+        for single_pass in (False, True):
+            before = functional.coefficients_and_read(x, *first, backend=backend)
+            weights = before.pre if single_pass else None
+            coefficients = (x, y, before.post, before.res)
+            after = functional.boundary(*coefficients, *second, pre=weights, backend=backend)
+            last = functional.write(after.x, z, after.post, after.res, backend)
+            read = functional.read(last, after.pre, backend)
+            assert torch.equal(after.x, functional.write(*coefficients, backend))
+            writes = [(y, before.post, before.res), (z, after.post, after.res)]
+            reads = [before.pre, after.weights, after.pre]
+            streams, inputs = functional.rebuild(x, writes, reads, backend)
+            assert all(map(torch.equal, streams, (after.x, last)))
+            assert all(map(torch.equal, inputs, (before.u, after.u, read)))
+            ((), (alone,)) = functional.rebuild(x, [], reads[:1], backend)
+            assert torch.equal(alone, before.u)
+
+
+def test_rebuilding_takes_branches_of_several_dtypes(backend):
+    serve(backend, 3, torch.float32)
+    x, weights, res = torch.randn(5, 3, 8), torch.rand(5, 3), torch.rand(5, 3, 3)
+    x, weights, res = (tensor.to(place(backend)) for tensor in (x, weights, res))
+    branches = [x[:, 0], x[:, 1].bfloat16()]
+    writes = [(y, weights, res) for y in branches]
+    streams, _ = functional.rebuild(x, writes, [weights] * 3, backend)
+    for before, y, after in zip([x, *streams], branches, streams, strict=False):
+        assert torch.equal(functional.write(before, y, weights, res, backend), after)
 
 
 @pytest.mark.parametrize("numerics", ["paper", "deepseek_v4"])
@@ -168,6 +256,9 @@ def test_every_number_arrives(backend, options):
 def test_a_branch_of_another_dtype(backend, streams, branch):
     n, C = 4, 24
     serve(backend, n, streams)
+    x, y, *maps_and_z, weight = neighbours((19,), n, C, streams, n * n)
+    inputs = [x, y.to(branch), *maps_and_z[:6], maps_and_z[6].to(branch), weight]
+    compare(boundary, inputs, backend)
     inputs = [torch.randn(19, n, C).to(streams), torch.randn(19, C).to(branch)]
     inputs += [torch.rand(19, n), torch.rand(19, n, n)]
     compare(functional.write, inputs, backend)
@@ -271,12 +362,12 @@ def test_rounding_to_bfloat16_is_torchs(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits_with_any_number_of_threads(backend, dtype):
     serve(backend, 4, dtype)
-    inputs = [torch.randn(517, 4, 40).to(dtype), *maps(4, 40, 16), torch.randn(517, 40).to(dtype)]
+    inputs = neighbours((517,), 4, 40, dtype, 16)
     results, before = [], torch.get_num_threads()
     for threads in (1, 2, 3, 2):
         torch.set_num_threads(threads)
         leaves = [t.clone().to(place(backend)).requires_grad_() for t in inputs]
-        outputs = sublayer(*leaves, backend=backend)
+        outputs = boundary(*leaves, norm=True, backend=backend)
         sum((out.float() * out.float().sin()).sum() for out in outputs).backward()
         results.append([*outputs, *(leaf.grad for leaf in leaves)])
     torch.set_num_threads(before)
@@ -304,6 +395,34 @@ def test_outputs_that_nobody_uses(backend, missing):
         )
     else:
         compare(some, inputs, backend)
+
+
+@pytest.mark.parametrize("used", range(7))
+@pytest.mark.parametrize("single_pass", [False, True], ids=["standard", "single-pass"])
+def test_outputs_of_a_boundary_one_at_a_time(backend, used, single_pass):
+    serve(backend, 4, torch.float32)
+    inputs = neighbours((21,), 4, 12, torch.float32, 16)
+
+    def one(*inputs, backend):
+        outputs = boundary(*inputs, single_pass=single_pass, backend=backend)
+        return outputs[used], sum(0 * t.sum() for t in inputs)  # every input has a gradient
+
+    compare(one, inputs, backend)
+
+
+def test_res_that_does_not_learn(backend):
+    """Its logits' rows of phi and bias get nothing, whichever way a gradient would come."""
+    serve(backend, 3, torch.float32)
+    for function, inputs in (
+        (sublayer, [torch.randn(9, 3, 8), *maps(3, 8, 9), torch.randn(9, 8)]),
+        (boundary, neighbours((9,), 3, 8, torch.float32, 9)),
+    ):
+        compare(function, inputs, backend, learn_res=False)
+        _, gradients = run(function, inputs, backend, learn_res=False)
+        for gradient in gradients[1:-1]:
+            if gradient.shape in ((15, 24), (15,)):
+                assert not gradient[6:].any()
+                assert gradient[:6].any()
 
 
 def test_a_write_with_another_res_does_without_the_link(backend):

@@ -31,8 +31,11 @@ def arguments(n=3, C=8, N=5):
     pre, res, phi = torch.rand(N, n), torch.rand(N, n, n), torch.randn(R, n * C)
     alpha, bias = torch.rand(3), torch.randn(R)
     projected, inverse_rms = torch.randn(N, R), torch.rand(N)
-    settings = ("sinkhorn", 20, False, 1e-20, 0.0)
-    streams = (x.clone(), phi, alpha, bias)
+    settings = ("sinkhorn", 20, False, 1e-20, 0.0, True)
+    streams, weight = (x.clone(), phi, alpha, bias), torch.rand(C)
+    link = torch.zeros(()).expand(N, n, C)
+    made = (res.clone(), projected, inverse_rms)
+    grads = (x.clone(), u, pre.clone(), None, res.clone(), x.clone())
     return {
         "sinkhorn": ([res], (20, False, 0.0)),
         "sinkhorn_backward": ([res, res.clone()], (20, True, 1e-6)),
@@ -40,13 +43,20 @@ def arguments(n=3, C=8, N=5):
         "project_backward": ([projected, x.flatten(1), phi, projected.clone(), inverse_rms], ()),
         "read": ([x, pre], ()),
         "read_backward": ([u, x, pre], ()),
-        "write": ([x, y, pre, res, torch.zeros(()).expand(N, n, C)], ()),
-        "write_backward": ([x, x.clone(), y, pre, res], (True,)),
+        "write": ([x, y, pre, res, link], ()),
+        "write_backward": ([x, x.clone(), y, pre, res], ()),
+        "branch_backward": ([x, y, pre], ()),
         "coefficients_and_read": ([x, phi, alpha, bias], settings),
         "coefficients_and_read_backward": (
-            [u, pre, None, res, x, *streams, res.clone(), projected, inverse_rms],
+            [u, pre, None, res, x, *streams, *made],
             settings,
         ),
+        "boundary": ([x, y, pre, res, None, link, phi, alpha, bias, weight], (1e-6, *settings)),
+        "boundary_backward": (
+            [*grads, x, y, pre, pre.clone(), phi, alpha, bias, weight, 1e-6, *made],
+            settings,
+        ),
+        "rebuild": ([x, [y], [pre], [res], [pre, pre.clone()]], ()),
     }
 
 
@@ -54,8 +64,8 @@ def arguments(n=3, C=8, N=5):
 @pytest.mark.parametrize("name", arguments())
 def test_opcheck(backend, name):
     tensors, numbers = arguments()[name]
-    if not name.endswith("_backward"):  # those have no derivative, by name
-        tensors = [tensor.clone().requires_grad_() for tensor in tensors]
+    if not name.endswith(("_backward", "rebuild")):  # those have no derivative, by name
+        tensors = [t if t is None else t.clone().requires_grad_() for t in tensors]
     operator = getattr(getattr(torch.ops, NAMESPACE), f"{backend}_{name}").default
     library.opcheck(operator, (*tensors, *numbers))
 
@@ -81,5 +91,7 @@ def test_streams_without_gradient_still_train_the_maps(backend):
     )
     x = torch.randn(6, 3, 8)
     reading = functional.coefficients_and_read(x, phi, alpha, bias, backend=backend)
-    functional.write(x, reading.u, *reading[1:3], backend, link=reading.link).sum().backward()
+    functional.write(
+        x, reading.u, reading.post, reading.res, backend, link=reading.link
+    ).sum().backward()
     assert all(float(p.grad.abs().max()) > 0 for p in (phi, alpha, bias))

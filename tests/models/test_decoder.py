@@ -157,7 +157,7 @@ def test_a_document_reads_as_if_it_stood_alone():
 def test_streams_take_autocasts_dtype():
     model = Decoder(SMALL, ConnectionConfig())
     seen = []
-    model.stack.connections[2].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model.stack.connections[2].maps.register_forward_hook(lambda *call: seen.append(call[2].x))
     tokens = torch.randint(0, 50, (2, 9))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(tokens)

@@ -5,6 +5,7 @@ slices that depend on the number of tokens alone, so a result does not depend on
 """
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,13 +30,17 @@ def _call(function: str, *arguments: Any) -> None:
 
 
 def _kind(argument: Any) -> Any:
-    if argument is None or isinstance(argument, Tensor):
+    if argument is None or isinstance(argument, (Tensor, ctypes.Array)):
         return ctypes.c_void_p
     return ctypes.c_float if isinstance(argument, float) else ctypes.c_int64
 
 
 def _is_bfloat16(tensor: Tensor) -> int:
     return int(tensor.dtype == torch.bfloat16)
+
+
+def _are_bfloat16(x: Tensor, y: Tensor | None) -> tuple[int, int]:
+    return _is_bfloat16(x), 0 if y is None else _is_bfloat16(y)
 
 
 def _numbers(settings: Settings) -> tuple[Any, ...]:
@@ -112,32 +117,77 @@ def write(x: Tensor, y: Tensor, post: Tensor, res: Tensor) -> Tensor:
 
 
 def write_backward(
-    grad: Tensor, x: Tensor, y: Tensor, post: Tensor, res: Tensor, wants_x: bool
+    grad: Tensor, x: Tensor, y: Tensor, post: Tensor, res: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `Kernels.write_backward`."""
     N, n, C = x.shape
-    dx = empty(x, N, n, C) if wants_x else None
-    dy, dpost, dres = empty(y, N, C), torch.empty_like(post), torch.empty_like(res)
+    dx, dy, dpost, dres = empty(x, N, n, C), empty(y, N, C), *map(torch.empty_like, (post, res))
     _call(
         "mhc_write_backward",
         *(grad, x, y, post, res, dx, dy, dpost, dres, N, n, C, _is_bfloat16(x), _is_bfloat16(y)),
     )
-    return x.new_empty(0) if dx is None else dx, dy, dpost, dres
+    return dx, dy, dpost, dres
+
+
+def branch_backward(grad: Tensor, y: Tensor, post: Tensor) -> tuple[Tensor, Tensor]:
+    """See `Kernels.branch_backward`."""
+    N, n, C = grad.shape
+    dy, dpost = empty(y, N, C), torch.empty_like(post)
+    _call(
+        "mhc_branch_backward",
+        *(grad, y, post, dy, dpost, N, n, C, _is_bfloat16(grad), _is_bfloat16(y)),
+    )
+    return dy, dpost
 
 
 def coefficients_and_read(
     x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `Kernels.coefficients_and_read`."""
-    (N, n, C), R = x.shape, phi.shape[0]
+    return _cross(x, (None,) * 4, None, phi, alpha, bias, None, 0.0, settings)
+
+
+def boundary(
+    x: Tensor,
+    y: Tensor,
+    post: Tensor,
+    res: Tensor,
+    pre: Tensor | None,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    weight: Tensor | None,
+    input_eps: float,
+    settings: Settings,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `Kernels.boundary`."""
+    written = empty(x, *x.shape)
+    write = (x, y, post, res)
+    return written, *_cross(written, write, pre, phi, alpha, bias, weight, input_eps, settings)
+
+
+def _cross(
+    streams: Tensor,
+    write: Sequence[Tensor | None],
+    pre: Tensor | None,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    weight: Tensor | None,
+    input_eps: float,
+    settings: Settings,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `streams` give, which are written first where `write` (x, y, post, res) is there."""
+    (N, n, C), R = streams.shape, phi.shape[0]
     shapes = ((N, n), (N, n), (N, n, n), (N, R), (N,))
-    u, made = empty(x, N, C), tuple(phi.new_empty(shape) for shape in shapes)
+    u, made = empty(streams, N, C), tuple(phi.new_empty(shape) for shape in shapes)
     _call(
-        "mhc_coefficients_and_read",
-        *(x, phi, alpha, bias, u, *made, N, n, C, R, *_numbers(settings), _is_bfloat16(x)),
+        "mhc_boundary",
+        *(*write, pre, weight, input_eps, streams, phi, alpha, bias, u, *made, N, n, C, R),
+        *(*_numbers(settings), *_are_bfloat16(streams, write[1])),
     )
-    pre, post, res, projected, inverse_rms = made
-    return u, pre, post, res, projected, inverse_rms
+    new_pre, new_post, new_res, projected, inverse_rms = made
+    return u, new_pre, new_post, new_res, projected, inverse_rms
 
 
 def coefficients_and_read_backward(
@@ -156,17 +206,90 @@ def coefficients_and_read_backward(
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `Kernels.coefficients_and_read_backward`."""
-    (N, n, C), R = x.shape, phi.shape[0]
-    dx, dphi, small = empty(x, N, n, C), torch.empty_like(phi), phi.new_empty(R + 3)
-    parts = _slices(phi, N, n, C)
-    small_parts = phi.new_empty(len(parts), R + 3)
-    _call(
-        "mhc_coefficients_and_read_backward",
-        *(grad_u, grad_pre, grad_post, grad_res, grad_link),
-        *(x, phi, alpha, bias, res, projected, inverse_rms, dx, dphi, small, parts, small_parts),
-        *(N, n, C, R, *_numbers(settings), _is_bfloat16(x)),
+    grads = (None, grad_u, grad_pre, grad_post, grad_res, grad_link)
+    made = (res, projected, inverse_rms)
+    none = (None, None, None)
+    dx, _, _, _, dphi, dalpha, dbias, _ = _cross_backward(
+        grads, x, none, (phi, alpha, bias), None, 0.0, made, settings
     )
-    return dx, dphi, small[R:].clone(), small[:R].clone()
+    return dx, dphi, dalpha, dbias
+
+
+def boundary_backward(
+    grad_written: Tensor | None,
+    grad_u: Tensor | None,
+    grad_pre: Tensor | None,
+    grad_post: Tensor | None,
+    grad_res: Tensor | None,
+    grad_link: Tensor | None,
+    written: Tensor,
+    y: Tensor,
+    post: Tensor,
+    pre: Tensor | None,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    weight: Tensor | None,
+    input_eps: float,
+    res: Tensor,
+    projected: Tensor,
+    inverse_rms: Tensor,
+    settings: Settings,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `Kernels.boundary_backward`."""
+    grads = (grad_written, grad_u, grad_pre, grad_post, grad_res, grad_link)
+    made = (res, projected, inverse_rms)
+    return _cross_backward(
+        grads, written, (y, post, pre), (phi, alpha, bias), weight, input_eps, made, settings
+    )
+
+
+def _cross_backward(
+    grads: Sequence[Tensor | None],
+    x: Tensor,
+    around: tuple[Tensor | None, Tensor | None, Tensor | None],
+    maps: tuple[Tensor, Tensor, Tensor],
+    weight: Tensor | None,
+    input_eps: float,
+    made: tuple[Tensor, Tensor, Tensor],
+    settings: Settings,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`around`: y and post of the write that made x, and what it is read with; empty if None."""
+    (N, n, C), (phi, _, _), (y, post, pre) = x.shape, maps, around
+    R, parts = phi.shape[0], _slices(phi, N, n, C)
+    dx, dy = empty(x, N, n, C), None if y is None else empty(y, N, C)
+    dpost, dpre, dweight = (None if t is None else torch.empty_like(t) for t in (post, pre, weight))
+    dphi, small = torch.empty_like(phi), phi.new_empty(R + 3)
+    small_parts = phi.new_empty(len(parts), R + 3)
+    weights = None if weight is None else phi.new_empty(len(parts), C)
+    _call(
+        "mhc_boundary_backward",
+        *(*grads, x, y, post, pre, *maps, weight, input_eps, *made, dx, dy, dpost, dpre),
+        *(dphi, small, dweight, parts, small_parts, weights, N, n, C, R, *_numbers(settings)),
+        *(settings.learns, *_are_bfloat16(x, y)),
+    )
+    dy, dpost, dpre, dweight = (
+        x.new_empty(0) if t is None else t for t in (dy, dpost, dpre, dweight)
+    )
+    return dx, dy, dpost, dpre, dphi, small[R:].clone(), small[:R].clone(), dweight
+
+
+def rebuild(
+    x: Tensor, writes: Sequence[tuple[Tensor, Tensor, Tensor]], reads: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """See `Kernels.rebuild`."""
+    N, n, C = x.shape
+    streams = [empty(x, N, n, C) for _ in writes]
+    inputs = [empty(x, N, C) for _ in reads]
+    columns = (*zip(*writes, strict=True),) if writes else ((), (), ())
+    lists = [_pointers(tensors) for tensors in (*columns, reads, streams, inputs)]
+    y_is_bfloat16 = _is_bfloat16(writes[0][0]) if writes else 0
+    _call("mhc_rebuild", x, *lists, len(writes), N, n, C, _is_bfloat16(x), y_is_bfloat16)
+    return streams, inputs
+
+
+def _pointers(tensors: Sequence[Tensor]) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
 
 
 def _slices(phi: Tensor, tokens: int, n: int, channels: int) -> Tensor:

@@ -18,6 +18,9 @@ inline Settings settings_of(int64_t constraint, int64_t iterations, int64_t tran
     return {(int)constraint, {(int)iterations, (bool)transposed, hc_eps}, norm_eps, hc_eps};
 }
 
+// The three gates, each over its rows: pre, post, res.
+INLINE int group(int row, int n) { return row < n ? 0 : row < 2 * n ? 1 : 2; }
+
 // LANES numbers, `stride` apart, as one vector; 0 past `count`.
 INLINE Vec gather(const float* p, int64_t stride, int count) {
     Vec v{};
@@ -42,4 +45,17 @@ template <class N>
 INLINE void scatter_matrix(N n, float* p, int count, bool transposed, const Vec* matrix) {
     for (int k = 0; k < n * n; k++)
         scatter(p + turned(k, n, transposed), n * n, count, matrix[k]);
+}
+
+// The logit of a row, from the projections of up to LANES tokens.
+INLINE Vec logit(int row, int n, int rows, int count, const float* projected, const float* alpha,
+                 const float* bias) {
+    return gather(projected + row, rows, count) * alpha[group(row, n)] + bias[row];
+}
+
+INLINE void gate_reads(int n, int rows, int count, const float* projected, const float* alpha,
+                       const float* bias, float hc_eps, float* pre) {
+    for (int i = 0; i < n; i++)
+        scatter(pre + i, n, count,
+                sigmoid(logit(i, n, rows, count, projected, alpha, bias)) + hc_eps);
 }

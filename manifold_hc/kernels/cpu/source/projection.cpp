@@ -17,9 +17,9 @@ void project(const X* v, const float* phi, float* projected, float* inverse_rms,
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t t = block * BLOCK;
-            project_block(v + t * size, (int)std::min<int64_t>(BLOCK, tokens - t), chunks, size,
+            project_block(v + t * size, (int)std::min<int64_t>(BLOCK, tokens - t), chunks,
                           packed.data(), rows, norm_eps, projected + t * rows, inverse_rms + t,
-                          scratch);
+                          scratch, [](int64_t, int64_t) {});
         }
     }
 }

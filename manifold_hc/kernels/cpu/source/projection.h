@@ -23,6 +23,11 @@ struct Chunks {
     int64_t per_stream;
     int64_t count;
     Chunks(int64_t n, int64_t C) : C(C), per_stream((C + CHUNK - 1) / CHUNK), count(n * per_stream) {}
+    // The chunks in the order of channels: the first of every stream, the second of every stream, ...
+    int64_t across(int64_t turn) const {
+        const int64_t streams = count / per_stream;
+        return turn % streams * per_stream + turn / streams;
+    }
     int64_t from(int64_t chunk) const { return chunk / per_stream * C + within(chunk); }
     int64_t within(int64_t chunk) const { return chunk % per_stream * CHUNK; }
     int64_t length(int64_t chunk) const { return std::min<int64_t>(CHUNK, C - within(chunk)); }
@@ -85,17 +90,21 @@ INLINE void multiply_tile(const float* values, const float* phi, int64_t length,
         for (int r = 0; r < ROWS; r++) sums[t * rows + r] = total[t][r];
 }
 
-// projected [tokens, rows] = x phi^T / rms, inverse_rms [tokens]; phi packed.
-template <class X>
-void project_block(const X* x, int tokens, const Chunks& chunks, int64_t size, const float* phi,
-                   int rows, float eps, float* projected, float* inverse_rms,
-                   ProjectionScratch& scratch) {
+// projected [tokens, rows] = x phi^T / rms, inverse_rms [tokens]; phi packed. prepare(from, to) is
+// called before the channels [from, to) of the streams are looked at.
+template <class X, class Prepare>
+void project_block(const X* x, int tokens, const Chunks& chunks, const float* phi, int rows,
+                   float eps, float* projected, float* inverse_rms, ProjectionScratch& scratch,
+                   Prepare prepare) {
+    const int64_t size = chunks.size();
     std::fill(scratch.sums.begin(), scratch.sums.end(), Vec{});
     Vec squares[BLOCK] = {};
     float* values = scratch.values.data();
-    for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
-        const int64_t length = chunks.padded(chunk);
+    for (int64_t turn = 0; turn < chunks.count; turn++) {
+        const int64_t chunk = chunks.across(turn), length = chunks.padded(chunk);
         const float* own = phi + chunk * rows * CHUNK;
+        if (chunk < chunks.per_stream)
+            prepare(chunks.within(chunk), chunks.within(chunk) + chunks.length(chunk));
         take(x + chunks.from(chunk), size, tokens, chunks.length(chunk), values, squares);
         for (int t = 0; t < BLOCK; t += TILE_TOKENS) {
             int r = 0;

@@ -1,7 +1,5 @@
 // read and write: the passes over the streams, forward and backward.
 
-#include <algorithm>
-
 #include "streams.h"
 
 namespace {
@@ -40,80 +38,103 @@ void write(const X* x, const Y* y, const float* post, const float* res, X* out, 
                 expect(own + (n + i) * C + c);
             }
             expect(y + (t + 1) * C + c);
-            const Vec branch = load(y + t * C + c, width);
-            for (int o = 0; o < n; o++) {
-                Vec total = post[t * n + o] * branch;
-                for (int i = 0; i < n; i++) total += res[(t * n + o) * n + i] * stream[i];
-                store(out + (t * n + o) * C + c, total, width);
-            }
+            write_vector(n, stream, load(y + t * C + c, width), post + t * n, res + t * n * n,
+                         [&](int o, Vec v) { store(out + (t * n + o) * C + c, v, width); });
         });
     }
 }
 
-constexpr int64_t WRITE_CHUNK = 512;
-
-// sums[o][i] += <grad[o], x[i]> and sums[o][n] += <grad[o], y> over the channels [from, to).
-template <int OUT, class X, class Y, class N>
-INLINE void dot_tile(N n, int64_t C, const X* grad, const X* x, const Y* y, int64_t from,
-                     int64_t to, Vec* sums) {
-    using F = Factors<X, Y>;
-    Vec total[OUT][limit<N> + 1];
-    for (int o = 0; o < OUT; o++)
-        for (int i = 0; i <= n; i++) total[o][i] = sums[o * (n + 1) + i];
-    for_channels<F::STEP>(from, to, [&](int64_t c, auto width) {
-        decltype(F::load(grad, width)) g[OUT];
-        for (int o = 0; o < OUT; o++) g[o] = F::load(grad + o * C + c, width);
-        for (int i = 0; i < n; i++) {
-            const auto stream = F::load(x + i * C + c, width);
-            expect(x + (n + i) * C + c);
-            for (int o = 0; o < OUT; o++) total[o][i] = add_products(total[o][i], g[o], stream);
+// dy = sum_o post[o] g[o] of one token, the channels [from, to).
+template <class X, class Y, class N>
+INLINE void gather_branch(N n, int64_t C, const X* g, const float* post, Y* dy, int64_t from,
+                          int64_t to) {
+    for_channels(from, to, [&](int64_t c, auto width) {
+        Vec total{};
+        for (int o = 0; o < n; o++) {
+            total += post[o] * load(g + o * C + c, width);
+            expect(g + (n + o) * C + c);
         }
-        const auto branch = F::load(y + c, width);
-        expect(y + C + c);
-        for (int o = 0; o < OUT; o++) total[o][n] = add_products(total[o][n], g[o], branch);
+        store(dy + c, total, width);
     });
-    for (int o = 0; o < OUT; o++)
-        for (int i = 0; i <= n; i++) sums[o * (n + 1) + i] = total[o][i];
+}
+
+template <class X, class Y, class N>
+void branch_backward(const X* grad, const Y* y, const float* post, Y* dy, float* dpost,
+                     int64_t tokens, N n, int64_t C, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t t = 0; t < tokens; t++) {
+        const X* g = grad + t * n * C;
+        const Y* branch = y + t * C;
+        using F = Factors<X, Y>;
+        Vec sums[limit<N>] = {};
+        for (int64_t from = 0; from < C; from += DOT_CHUNK) {
+            const int64_t to = std::min(from + DOT_CHUNK, C);
+            gather_branch(n, C, g, post + t * n, dy + t * C, from, to);
+            for_channels<F::STEP>(from, to, [&](int64_t c, auto width) {
+                const auto own = F::load(branch + c, width);
+                expect(branch + C + c);
+                for (int o = 0; o < n; o++)
+                    sums[o] = add_products(sums[o], F::load(g + o * C + c, width), own);
+            });
+        }
+        for (int o = 0; o < n; o++) dpost[t * n + o] = sum(sums[o]);
+    }
 }
 
 template <class X, class Y, class N>
 void write_backward(const X* grad, const X* x, const Y* y, const float* post, const float* res,
                     X* dx, Y* dy, float* dpost, float* dres, int64_t tokens, N n, int64_t C,
                     int threads) {
-    // As many rows of res at once as their sums fit into registers.
-    constexpr int ROWS = std::max(1, std::min(limit<N>, REGISTERS * 3 / 4 / (limit<N> + 1)));
-    static_assert(limit<N> % ROWS == 0 && (limit<N> < MAX_STREAMS || ROWS == 1));
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t t = 0; t < tokens; t++) {
-        const X *g = grad + t * n * C, *own = x + t * n * C;
-        const Y* branch = y + t * C;
-        Vec sums[limit<N> * (limit<N> + 1)] = {};
-        for (int64_t from = 0; from < C; from += WRITE_CHUNK) {
-            const int64_t to = std::min(from + WRITE_CHUNK, C);
+        const X* g = grad + t * n * C;
+        float dots[limit<N> * (limit<N> + 1)];
+        dot_all(n, C, g, x + t * n * C, y + t * C, dots, [&](int64_t from, int64_t to) {
+            gather_branch(n, C, g, post + t * n, dy + t * C, from, to);
             for_channels(from, to, [&](int64_t c, auto width) {
-                Vec out[limit<N>], total{};
-                for (int o = 0; o < n; o++) {
-                    out[o] = load(g + o * C + c, width);
-                    expect(g + (n + o) * C + c);
-                    total += post[t * n + o] * out[o];
-                }
-                store(dy + t * C + c, total, width);
-                if (dx) {
-                    for (int i = 0; i < n; i++) {
-                        Vec mixed{};
-                        for (int o = 0; o < n; o++) mixed += res[(t * n + o) * n + i] * out[o];
-                        store(dx + (t * n + i) * C + c, mixed, width);
-                    }
+                Vec out[limit<N>];
+                for (int o = 0; o < n; o++) out[o] = load(g + o * C + c, width);
+                for (int i = 0; i < n; i++) {
+                    Vec mixed{};
+                    for (int o = 0; o < n; o++) mixed += res[(t * n + o) * n + i] * out[o];
+                    store(dx + (t * n + i) * C + c, mixed, width);
                 }
             });
-            for (int o = 0; o < n; o += ROWS)
-                dot_tile<ROWS>(n, C, g + o * C, own, branch, from, to, sums + o * (n + 1));
-        }
+        });
         for (int o = 0; o < n; o++) {
-            dpost[t * n + o] = sum(sums[o * (n + 1) + n]);
-            for (int i = 0; i < n; i++) dres[(t * n + o) * n + i] = sum(sums[o * (n + 1) + i]);
+            dpost[t * n + o] = dots[o * (n + 1) + n];
+            for (int i = 0; i < n; i++) dres[(t * n + o) * n + i] = dots[o * (n + 1) + i];
         }
     }
+}
+
+// The streams stay in registers from one write to the next: outs[l] after y[l], post[l] and res[l],
+// inputs[l] as pre[l] reads the streams before it. There are `writes` writes and one read more.
+template <class X, class Y, class N>
+void rebuild(const X* x, const Y* const* y, const float* const* post, const float* const* res,
+             const float* const* pre, X* const* outs, X* const* inputs, int writes, int64_t tokens,
+             N n, int64_t C, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t t = 0; t < tokens; t++)
+        for_channels(0, C, [&](int64_t c, auto width) {
+            Vec stream[limit<N>];
+            for (int i = 0; i < n; i++) {
+                stream[i] = load(x + (t * n + i) * C + c, width);
+                expect(x + ((t + 1) * n + i) * C + c);
+            }
+            for (int l = 0;; l++) {
+                store(inputs[l] + t * C + c, read_vector(n, stream, pre[l] + t * n), width);
+                if (l == writes) return;
+                expect(y[l] + (t + 1) * C + c);
+                Vec next[limit<N>];
+                write_vector(n, stream, load(y[l] + t * C + c, width), post[l] + t * n,
+                             res[l] + t * n * n, [&](int o, Vec v) {
+                                 store(outs[l] + (t * n + o) * C + c, v, width);
+                                 next[o] = held(x, v);
+                             });
+                for (int i = 0; i < n; i++) stream[i] = next[i];
+            }
+        });
 }
 
 }  // namespace
@@ -139,31 +160,54 @@ void mhc_read_backward(const void* grad, const void* x, const float* pre, void* 
 }
 
 void mhc_write(const void* x, const void* y, const float* post, const float* res, void* out,
-               int64_t tokens, int64_t n, int64_t C, int64_t is_bfloat16, int64_t y_is_bfloat16, int64_t threads) {
-    with_dtype(is_bfloat16, [&](auto* x_type) {
-        with_dtype(y_is_bfloat16, [&](auto* y_type) {
-            using X = std::remove_pointer_t<decltype(x_type)>;
-            using Y = std::remove_pointer_t<decltype(y_type)>;
-            with_streams(n, [&](auto n) {
-                write((const X*)x, (const Y*)y, post, res, (X*)out, tokens, n, C, threads);
-            });
+               int64_t tokens, int64_t n, int64_t C, int64_t is_bfloat16, int64_t y_is_bfloat16,
+               int64_t threads) {
+    with_dtypes(is_bfloat16, y_is_bfloat16, [&](auto* x_type, auto* y_type) {
+        using X = std::remove_pointer_t<decltype(x_type)>;
+        using Y = std::remove_pointer_t<decltype(y_type)>;
+        with_streams(n, [&](auto n) {
+            write((const X*)x, (const Y*)y, post, res, (X*)out, tokens, n, C, threads);
         });
     });
 }
 
-// dx may be null.
+void mhc_branch_backward(const void* grad, const void* y, const float* post, void* dy, float* dpost,
+                         int64_t tokens, int64_t n, int64_t C, int64_t is_bfloat16,
+                         int64_t y_is_bfloat16, int64_t threads) {
+    with_dtypes(is_bfloat16, y_is_bfloat16, [&](auto* x_type, auto* y_type) {
+        using X = std::remove_pointer_t<decltype(x_type)>;
+        using Y = std::remove_pointer_t<decltype(y_type)>;
+        with_streams(n, [&](auto n) {
+            branch_backward((const X*)grad, (const Y*)y, post, (Y*)dy, dpost, tokens, n, C,
+                            threads);
+        });
+    });
+}
+
 void mhc_write_backward(const void* grad, const void* x, const void* y, const float* post,
                         const float* res, void* dx, void* dy, float* dpost, float* dres,
-                        int64_t tokens, int64_t n, int64_t C, int64_t is_bfloat16, int64_t y_is_bfloat16,
-                        int64_t threads) {
-    with_dtype(is_bfloat16, [&](auto* x_type) {
-        with_dtype(y_is_bfloat16, [&](auto* y_type) {
-            using X = std::remove_pointer_t<decltype(x_type)>;
-            using Y = std::remove_pointer_t<decltype(y_type)>;
-            with_streams(n, [&](auto n) {
-                write_backward((const X*)grad, (const X*)x, (const Y*)y, post, res, (X*)dx, (Y*)dy,
-                               dpost, dres, tokens, n, C, threads);
-            });
+                        int64_t tokens, int64_t n, int64_t C, int64_t is_bfloat16,
+                        int64_t y_is_bfloat16, int64_t threads) {
+    with_dtypes(is_bfloat16, y_is_bfloat16, [&](auto* x_type, auto* y_type) {
+        using X = std::remove_pointer_t<decltype(x_type)>;
+        using Y = std::remove_pointer_t<decltype(y_type)>;
+        with_streams(n, [&](auto n) {
+            write_backward((const X*)grad, (const X*)x, (const Y*)y, post, res, (X*)dx, (Y*)dy,
+                           dpost, dres, tokens, n, C, threads);
+        });
+    });
+}
+
+void mhc_rebuild(const void* x, const void* const* y, const float* const* post,
+                 const float* const* res, const float* const* pre, void* const* outs,
+                 void* const* inputs, int64_t writes, int64_t tokens, int64_t n, int64_t C,
+                 int64_t is_bfloat16, int64_t y_is_bfloat16, int64_t threads) {
+    with_dtypes(is_bfloat16, y_is_bfloat16, [&](auto* x_type, auto* y_type) {
+        using X = std::remove_pointer_t<decltype(x_type)>;
+        using Y = std::remove_pointer_t<decltype(y_type)>;
+        with_streams(n, [&](auto n) {
+            rebuild((const X*)x, (const Y* const*)y, post, res, pre, (X* const*)outs,
+                    (X* const*)inputs, writes, tokens, n, C, threads);
         });
     });
 }

@@ -1,16 +1,91 @@
 // What is done to the streams of one token in more than one operator.
 #pragma once
 
+#include <algorithm>
+
 #include "vector.h"
 
-// u = sum_i pre[i] x[i].
+// What streams of this type hold of a value.
+INLINE Vec held(const float*, Vec v) { return v; }
+INLINE Vec held(const bfloat16*, Vec v) { return (Vec)(rounded(v) << 16); }
+
+// u = sum_i pre[i] x[i], some channels.
+template <class N>
+INLINE Vec read_vector(N n, const Vec* x, const float* pre) {
+    Vec total{};
+    for (int i = 0; i < n; i++) total += pre[i] * x[i];
+    return total;
+}
+
 template <class X, class N>
 INLINE void read_token(N n, int64_t C, const X* x, const float* pre, X* u) {
     for_channels(0, C, [&](int64_t c, auto width) {
-        Vec total{};
-        for (int i = 0; i < n; i++) total += pre[i] * load(x + i * C + c, width);
-        store(u + c, total, width);
+        Vec stream[limit<N>];
+        for (int i = 0; i < n; i++) stream[i] = load(x + i * C + c, width);
+        store(u + c, read_vector(n, stream, pre), width);
     });
+}
+
+// x'[o] = sum_i res[o][i] x[i] + post[o] y, some channels, and put(o, x'[o]) with it. Starting from
+// zero leaves one way only to fuse products and sums, so that the bits are the same wherever this is.
+template <class N, class Put>
+INLINE void write_vector(N n, const Vec* x, Vec y, const float* post, const float* res, Put put) {
+    for (int o = 0; o < n; o++) {
+        Vec total{};
+        total += post[o] * y;
+        for (int i = 0; i < n; i++) total += res[o * n + i] * x[i];
+        put(o, total);
+    }
+}
+
+// As many rows of inner products with every stream and one more at once as fit into registers.
+template <class N>
+constexpr int DOT_ROWS = std::max(1, std::min(limit<N>, REGISTERS * 3 / 4 / (limit<N> + 1)));
+
+constexpr int64_t DOT_CHUNK = 512;
+
+// sums[o][i] += <a[o], x[i]> and sums[o][n] += <a[o], y> over the channels [from, to), OUT rows.
+template <int OUT, class X, class Y, class N>
+INLINE void dot_tile(N n, int64_t C, const X* a, const X* x, const Y* y, int64_t from, int64_t to,
+                     Vec* sums) {
+    using F = Factors<X, Y>;
+    Vec total[OUT][limit<N> + 1];
+    for (int o = 0; o < OUT; o++)
+        for (int i = 0; i <= n; i++) total[o][i] = sums[o * (n + 1) + i];
+    for_channels<F::STEP>(from, to, [&](int64_t c, auto width) {
+        decltype(F::load(a, width)) own[OUT];
+        for (int o = 0; o < OUT; o++) {
+            own[o] = F::load(a + o * C + c, width);
+            expect(a + (n + o) * C + c);
+        }
+        for (int i = 0; i < n; i++) {
+            const auto stream = F::load(x + i * C + c, width);
+            expect(x + (n + i) * C + c);
+            for (int o = 0; o < OUT; o++) total[o][i] = add_products(total[o][i], own[o], stream);
+        }
+        const auto branch = F::load(y + c, width);
+        expect(y + C + c);
+        for (int o = 0; o < OUT; o++) total[o][n] = add_products(total[o][n], own[o], branch);
+    });
+    for (int o = 0; o < OUT; o++)
+        for (int i = 0; i <= n; i++) sums[o * (n + 1) + i] = total[o][i];
+}
+
+// dots[o][i] = <a[o], x[i]> and dots[o][n] = <a[o], y>, every row n + 1 long. between(from, to) is
+// called before the channels [from, to), which stay near.
+template <class X, class Y, class N, class Between>
+INLINE void dot_all(N n, int64_t C, const X* a, const X* x, const Y* y, float* dots,
+                    Between between) {
+    constexpr int ROWS = DOT_ROWS<N>;
+    static_assert(limit<N> % ROWS == 0 && (limit<N> < MAX_STREAMS || ROWS == 1));
+    Vec sums[limit<N> * (limit<N> + 1)] = {};
+    for (int64_t from = 0; from < C; from += DOT_CHUNK) {
+        const int64_t to = std::min(from + DOT_CHUNK, C);
+        between(from, to);
+        for (int o = 0; o < n; o += ROWS)
+            dot_tile<ROWS>(n, C, a + o * C, x, y, from, to, sums + o * (n + 1));
+    }
+    for (int k = 0; k < n * (n + 1); k++) dots[k] = sum(sums[k]);
 }
 
 // dots[i] = <g, x[i]>.

@@ -184,6 +184,15 @@ inline void with_streams(int n, Body body) {
     }
 }
 
+// A number of streams as `with_streams` passes it.
+template <class N>
+INLINE N number(int n) {
+    if constexpr (std::is_same_v<N, int>)
+        return n;
+    else
+        return N{};
+}
+
 // Calls body with a null pointer of the streams' type.
 template <class Body>
 inline void with_dtype(int is_bfloat16, Body body) {
@@ -191,6 +200,14 @@ inline void with_dtype(int is_bfloat16, Body body) {
         body((bfloat16*)nullptr);
     else
         body((float*)nullptr);
+}
+
+// Calls body with null pointers of the streams' type and of the branch's.
+template <class Body>
+inline void with_dtypes(int is_bfloat16, int y_is_bfloat16, Body body) {
+    with_dtype(is_bfloat16, [&](auto* x) {
+        with_dtype(y_is_bfloat16, [&](auto* y) { body(x, y); });
+    });
 }
 
 // The size of arrays over streams: the constant itself, or the most there can be.
