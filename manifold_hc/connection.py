@@ -14,6 +14,7 @@ from manifold_hc.constraints import ConstraintName
 from manifold_hc.errors import ConfigError, ShapeError, require_at_least_one, require_number
 from manifold_hc.functional import InputNorm, Reading
 from manifold_hc.kernels import backends
+from manifold_hc.kernels.operators import FUSED_CONSTRAINTS
 from manifold_hc.numerics import PRESETS, NumericsName, preset
 
 Kind = Literal["residual", "hc", "mhc"]
@@ -167,7 +168,9 @@ class Maps(WideModule):
     @property
     def crosses(self) -> bool:
         """Whether it makes unwritten streams together with their coefficients."""
-        return self.config.kind == "mhc" and "pre" not in self.config.disable
+        config = self.config
+        fused = config.dynamic and self._constraint in FUSED_CONSTRAINTS
+        return config.kind == "mhc" and fused and "pre" not in config.disable
 
     @property
     def _constraint(self) -> str:
@@ -273,7 +276,7 @@ class ResidualMaps(nn.Module):
         return Reading(weight, weight, res, x.squeeze(-2), x, weight, None)
 
 
-def known_norm(norm: Branch | None, x: Tensor) -> InputNorm | None:
+def known_norm(norm: Branch, x: Tensor) -> InputNorm | None:
     """The norm as a kernel takes it, if it is one that a kernel knows.
 
     That is an RMSNorm of torch's in x's own dtype, or a module that says so by `input_norm(dtype)`.
@@ -354,8 +357,7 @@ class Connection(nn.Module):
                 f"Connection: x must be [..., {self.config.n}, {self.channels}] "
                 f"but is {list(streams.shape)}; was expand() called after the embedding?"
             )
-        fuses = isinstance(x, Unwritten) and self.maps.crosses
-        input_norm = known_norm(norm, streams) if fuses else None
+        input_norm = self.fused(x, norm)
         reading = self.maps(x, input_norm)
         u = reading.u if norm is None or input_norm is not None else norm(reading.u)
         y = branch(u)
@@ -366,6 +368,12 @@ class Connection(nn.Module):
             )
         unwritten = Unwritten(reading, y, self.config)
         return unwritten.write() if write else unwritten
+
+    def fused(self, x: Tensor | Unwritten, norm: Branch | None) -> InputNorm | None:
+        """The norm as it is computed with the streams, if it is."""
+        if norm is None or not isinstance(x, Unwritten) or not self.maps.crosses:
+            return None
+        return known_norm(norm, x.reading.x)
 
     def _mixes_to_one(self) -> bool:
         """Whether the rows of res sum to 1 whatever its logits are."""

@@ -326,12 +326,13 @@ def rebuild(
     x: Float[Tensor, "*batch n C"],
     writes: Sequence[tuple[Tensor, Tensor, Tensor]],
     reads: Sequence[Tensor],
+    norms: Sequence[InputNorm | None] | None = None,
     backend: str = "auto",
 ) -> tuple[list[Tensor], list[Tensor]]:
     """A run of sublayers by what is kept of them, their branches left out (mHC, section 4.3).
 
     writes: (y [..., C], post [..., n], res [..., o, i]) of each sublayer but the last; reads: what
-    each of them reads with, [..., n]. Returns the streams after each write and the input of each
+    each of them reads with, [..., n]; norms: what it goes through then, if anything. Returns the streams after each write and the input of each
     sublayer, the same bits as `write`, `read` and `boundary` make. It has no derivative.
     Raises ShapeError, DtypeError, BackendError.
     """
@@ -345,9 +346,13 @@ def rebuild(
         _check_write("rebuild", x, y, post, res)
     for pre in reads:
         _check_coefficient("rebuild", "pre", pre, x, (n,))
-    given = [x, *(tensor for write in writes for tensor in write), *reads]
+    if norms is not None and len(norms) != len(reads):
+        raise ShapeError(f"rebuild: norms must be {len(reads)}, one a read, but are {len(norms)}")
+    pairs = [(None, 0.0) if norm is None else norm for norm in norms or [None] * len(reads)]
+    weights = _given(*(weight for weight, _ in pairs))
+    given = [x, *(tensor for write in writes for tensor in write), *reads, *weights]
     with torch.no_grad():
-        streams, inputs = _run("rebuild", backend, n, given, x, writes, reads)
+        streams, inputs = _run("rebuild", backend, n, given, x, writes, reads, pairs)
     return streams, inputs
 
 

@@ -16,18 +16,21 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
 
 from manifold_hc import functional
 from manifold_hc.connection import Branch, Unwritten
 from manifold_hc.errors import ConfigError
-from manifold_hc.functional import Reading
+from manifold_hc.functional import InputNorm, Reading
 
 Recompute = Literal["auto"] | int | None
 """Whether streams are rebuilt, and how many sublayers make a block."""
 
 Kind = Literal["streams", "input", "normalised"]
+
+Autocast = Callable[[], torch.autocast]
+"""Autocast as the forward pass had it."""
 
 
 def block_length(recompute: Recompute, sublayers: int, n: int) -> int | None:
@@ -61,20 +64,21 @@ class Block:
     x: Tensor
     """The first streams."""
     backend: str
-    autocast: Callable[[], torch.autocast]
-    """As the forward pass had it, for the norms."""
+    autocast: Autocast
+    """For the norms."""
     writes: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     """y, post and res of every sublayer but the last."""
     reads: list[Tensor] = field(default_factory=list)
     """What every sublayer reads with."""
-    norms: list[Branch | None] = field(default_factory=list)
+    norms: list[InputNorm | Branch | None] = field(default_factory=list)
+    """What each input goes through, together with its streams or on its own."""
 
     def rebuild(self) -> "Rebuilt":
         """All streams and inputs of the block, bit for bit."""
         with torch.no_grad():
-            streams, inputs = functional.rebuild(
-                self.x, self.writes[: len(self.reads) - 1], self.reads, self.backend
-            )
+            fused = [norm if isinstance(norm, InputNorm) else None for norm in self.norms]
+            writes = self.writes[: len(self.reads) - 1]
+            streams, inputs = functional.rebuild(self.x, writes, self.reads, fused, self.backend)
         return Rebuilt(self, [self.x, *streams], inputs)
 
 
@@ -113,7 +117,7 @@ class Rebuilt:
     def _normalised(self, sublayer: int) -> Tensor:
         if self.normalised is None or self.normalised[0] != sublayer:
             norm = self.block.norms[sublayer]
-            assert norm is not None
+            assert isinstance(norm, nn.Module)
             with torch.no_grad(), self.block.autocast():
                 self.normalised = sublayer, norm(self.inputs[sublayer]).contiguous()
         return self.normalised[1]
@@ -151,7 +155,7 @@ class Recording:
     def __init__(self, length: int, device: str) -> None:
         """length: sublayers a block; device: the type of the streams' device."""
         self.length = length
-        self._hooks = saved_tensors_hooks(self._pack, self._unpack)
+        self._hooks: saved_tensors_hooks | None = None
         self._autocast = partial(
             torch.autocast,
             device,
@@ -163,13 +167,18 @@ class Recording:
         """By the address of their memory, which they hold."""
         self._unsettled: list[Slot] = []
         self._normalised: Tensor | None = None
+        self._versions: dict[int, int] = {}
+        """Of what branches were given, by its address."""
         self._rebuilt: Rebuilt | None = None
 
     def __enter__(self) -> None:
+        self._hooks = saved_tensors_hooks(self._pack, self._unpack)
         self._hooks.__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
+        if self._hooks is not None:
+            self._hooks.__exit__(*error)
+        self._hooks = None  # they hold this recording, which would hold them
         self._known.clear()
         self._unsettled.clear()
         self._block = None
@@ -178,15 +187,30 @@ class Recording:
         """The norm, which keeps nothing: neither its own tensors nor its result."""
         if norm is None:
             return None
+        if not isinstance(norm, nn.Module) or _is_watched(norm):
+            return self.branch(norm)
 
         def run(u: Tensor) -> Tensor:
-            normalised = checkpoint(norm, u, use_reentrant=False, preserve_rng_state=False)
-            self._normalised = cast(Tensor, normalised)
-            return self._normalised
+            self._note(u)
+            made: Tensor = Forgetful.apply(u, norm, self._autocast, *norm.parameters())
+            self._normalised = made
+            return made
 
         return run
 
-    def keep(self, unwritten: Unwritten, maps: nn.Module, norm: Branch | None) -> None:
+    def branch(self, branch: Branch) -> Branch:
+        """The branch, its input noted before it can be changed."""
+
+        def run(u: Tensor) -> Tensor:
+            self._note(u)
+            return branch(u)
+
+        return run
+
+    def _note(self, given: Tensor) -> None:
+        self._versions[_address(given)] = given._version
+
+    def keep(self, unwritten: Unwritten, maps: nn.Module, norm: InputNorm | Branch | None) -> None:
         """Take over a sublayer: its streams and inputs become handles wherever they are saved."""
         reading = unwritten.reading
         if self._block is None or len(self._block.reads) == self.length:
@@ -194,25 +218,31 @@ class Recording:
         block, sublayer = self._block, len(self._block.reads)
         block.reads.append(reading.weights.detach())
         block.writes.append((unwritten.y.detach(), reading.post.detach(), reading.res.detach()))
+        fused = None
+        if isinstance(norm, InputNorm):
+            norm = fused = norm._replace(weight=norm.weight.detach())
         block.norms.append(norm)
         if sublayer:
+            self._versions[_address(reading.x)] = reading.x._version
             self._know(reading.x, block, sublayer, "streams")
-        if is_read(reading, maps, block.backend):
+        if is_read(reading, fused, maps, block.backend):
             self._know(reading.u, block, sublayer, "input")
             if self._normalised is not None:
                 self._know(self._normalised, block, sublayer, "normalised")
-        self._normalised = None
         for slot in self._unsettled:
             slot.content = self._settled(slot.content)
         self._unsettled.clear()
+        self._versions.clear()
+        self._normalised = None
         # The next connection may still save these streams; all else has been saved.
         address = _address(reading.x)
         self._known = {address: self._known[address]} if sublayer and address in self._known else {}
 
     def _know(self, tensor: Tensor, block: Block, sublayer: int, kind: Kind) -> None:
-        if _address(tensor) not in self._known and tensor.is_contiguous():
-            known = Known(tensor.detach(), tensor._version, block, sublayer, kind)
-            self._known[_address(tensor)] = known
+        address = _address(tensor)
+        if address not in self._known and address in self._versions and tensor.is_contiguous():
+            version = self._versions[address]
+            self._known[address] = Known(tensor.detach(), version, block, sublayer, kind)
 
     def _settled(self, saved: Tensor | Handle) -> Tensor | Handle:
         if isinstance(saved, Handle) or (known := self._known.get(_address(saved))) is None:
@@ -220,7 +250,8 @@ class Recording:
         return known.handle(saved) or saved
 
     def _pack(self, saved: Tensor) -> Slot:
-        slot = Slot(self._settled(saved))
+        # Detached: an operator that saves its output would hold itself by it.
+        slot = Slot(self._settled(saved.detach()))
         if isinstance(slot.content, Tensor) and not isinstance(saved, nn.Parameter):
             self._unsettled.append(slot)
         return slot
@@ -235,12 +266,44 @@ class Recording:
         return self._rebuilt.get(handle)
 
 
-def is_read(reading: Reading, maps: nn.Module, backend: str) -> bool:
+class Forgetful(torch.autograd.Function):
+    """A module that keeps its input alone, and runs again in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, module: nn.Module, autocast: Autocast, *parameters: Tensor
+    ) -> Tensor:
+        """u [..., C]; parameters: the module's own, for autograd to see them."""
+        ctx.module, ctx.autocast = module, autocast
+        ctx.save_for_backward(u, *parameters)
+        made: Tensor = module(u)
+        return made
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The module's own gradients."""
+        u, *parameters = ctx.saved_tensors
+        u = u.detach().requires_grad_()
+        with torch.enable_grad(), ctx.autocast():
+            made = ctx.module(u)
+        wanted = [u, *(parameter for parameter in parameters if parameter.requires_grad)]
+        found = iter(torch.autograd.grad(made, wanted, grad, allow_unused=True))
+        du = next(found)
+        return du, None, None, *(next(found) if p.requires_grad else None for p in parameters)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether hooks would notice that it runs again."""
+    return any(each._forward_hooks or each._forward_pre_hooks for each in module.modules())
+
+
+def is_read(reading: Reading, norm: InputNorm | None, maps: nn.Module, backend: str) -> bool:
     """Whether u is what `weights` read: a hook of the maps may have replaced it."""
     if not maps._forward_hooks and not nn.modules.module._global_forward_hooks:
         return True
-    with torch.no_grad():
-        return torch.equal(functional.read(reading.x, reading.weights, backend), reading.u)
+    _, (u,) = functional.rebuild(reading.x, [], [reading.weights], [norm], backend)
+    return torch.equal(u, reading.u)
 
 
 def _address(tensor: Tensor) -> int:

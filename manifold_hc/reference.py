@@ -108,14 +108,19 @@ def rebuild(
     x: Float[Tensor, "*batch n C"],
     writes: Sequence[tuple[Tensor, Tensor, Tensor]],
     reads: Sequence[Tensor],
+    norms: Sequence[tuple[Tensor | None, float]],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The streams after each of `writes` (y, post, res), and what each of `reads` (pre) reads.
 
+    What is read goes through each of `norms` (weight, input_eps) that has a weight.
     The first of `reads` reads x, and the first of `writes` mixes it; there is one write fewer.
     """
     streams = list(accumulate(writes, lambda before, made: write(before, *made), initial=x))
     inputs = [read(own, pre) for own, pre in zip(streams, reads, strict=True)]
-    return streams[1:], inputs
+    return streams[1:], [
+        u if weight is None else normalise(u, weight, eps)
+        for u, (weight, eps) in zip(inputs, norms, strict=True)
+    ]
 
 
 def normalise(

@@ -92,10 +92,13 @@ class Stack(nn.Module):
             for connection, branch, norm in zip(
                 self.connections, branches, norms or repeat(None), strict=False
             ):
-                own = recording.norm(norm) if recording else norm
-                unwritten: Unwritten = connection(source, branch, own, write=False)
-                if recording:
-                    recording.keep(unwritten, cast(Connection, connection).maps, norm)
+                if recording is None:
+                    unwritten: Unwritten = connection(source, branch, norm, write=False)
+                else:
+                    fused = cast(Connection, connection).fused(source, norm)
+                    own = norm if fused else recording.norm(norm)
+                    unwritten = connection(source, recording.branch(branch), own, write=False)
+                    recording.keep(unwritten, cast(Connection, connection).maps, fused or norm)
                 source = unwritten
             return self.collapse(unwritten.write(), unwritten.reading.pre)
 

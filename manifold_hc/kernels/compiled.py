@@ -206,6 +206,7 @@ class Compiled:
         x: Tensor,
         writes: Sequence[tuple[Tensor, Tensor, Tensor]],
         reads: Sequence[Tensor],
+        norms: Sequence[tuple[Tensor | None, float]],
     ) -> tuple[list[Tensor], list[Tensor]]:
         """See `reference.rebuild`; one pass, which autograd does not see."""
         (*batch, n, C) = x.shape
@@ -223,6 +224,8 @@ class Compiled:
             [flat(post, n) for _, post, _ in writes],
             [flat(res, n, n) for _, _, res in writes],
             [flat(pre, n) for pre in reads],
+            [weight for weight, _ in norms],
+            [eps for _, eps in norms],
         )
         return [s.view(x.shape) for s in streams], [u.view(*batch, C) for u in inputs]
 

@@ -156,9 +156,15 @@ class Kernels(Protocol):
         """
 
     def rebuild(
-        self, x: Tensor, writes: Sequence[tuple[Tensor, Tensor, Tensor]], reads: Sequence[Tensor]
+        self,
+        x: Tensor,
+        writes: Sequence[tuple[Tensor, Tensor, Tensor]],
+        reads: Sequence[Tensor],
+        norms: Sequence[tuple[Tensor | None, float]],
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The streams after each of `writes` (y, post, res), and what each of `reads` (pre) reads.
+
+        What is read goes through each of `norms` (weight, input_eps) that has a weight.
 
         From x [N, n, C], which the first of `reads` reads and the first of `writes` mixes; there is
         one write fewer. All y have one dtype. Bit for bit what `write`, `read` and `boundary` make.
@@ -434,15 +440,23 @@ def _boundary(define: _Definer) -> None:
 
 def _rebuild(define: _Definer) -> None:
     def run(
-        x: Tensor, y: list[Tensor], post: list[Tensor], res: list[Tensor], pre: list[Tensor]
+        x: Tensor,
+        y: list[Tensor],
+        post: list[Tensor],
+        res: list[Tensor],
+        pre: list[Tensor],
+        weight: list[Tensor | None],
+        eps: list[float],
     ) -> Any:
         writes = [_dense(*write) for write in zip(y, post, res, strict=True)]
-        return define.kernels.rebuild(x.contiguous(), writes, _dense(*pre))
+        norms = list(zip(_dense(*weight), eps, strict=True))
+        return define.kernels.rebuild(x.contiguous(), writes, _dense(*pre), norms)
 
     define(
         "rebuild",
-        "(Tensor x, Tensor[] y, Tensor[] post, Tensor[] res, Tensor[] pre) -> (Tensor[], Tensor[])",
-        lambda x, y, post, res, pre: (
+        "(Tensor x, Tensor[] y, Tensor[] post, Tensor[] res, Tensor[] pre, Tensor?[] weight, "
+        "float[] input_eps) -> (Tensor[], Tensor[])",
+        lambda x, y, post, res, pre, weight, input_eps: (
             [torch.empty_like(x) for _ in y],
             [x.new_empty(x.shape[0], x.shape[2]) for _ in pre],
         ),

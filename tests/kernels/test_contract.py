@@ -202,11 +202,17 @@ def test_what_is_rebuilt_has_the_same_bits(backend, n, dtype):
             assert torch.equal(after.x, functional.write(*coefficients, backend))
             writes = [(y, before.post, before.res), (z, after.post, after.res)]
             reads = [before.pre, after.weights, after.pre]
-            streams, inputs = functional.rebuild(x, writes, reads, backend)
+            streams, inputs = functional.rebuild(x, writes, reads, backend=backend)
             assert all(map(torch.equal, streams, (after.x, last)))
             assert all(map(torch.equal, inputs, (before.u, after.u, read)))
-            ((), (alone,)) = functional.rebuild(x, [], reads[:1], backend)
+            ((), (alone,)) = functional.rebuild(x, [], reads[:1], backend=backend)
             assert torch.equal(alone, before.u)
+            norm = functional.InputNorm(rest[7], 0.1)
+            normed = functional.boundary(
+                *(*coefficients, *second), pre=weights, input_norm=norm, backend=backend
+            )
+            _, inputs = functional.rebuild(x, writes[:1], reads[:2], [None, norm], backend)
+            assert all(map(torch.equal, inputs, (before.u, normed.u)))
 
 
 def test_rebuilding_takes_branches_of_several_dtypes(backend):
@@ -215,7 +221,7 @@ def test_rebuilding_takes_branches_of_several_dtypes(backend):
     x, weights, res = (tensor.to(place(backend)) for tensor in (x, weights, res))
     branches = [x[:, 0], x[:, 1].bfloat16()]
     writes = [(y, weights, res) for y in branches]
-    streams, _ = functional.rebuild(x, writes, [weights] * 3, backend)
+    streams, _ = functional.rebuild(x, writes, [weights] * 3, backend=backend)
     for before, y, after in zip([x, *streams], branches, streams, strict=False):
         assert torch.equal(functional.write(before, y, weights, res, backend), after)
 

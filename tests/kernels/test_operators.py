@@ -56,7 +56,7 @@ def arguments(n=3, C=8, N=5):
             [*grads, x, y, pre, pre.clone(), phi, alpha, bias, weight, 1e-6, *made],
             settings,
         ),
-        "rebuild": ([x, [y], [pre], [res], [pre, pre.clone()]], ()),
+        "rebuild": ([x, [y], [pre], [res], [pre, pre.clone()], [None, weight], [0.0, 0.1]], ()),
     }
 
 

@@ -275,21 +275,29 @@ def _cross_backward(
 
 
 def rebuild(
-    x: Tensor, writes: Sequence[tuple[Tensor, Tensor, Tensor]], reads: Sequence[Tensor]
+    x: Tensor,
+    writes: Sequence[tuple[Tensor, Tensor, Tensor]],
+    reads: Sequence[Tensor],
+    norms: Sequence[tuple[Tensor | None, float]],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """See `Kernels.rebuild`."""
     N, n, C = x.shape
     streams = [empty(x, N, n, C) for _ in writes]
     inputs = [empty(x, N, C) for _ in reads]
     columns = (*zip(*writes, strict=True),) if writes else ((), (), ())
-    lists = [_pointers(tensors) for tensors in (*columns, reads, streams, inputs)]
+    weights = [weight for weight, _ in norms]
+    kept = [_pointers(tensors) for tensors in (*columns, reads, weights)]
+    epsilons = (ctypes.c_float * len(norms))(*(eps for _, eps in norms))
+    made = [_pointers(tensors) for tensors in (streams, inputs)]
     y_is_bfloat16 = _is_bfloat16(writes[0][0]) if writes else 0
-    _call("mhc_rebuild", x, *lists, len(writes), N, n, C, _is_bfloat16(x), y_is_bfloat16)
+    sizes = (len(writes), N, n, C)
+    _call("mhc_rebuild", x, *kept, epsilons, *made, *sizes, _is_bfloat16(x), y_is_bfloat16)
     return streams, inputs
 
 
-def _pointers(tensors: Sequence[Tensor]) -> Any:
-    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+def _pointers(tensors: Sequence[Tensor | None]) -> Any:
+    places = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    return (ctypes.c_void_p * len(tensors))(*places)
 
 
 def _slices(phi: Tensor, tokens: int, n: int, channels: int) -> Tensor:

@@ -1,5 +1,6 @@
 // read and write: the passes over the streams, forward and backward.
 
+#include "norm.h"
 #include "streams.h"
 
 namespace {
@@ -109,13 +110,15 @@ void write_backward(const X* grad, const X* x, const Y* y, const float* post, co
 }
 
 // The streams stay in registers from one write to the next: outs[l] after y[l], post[l] and res[l],
-// inputs[l] as pre[l] reads the streams before it. There are `writes` writes and one read more.
+// inputs[l] as pre[l] reads the streams before it, normalised where weight[l] is not null. There are
+// `writes` writes and one read more.
 template <class X, class Y, class N>
 void rebuild(const X* x, const Y* const* y, const float* const* post, const float* const* res,
-             const float* const* pre, X* const* outs, X* const* inputs, int writes, int64_t tokens,
-             N n, int64_t C, int threads) {
+             const float* const* pre, const float* const* weight, const float* eps,
+             X* const* outs, X* const* inputs, int writes, int64_t tokens, N n, int64_t C,
+             int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t t = 0; t < tokens; t++)
+    for (int64_t t = 0; t < tokens; t++) {
         for_channels(0, C, [&](int64_t c, auto width) {
             Vec stream[limit<N>];
             for (int i = 0; i < n; i++) {
@@ -135,6 +138,9 @@ void rebuild(const X* x, const Y* const* y, const float* const* post, const floa
                 for (int i = 0; i < n; i++) stream[i] = next[i];
             }
         });
+        for (int l = 0; l <= writes; l++)
+            if (weight[l]) normalise(C, inputs[l] + t * C, weight[l], eps[l]);
+    }
 }
 
 }  // namespace
@@ -199,15 +205,15 @@ void mhc_write_backward(const void* grad, const void* x, const void* y, const fl
 }
 
 void mhc_rebuild(const void* x, const void* const* y, const float* const* post,
-                 const float* const* res, const float* const* pre, void* const* outs,
-                 void* const* inputs, int64_t writes, int64_t tokens, int64_t n, int64_t C,
+                 const float* const* res, const float* const* pre, const float* const* weight,
+                 const float* eps, void* const* outs, void* const* inputs, int64_t writes, int64_t tokens, int64_t n, int64_t C,
                  int64_t is_bfloat16, int64_t y_is_bfloat16, int64_t threads) {
     with_dtypes(is_bfloat16, y_is_bfloat16, [&](auto* x_type, auto* y_type) {
         using X = std::remove_pointer_t<decltype(x_type)>;
         using Y = std::remove_pointer_t<decltype(y_type)>;
         with_streams(n, [&](auto n) {
-            rebuild((const X*)x, (const Y* const*)y, post, res, pre, (X* const*)outs,
-                    (X* const*)inputs, writes, tokens, n, C, threads);
+            rebuild((const X*)x, (const Y* const*)y, post, res, pre, weight, eps,
+                    (X* const*)outs, (X* const*)inputs, writes, tokens, n, C, threads);
         });
     });
 }

@@ -1,0 +1,393 @@
+"""Block recompute: the same bits, less held, nothing run twice."""
+
+import gc
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import manifold_hc as mhc
+from manifold_hc import constraints, functional
+from manifold_hc.connection import ConnectionConfig
+from manifold_hc.diagnostics.monitor import GainMonitor
+from manifold_hc.errors import ConfigError, ShapeError
+from manifold_hc.kernels import backends, refusal
+from manifold_hc.recompute import block_length
+
+C, L = 24, 7
+BACKENDS = [name for name in backends() if not refusal(name, 4, "cpu", [torch.float32])]
+LENGTHS = [1, 2, 3, L, "auto"]
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(C, 3 * C)
+
+    def forward(self, u):
+        q, k, v = self.project(u).unflatten(-1, (3, 1, C)).unbind(-3)
+        return scaled_dot_product_attention(q.mT, k.mT, v.mT).mT.squeeze(-2)
+
+
+class Network(nn.Module):
+    """Attention, a gated branch with dropout, one that saves views, in turn."""
+
+    def __init__(self, recompute=None, norms="given", **options):
+        super().__init__()
+        torch.manual_seed(1)
+        config = ConnectionConfig(**{"phi_std": 0.3, "alpha": 0.5} | options)
+        self.stack = mhc.Stack(C, config, L, recompute)
+        self.norms = nn.ModuleList(nn.RMSNorm(C) for _ in range(L))
+        kinds = (
+            lambda: nn.Sequential(nn.Linear(C, C), nn.SiLU(), nn.Dropout(0.2), nn.Linear(C, C)),
+            Attention,
+            lambda: nn.Sequential(nn.Unflatten(-1, (4, C // 4)), nn.Tanh(), nn.Flatten(-2)),
+        )
+        self.branches = nn.ModuleList(kinds[sublayer % 3]() for sublayer in range(L))
+        self.placing = norms
+
+    def forward(self, h):
+        if self.placing == "given":
+            return self.stack(h, list(self.branches), list(self.norms))
+        if self.placing == "inside":
+            pairs = zip(self.norms, self.branches, strict=True)
+            return self.stack(h, [nn.Sequential(*pair) for pair in pairs])
+        return self.stack(h, list(self.branches))
+
+
+def results(network, h, run=None, passes=1):
+    """The output, and the gradients of everything."""
+    torch.manual_seed(2)
+    h = h.clone().requires_grad_()
+    for _ in range(passes):
+        out = (run or network)(h)
+        (out.float() * out.float().sin()).sum().backward()
+    return [out, h.grad, *(p.grad for p in network.parameters() if p.grad is not None)]
+
+
+def assert_same(a, b):
+    assert len(a) == len(b)
+    assert all(torch.equal(left, right) for left, right in zip(a, b, strict=True))
+
+
+def input_of(dtype=torch.float32):
+    return torch.randn(2, 5, C).to(dtype)
+
+
+KINDS = {
+    "mhc": {},
+    "v4": {"numerics": "deepseek_v4"},
+    "single": {"single_pass": True},
+    "v4.1": {"single_pass": True, "numerics": "deepseek_v4"},
+    "static": {"dynamic": False},
+    "permutation": {"constraint": "permutation"},
+    "pre": {"disable": ("pre", "res")},
+    "hc": {"kind": "hc"},
+    "residual": {"kind": "residual"},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_bits(backend, kind, dtype):
+    h = input_of(dtype)
+    for norms in ("given", "inside", "none"):
+        plain = results(Network(None, norms, backend=backend, **KINDS[kind]).to(dtype), h)
+        for length in LENGTHS:
+            network = Network(length, norms, backend=backend, **KINDS[kind])
+            assert_same(results(network.to(dtype), h), plain)
+
+
+@pytest.mark.parametrize("kind", ["mhc", "single"])
+def test_autocast_too(kind):
+    def run(network, h):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return network(h)
+
+    h = input_of()
+    for norms in ("inside", "given"):
+        plain = Network(None, norms, **KINDS[kind])
+        wanted = results(plain, h, lambda h: run(plain, h))
+        network = Network(3, norms, **KINDS[kind])
+        assert_same(results(network, h, lambda h: run(network, h)), wanted)
+
+
+def test_gradients_add_up_over_several_passes():
+    h = input_of()
+    assert_same(results(Network(3), h, passes=3), results(Network(), h, passes=3))
+
+
+def test_passes_whose_backwards_cross():
+    found = []
+    for length in (None, 3):
+        network = Network(length)
+        torch.manual_seed(2)
+        outs = [network(input_of()) for _ in range(3)]
+        for out in (outs[1], outs[0], outs[2]):
+            out.square().sum().backward()
+        found.append([p.grad for p in network.parameters()])
+    assert_same(*found)
+
+
+def test_a_graph_that_is_kept_can_be_used_twice():
+    network = Network(3)
+    loss = network(input_of()).square().sum()
+    parameters = list(network.parameters())
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    assert_same(first, torch.autograd.grad(loss, parameters))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+def test_a_compiled_branch():
+    h = input_of()
+    plain, network = Network(None, "inside"), Network(3, "inside")
+    wanted = results(plain.eval(), h)
+    network.branches = nn.ModuleList(
+        torch.compile(branch, backend="aot_eager") for branch in network.branches
+    )
+    for found, exact in zip(results(network.eval(), h), wanted, strict=True):
+        torch.testing.assert_close(found, exact)
+
+
+def test_checkpoints_inside_and_around():
+    h = input_of()
+    wanted = results(Network().eval(), h)
+    network = Network(3).eval()
+    around = results(network, h, lambda h: checkpoint(network, h, use_reentrant=False))
+    assert_same(around, wanted)
+    network = Network(3).eval()
+    branches = [
+        lambda u, b=branch: checkpoint(b, u, use_reentrant=False) for branch in network.branches
+    ]
+    inside = results(network, h, lambda h: network.stack(h, branches, list(network.norms)))
+    assert_same(inside, wanted)
+
+
+class Held:
+    """Which streams and inputs are alive, seen from the maps' hooks."""
+
+    def __init__(self, network):
+        self.calls, self.streams, self.inputs, self.normalised = 0, [], [], []
+        for connection in network.stack.connections:
+            connection.maps.register_forward_hook(self.note)
+        for branch in network.branches:
+            branch.register_forward_pre_hook(self.note_input)
+
+    def note(self, maps, arguments, reading):
+        self.calls += 1
+        self.streams.append(StorageWeakRef(reading.x.untyped_storage()))
+        self.inputs.append(StorageWeakRef(reading.u.untyped_storage()))
+
+    def note_input(self, branch, arguments):
+        self.normalised.append(StorageWeakRef(arguments[0].untyped_storage()))
+
+    def alive(self):
+        rows = (self.streams, self.inputs, self.normalised)
+        return tuple(sum(not ref.expired() for ref in row) for row in rows)
+
+
+@pytest.mark.parametrize("kind", ["mhc", "single", "hc", "pre"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_held(backend, kind):
+    """The first streams of every block, once; no input of a branch, no normalised one."""
+    for length in (1, 2, 3, 7):
+        network = Network(length, backend=backend, **KINDS[kind])
+        held = Held(network)
+        out = network(input_of().requires_grad_())
+        assert held.alive() == (math.ceil(L / length), 0, 0)
+        del out
+        assert held.alive() == (0, 0, 0)
+    network = Network(None, "inside", backend=backend, **KINDS[kind])
+    held = Held(network)
+    out = network(input_of().requires_grad_())
+    assert held.alive()[:2] == (L, L)
+
+
+def test_a_norm_inside_a_branch_keeps_its_own_result():
+    network = Network(3, "inside")
+    seen = []
+    network.branches[0].register_forward_pre_hook(
+        lambda _, inputs: seen.append(StorageWeakRef(inputs[0].untyped_storage()))
+    )
+    out = network(input_of())
+    assert not seen[0].expired()
+    del out
+    assert seen[0].expired()
+
+
+def test_hooks_and_branches_run_once():
+    """A norm that somebody watches is not run again either."""
+    network = Network(3)
+    held, ran = Held(network), []
+    for watched in (*network.branches, *network.norms):
+        watched.register_forward_hook(lambda *_: ran.append(0))
+    network(input_of()).square().sum().backward()
+    assert (held.calls, len(ran)) == (L, 2 * L)
+
+
+def test_backward_runs_no_sinkhorn(monkeypatch):
+    ran = []
+    iterate = constraints.CONSTRAINTS["sinkhorn"].build
+    counted = replace(
+        constraints.CONSTRAINTS["sinkhorn"], build=lambda *a: (ran.append(0), iterate(*a))[1]
+    )
+    monkeypatch.setitem(constraints.CONSTRAINTS, "sinkhorn", counted)
+    out = Network(3, backend="reference")(input_of())
+    assert len(ran) == L
+    out.square().sum().backward()
+    assert len(ran) == L
+
+
+class Ran(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="no CPU backend here")
+def test_a_block_is_rebuilt_by_one_operator():
+    out = Network(3, backend="cpu")(input_of())
+    with Ran() as ran:
+        out.square().sum().backward()
+    own = [name for name in ran.names if name.startswith("cpu_")]
+    assert own.count("cpu_rebuild") == math.ceil(L / 3)
+    assert all(name.endswith(("_backward", "_rebuild")) for name in own)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="no CPU backend here")
+def test_blocks_are_rebuilt_in_memory_that_is_used_again(monkeypatch):
+    from manifold_hc.kernels.cpu import memory
+
+    stack = mhc.Stack(256, ConnectionConfig(backend="cpu"), 12, recompute=3)
+    h = torch.randn(2048, 256, requires_grad=True)
+    first = stack(h, [torch.sin] * 12)
+    first.sum().backward()
+    second, mapped = stack(h, [torch.sin] * 12), []
+    fresh = memory.mmap.mmap
+    monkeypatch.setattr(memory.mmap, "mmap", lambda *a, **k: (mapped.append(a), fresh(*a, **k))[1])
+    second.sum().backward()
+    assert not mapped
+
+
+def test_a_hook_that_replaces_what_is_read():
+    """Rebuilding it from the coefficients would give another gradient."""
+
+    def doubled(maps, arguments, reading):
+        return reading._replace(u=2 * reading.u)
+
+    found = []
+    for length in (None, 3):
+        network = Network(length, "none")
+        for connection in network.stack.connections:
+            connection.maps.register_forward_hook(doubled)
+        found.append(results(network, input_of()))
+    assert_same(*found)
+
+
+def test_a_branch_that_changes_its_input():
+    def halved(u):
+        y = u.detach().clone().requires_grad_() if u.grad_fn is None else u
+        y.mul_(0.5)
+        return y * y.sin()
+
+    found = []
+    for length in (None, 3):
+        stack = mhc.Stack(C, ConnectionConfig(phi_std=0.3), L, length)
+        torch.manual_seed(3)
+        h = torch.randn(5, C, requires_grad=True)
+        torch.manual_seed(4)
+        for connection in stack.connections:
+            nn.init.normal_(connection.maps.phi)
+        stack(h, [halved] * L).square().sum().backward()
+        found.append([h.grad, *(p.grad for p in stack.parameters() if p.grad is not None)])
+    assert_same(*found)
+
+
+def test_a_branch_that_returns_its_input():
+    found = []
+    for length in (None, 3):
+        torch.manual_seed(3)
+        stack = mhc.Stack(C, ConnectionConfig(phi_std=0.3), L, length)
+        h = torch.randn(5, C, requires_grad=True)
+        stack(h, [nn.Identity()] * L).square().sum().backward()
+        found.append([h.grad, *(p.grad for p in stack.parameters() if p.grad is not None)])
+    assert_same(*found)
+
+
+def test_nothing_piles_up():
+    network = Network(3)
+
+    def step():
+        network(input_of()).square().sum().backward()
+        return sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
+
+    counts = [step() for _ in range(6)]
+    assert len(set(counts[1:])) == 1
+
+
+def test_no_gradient_no_recording():
+    network = Network(3).eval()
+    with torch.no_grad():
+        out = network(input_of())
+    assert not out.requires_grad
+    assert out.grad_fn is None
+
+
+def test_an_exception_leaves_no_hooks_behind():
+    stack = mhc.Stack(C, ConnectionConfig(), 2, recompute=1)
+
+    def broken(u):
+        raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        stack(torch.randn(3, C), [torch.sin, broken])
+    a = torch.randn(3, requires_grad=True)
+    assert a.sin().grad_fn._saved_self is a
+
+
+def test_the_monitor_sees_the_same():
+    probe = input_of()
+    assert GainMonitor(probe)(Network(3)) == GainMonitor(probe)(Network())
+
+
+def test_the_best_block_length():
+    assert block_length("auto", 60, 4) == 6
+    for n in (1, 2, 4, 8):
+        for sublayers in (1, 2, 5, 24, 60, 61):
+            costs = [
+                n * math.ceil(sublayers / length) + (n + 2) * length
+                for length in range(1, sublayers + 1)
+            ]
+            chosen = block_length("auto", sublayers, n)
+            assert costs[chosen - 1] == min(costs)
+            assert abs(chosen - math.sqrt(n * sublayers / (n + 2))) < 2
+    assert block_length(None, 60, 4) is None
+
+
+@pytest.mark.parametrize("recompute", [0, -1, L + 1, True, 2.5, "always"])
+def test_lengths_that_there_are_not(recompute, unchecked):
+    with pytest.raises(ConfigError, match=r"recompute: .* but (has|is)"):
+        mhc.Stack(C, ConnectionConfig(), L, recompute)
+
+
+def test_a_branch_that_changes_the_shape_is_named():
+    stack = mhc.Stack(C, ConnectionConfig(), 2, recompute=2)
+    with pytest.raises(ShapeError, match="the branch must return"):
+        stack(torch.randn(3, C), [torch.sin, lambda u: u[:, :-1]])
+
+
+def test_norms_go_with_branches():
+    stack = mhc.Stack(C, ConnectionConfig(), 2)
+    with pytest.raises(ShapeError, match="norms must be 2, one per sublayer, but are 1"):
+        stack(torch.randn(3, C), [torch.sin] * 2, [nn.RMSNorm(C)])
