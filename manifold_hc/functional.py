@@ -332,8 +332,9 @@ def rebuild(
     """A run of sublayers by what is kept of them, their branches left out (mHC, section 4.3).
 
     writes: (y [..., C], post [..., n], res [..., o, i]) of each sublayer but the last; reads: what
-    each of them reads with, [..., n]; norms: what it goes through then, if anything. Returns the streams after each write and the input of each
-    sublayer, the same bits as `write`, `read` and `boundary` make. It has no derivative.
+    each of them reads with, [..., n]; norms: what its input goes through then, if anything. Returns
+    the streams after each write and the input of each sublayer, the same bits as `write`, `read`
+    and `boundary` make. It has no derivative.
     Raises ShapeError, DtypeError, BackendError.
     """
     n, _ = _streams("rebuild", x)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,8 @@ from manifold_hc.connection import Branch, Unwritten
 from manifold_hc.errors import ConfigError
 from manifold_hc.functional import InputNorm, Reading
 
-Recompute = Literal["auto"] | int | None
-"""Whether streams are rebuilt, and how many sublayers make a block."""
+Recompute = int | Literal["none", "auto"] | None
+"""Whether streams are rebuilt, and how many sublayers make a block; "none" is None."""
 
 Kind = Literal["streams", "input", "normalised"]
 
@@ -40,7 +40,7 @@ def block_length(recompute: Recompute, sublayers: int, n: int) -> int | None:
     times C numbers a token (mHC, equation 20), the smallest one if there are several.
     Raises ConfigError for a length below 1 or above the sublayers.
     """
-    if recompute is None:
+    if recompute in (None, "none"):
         return None
     if recompute == "auto":
         return min(

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import manifold_hc as mhc
-from manifold_hc import constraints, functional
+from manifold_hc import constraints
 from manifold_hc.connection import ConnectionConfig
 from manifold_hc.diagnostics.monitor import GainMonitor
 from manifold_hc.errors import ConfigError, ShapeError
@@ -107,16 +107,13 @@ def test_the_same_bits(backend, kind, dtype):
 
 @pytest.mark.parametrize("kind", ["mhc", "single"])
 def test_autocast_too(kind):
-    def run(network, h):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return network(h)
-
-    h = input_of()
-    for norms in ("inside", "given"):
-        plain = Network(None, norms, **KINDS[kind])
-        wanted = results(plain, h, lambda h: run(plain, h))
-        network = Network(3, norms, **KINDS[kind])
-        assert_same(results(network, h, lambda h: run(network, h)), wanted)
+    h, found = input_of(), []
+    for length in (None, 3):
+        for norms in ("inside", "given"):
+            network = Network(length, norms, **KINDS[kind])
+            found.append(results(network, h, torch.autocast("cpu", dtype=torch.bfloat16)(network)))
+    assert_same(found[0], found[2])
+    assert_same(found[1], found[3])
 
 
 def test_gradients_add_up_over_several_passes():
@@ -207,6 +204,7 @@ def test_what_is_held(backend, kind):
     network = Network(None, "inside", backend=backend, **KINDS[kind])
     held = Held(network)
     out = network(input_of().requires_grad_())
+    assert out.requires_grad
     assert held.alive()[:2] == (L, L)
 
 

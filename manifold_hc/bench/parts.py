@@ -15,7 +15,6 @@ from manifold_hc.bench.problem import Problem
 from manifold_hc.bench.task import Task, leaf
 from manifold_hc.connection import Branch, Connection, ConnectionConfig
 from manifold_hc.models import DecoderConfig, Experts, GatedFeedForward, LatentAttention
-from manifold_hc.models.decoder import PreNorm
 from manifold_hc.models.norm import RMSNorm
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -32,7 +31,9 @@ def block(config: DecoderConfig, experts: bool, device: str) -> nn.ModuleList:
     )
     sublayers = (LatentAttention(C, config.attention, eps), feed_forward)
     return _initialised(
-        nn.ModuleList(PreNorm(C, eps, layer) for layer in sublayers), config, device
+        nn.ModuleList(nn.Sequential(RMSNorm(C, eps=eps), layer) for layer in sublayers),
+        config,
+        device,
     )
 
 

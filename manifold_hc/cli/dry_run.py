@@ -18,7 +18,9 @@ def show_plan(config: RunConfig) -> None:
     from manifold_hc.training.optimizer import learning_rate
 
     with torch.device("meta"):
-        count = count_parameters(Decoder(config.model, config.connection))
+        count = count_parameters(
+            Decoder(config.model, config.connection, config.training.recompute)
+        )
     training, sequence = config.training, config.data.sequence
     tokens = training.steps * training.batch * sequence
     budget = f"{training.steps:,} steps of {training.batch:,} sequences of {sequence:,}"

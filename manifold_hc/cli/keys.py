@@ -4,7 +4,8 @@ import dataclasses
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import msgspec
@@ -125,10 +126,13 @@ def _parsed(key: str, new: Any, hint: Any) -> Any:
     try:
         return msgspec.convert(value, hint, strict=False)
     except msgspec.ValidationError as error:
-        wanted = (
-            f"one of {', '.join(get_args(hint))}"
-            if get_origin(hint) is Literal
-            else getattr(hint, "__name__", str(hint))
-        )
         reason = "" if get_origin(hint) is not tuple else f" ({error})"
-        raise ConfigError(f"{key}: must be {wanted} but is {new!r}{reason}") from None
+        raise ConfigError(f"{key}: must be {_wanted(hint)} but is {new!r}{reason}") from None
+
+
+def _wanted(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(get_args(hint))}"
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(map(_wanted, get_args(hint)))
+    return getattr(hint, "__name__", str(hint))

@@ -1,6 +1,7 @@
 """A decoder, dense or with experts: tokens -> streams -> sublayers -> exit -> logits."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from jaxtyping import Bool, Float, Int
@@ -13,6 +14,7 @@ from manifold_hc.models.autocast import compute_dtype
 from manifold_hc.models.experts import Experts, ExpertsConfig, mixtures
 from manifold_hc.models.feed_forward import GatedFeedForward
 from manifold_hc.models.norm import RMSNorm
+from manifold_hc.recompute import Recompute
 from manifold_hc.stack import Stack
 
 
@@ -53,26 +55,16 @@ class DecoderConfig:
         return 2 * self.blocks
 
 
-class PreNorm(nn.Module):
-    """A sublayer behind its own norm: a branch of the stack."""
-
-    def __init__(self, channels: int, norm_eps: float, sublayer: nn.Module) -> None:
-        """channels: C."""
-        super().__init__()
-        self.norm = RMSNorm(channels, eps=norm_eps)
-        self.sublayer = sublayer
-
-    def forward(self, u: Float[Tensor, "B T C"], *context: Tensor) -> Float[Tensor, "B T C"]:
-        """`context` is what the sublayer takes beside u, such as attention's mask."""
-        y: Tensor = self.sublayer(self.norm(u), *context)
-        return y
-
-
 class Decoder(nn.Module):
     """A causal language model with any kind of connection between its sublayers."""
 
-    def __init__(self, config: DecoderConfig, connection: ConnectionConfig) -> None:
-        """Initialise from torch's current random state; equal seeds give equal branches."""
+    def __init__(
+        self, config: DecoderConfig, connection: ConnectionConfig, recompute: Recompute = None
+    ) -> None:
+        """Initialise from torch's current random state; equal seeds give equal branches.
+
+        recompute: whether backward rebuilds the streams, as `Stack` takes it.
+        """
         super().__init__()
         self.config = config
         C = config.channels
@@ -80,14 +72,14 @@ class Decoder(nn.Module):
         self.branches = nn.ModuleList()
         for block in range(config.blocks):
             attention = LatentAttention(C, config.attention, config.norm_eps)
-            for sublayer in (attention, self._feed_forward(block)):
-                self.branches.append(PreNorm(C, config.norm_eps, sublayer))
+            self.branches.extend((attention, self._feed_forward(block)))
+        self.norms = nn.ModuleList(RMSNorm(C, eps=config.norm_eps) for _ in self.branches)
         self.norm = RMSNorm(C, eps=config.norm_eps)
         self.head = nn.Linear(C, config.vocabulary, bias=False)
         for parameter in self.parameters():
             if parameter.ndim >= 2:
                 nn.init.normal_(parameter, std=config.init_std)
-        self.stack = Stack(C, connection, config.sublayers)
+        self.stack = Stack(C, connection, config.sublayers, recompute)
 
     def _feed_forward(self, block: int) -> nn.Module:
         config = self.config
@@ -101,19 +93,17 @@ class Decoder(nn.Module):
         """Logits of every next token; with `documents`, no token attends to another document."""
         h = self.embedding(tokens)  # B T C
         h = h.to(compute_dtype(h))
-        h = self.stack(h, self._branches(documents))  # B T C, over B T n C
+        h = self.stack(h, self._branches(documents), list(self.norms))  # B T C, over B T n C
         return self.head(self.norm(h))
 
     def _branches(self, documents: Tensor | None) -> list[Branch]:
         if documents is None:
             return list(self.branches)
         mask = document_mask(documents)
-        return [_with_mask(branch, mask) for branch in self.branches]
-
-
-def _with_mask(branch: nn.Module, mask: Tensor) -> Branch:
-    attends = isinstance(branch.sublayer, LatentAttention)
-    return (lambda u: branch(u, mask)) if attends else branch
+        return [
+            partial(branch, mask=mask) if isinstance(branch, LatentAttention) else branch
+            for branch in self.branches
+        ]
 
 
 def document_mask(documents: Int[Tensor, "B T"]) -> Bool[Tensor, "B 1 T T"]:

@@ -52,6 +52,8 @@ class TrainingConfig:
     """Sequences in a step."""
     accumulate: int = 1
     """Pieces in which a step's batch goes through the model, to save memory."""
+    recompute: int | Literal["none", "auto"] = "none"
+    """Sublayers a block whose streams backward rebuilds: none, auto for the best, or a number."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """What matrix products and streams are computed in; weights stay in float32."""
     seed: int = 0

@@ -19,7 +19,7 @@ class TrainState:
         torch.manual_seed(config.training.seed)
         self.config = config
         self.device = device
-        self.model = Decoder(config.model, config.connection).to(device)
+        self.model = Decoder(config.model, config.connection, config.training.recompute).to(device)
         self.optimizer = optimizers.build(self.model, config.optimizer)
         self.step = 0
         """Optimizer steps taken."""

@@ -162,8 +162,8 @@ def test_autocast_computes_in_its_dtype():
 def test_the_first_blocks_are_dense():
     config = DecoderConfig(blocks=4, experts=ExpertsConfig(routed=4, dense_blocks=2))
     assert list(mixtures(Decoder(config, ConnectionConfig()))) == [
-        "branches.5.sublayer",
-        "branches.7.sublayer",
+        "branches.5",
+        "branches.7",
     ]
     dense = Decoder(DecoderConfig(blocks=2), ConnectionConfig())
     assert not mixtures(dense)

@@ -165,14 +165,14 @@ def test_a_loss_that_is_not_finite(tmp_path):
     """A weight becomes infinite after step 4: step 5 names it, and nothing infinite is saved."""
 
     def break_it(model):
-        model.branches[2].sublayer.query.weight.data[0, 0] = float("inf")
+        model.branches[2].query.weight.data[0, 0] = float("inf")
 
     config = runs.config(probe_every=1, checkpoint=CheckpointConfig(every=3))
     with pytest.raises(DivergedError) as error:
         go_on(config, runs.text(), tmp_path, [at(4, break_it)])
     assert str(error.value) == (
         "train: loss is not finite at step 5, first in parameter group 'layers' "
-        "(output of branches.2.sublayer.query)"
+        "(output of branches.2.query)"
     )
     assert error.value.__notes__ == ["the last finite state is saved as step 3"]
     assert Checkpoints(tmp_path / "checkpoints", config.checkpoint, "").find().name[-1] == "3"
