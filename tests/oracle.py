@@ -49,8 +49,8 @@ def sigmoid(z: Tensor) -> Tensor:
     return 1 / (1 + torch.exp(-z))
 
 
-def mhc_sublayer(x, phi, alpha, bias, y, *, numerics, iterations, norm_eps, hc_eps):
-    """One token: x [n, C], y [C] -> (u [C], x' [n, C])."""
+def mhc_coefficients(x, phi, alpha, bias, *, numerics, iterations, norm_eps, hc_eps):
+    """One token: x [n, C] -> (pre, post, a function of (o, i) that is res)."""
     n = len(x)
     v = normalised(torch.cat([x[i] for i in range(n)]), norm_eps)
     raw = [dot(v, row) for row in phi]
@@ -66,13 +66,34 @@ def mhc_sublayer(x, phi, alpha, bias, y, *, numerics, iterations, norm_eps, hc_e
     )
     if numerics == "paper":
         matrix = sinkhorn_paper(logits, iterations)
-        weight = lambda o, i: matrix[o][i]  # noqa: E731
-    else:
-        comb = sinkhorn_v4(logits, iterations, hc_eps)
-        weight = lambda o, i: comb[i][o]  # noqa: E731
-    u = sum(pre[i] * x[i] for i in range(n))
-    new = [sum(weight(o, i) * x[i] for i in range(n)) + post[o] * y for o in range(n)]
-    return u, torch.stack(new)
+        return pre, post, lambda o, i: matrix[o][i]
+    comb = sinkhorn_v4(logits, iterations, hc_eps)
+    return pre, post, lambda o, i: comb[i][o]
+
+
+def mixed(x, y, post, res):
+    n = len(x)
+    return torch.stack([sum(res(o, i) * x[i] for i in range(n)) + post[o] * y for o in range(n)])
+
+
+def mhc_sublayer(x, phi, alpha, bias, y, **numbers):
+    """One token: x [n, C], y [C] -> (u [C], x' [n, C])."""
+    pre, post, res = mhc_coefficients(x, phi, alpha, bias, **numbers)
+    return sum(pre[i] * x[i] for i in range(len(x))), mixed(x, y, post, res)
+
+
+def single_pass(h, n, parameters, branches, **numbers):
+    """One token through all sublayers, each reading with the pre of the one before: h [C] -> [C].
+
+    parameters: (phi, alpha, bias) of each.
+    """
+    x = torch.stack([h] * n)
+    weights = [1.0] + [0.0] * (n - 1)
+    for own, branch in zip(parameters, branches, strict=True):
+        y = branch(sum(weights[i] * x[i] for i in range(n)))
+        pre, post, res = mhc_coefficients(x, *own, **numbers)
+        x, weights = mixed(x, y, post, res), pre
+    return sum(weights[i] * x[i] for i in range(n))
 
 
 def hc_sublayer(x, A_m, A_r, B, W_m, W_r, W_b, s_a, s_b, y, *, norm_eps):
