@@ -38,8 +38,8 @@ def load_deepseek(stack: Stack, tensors: Mapping[str, Tensor]) -> None:
     fits = config.kind == "mhc" and config.dynamic and config.constraint == "sinkhorn"
     if not fits or config.numerics != "deepseek_v4" or config.disable:
         raise ConfigError(
-            'load_deepseek: the stack must be dynamic mhc with numerics="deepseek_v4", Sinkhorn and '
-            f"nothing disabled but is {config}"
+            'load_deepseek: the stack must be dynamic mhc with numerics="deepseek_v4", Sinkhorn '
+            f"and nothing disabled but is {config}"
         )
     wanted = _parameters(stack)
     found = {place: (name, t) for name, t in tensors.items() if (place := _place(name)) is not None}

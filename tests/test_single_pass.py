@@ -89,9 +89,13 @@ def test_against_an_independent_float64_implementation(backend, n, numerics):
 def test_starts_as_the_residual_network(numerics):
     h, branches = torch.randn(5, C).double(), branches_of(torch.randn(24, C).double())
     config = ConnectionConfig(single_pass=True, numerics=numerics)
-    norms = 24 * [lambda u: torch.nn.functional.rms_norm(u, (C,), eps=0.0)]
-    wanted = mhc.Stack(C, ConnectionConfig(kind="residual"), 24)(h, branches, norms)
-    found = mhc.Stack(C, config, 24).double()(h, branches, norms)
+
+    def norm(u):
+        """A network's, which pre = 1/n rounded to float32 does not get through."""
+        return torch.nn.functional.rms_norm(u, (C,), eps=0.0)
+
+    wanted = norm(mhc.Stack(C, ConnectionConfig(kind="residual"), 24)(h, branches, [norm] * 24))
+    found = norm(mhc.Stack(C, config, 24).double()(h, branches, [norm] * 24))
     tolerance = 1e-12 if numerics == "paper" else 24e-6
     assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
 

@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from statistics import median, quantiles
 
+from manifold_hc.bench.boundaries import FUSED, SEPARATE, SINGLE, SINGLE_FUSED
+from manifold_hc.bench.held import KINDS
 from manifold_hc.bench.ops import OpsTable, Row
+from manifold_hc.bench.stacks import StackRow, StackTable
 from manifold_hc.bench.step import ANY, RESIDUAL, STREAMS, Part, StepTable
 
 NONE = "-"
@@ -30,6 +33,9 @@ OPS_LEGEND = (
     "memory: peak of allocations beyond x, y, u, x' and their gradients, in sizes of the streams; "
     "first: first forward and backward pass; launches: {launches}."
 )
+
+BASELINES = {SINGLE: SINGLE, SINGLE_FUSED: SINGLE}
+"""What a form is compared with, where that is not the standard one by separate operators."""
 
 LAUNCHES = {"cpu": "operators run, views left out, unknown inside compiled code", "cuda": "kernels"}
 
@@ -89,6 +95,43 @@ def ops_notes(table: OpsTable) -> list[str]:
     return [*notes, *(f"backend {name}: {why}" for name, why in table.refused.items())]
 
 
+BOUNDARY_COLUMNS = ("a sublayer, in a run of them", "forward ms", "backward ms", "total ms", "x")
+
+BOUNDARY_LEGEND = (
+    "x: times as fast as separate operators. Elements a token and sublayer, forward, with the "
+    "input norm: separate (4n + 4)C, fused (3n + 2)C, single pass (2n + 2)C; on a CPU a block of "
+    "tokens stays in cache, and fused is (2n + 2)C too."
+)
+
+
+def boundary_cells(table: OpsTable) -> list[list[str]]:
+    """Every form, as `BOUNDARY_COLUMNS`."""
+    totals = {(row.form, row.norm): row.total for row in table.boundaries}
+    return [
+        [
+            f"{row.form}{', with norms' if row.norm else ''}, {row.backend}",
+            milliseconds(median(row.forward)),
+            milliseconds(median(row.backward)),
+            milliseconds(row.total),
+            f"{totals[BASELINES.get(row.form, SEPARATE), row.norm] / row.total:.2f}",
+        ]
+        for row in table.boundaries
+    ]
+
+
+def boundary_notes(table: OpsTable) -> list[str]:
+    """The fused forms against the fastest peer of the same run, whose norms nobody counts."""
+    peer = table.fastest_peer
+    if peer is None or table.eager_only:
+        return []
+    return [
+        f"a sublayer, {row.form}: {peer.implementation} takes {peer.total / row.total:.2f} times "
+        "as long"
+        for row in table.boundaries
+        if row.form in (FUSED, SINGLE_FUSED) and not row.norm
+    ]
+
+
 def bound_seconds(table: OpsTable) -> float:
     """What the bound's bytes take at the speed of a large copy."""
     return (table.forward_bytes + table.backward_bytes) / table.copy_bandwidth
@@ -140,6 +183,59 @@ def step_notes(table: StepTable) -> list[str]:
         if kind != RESIDUAL
     ]
     return notes
+
+
+STACK_COLUMNS = (
+    "sublayers a block",
+    *KINDS,
+    "rest",
+    "peak",
+    "forward ms",
+    "backward ms",
+    "total ms",
+    "more",
+)
+
+STACK_LEGEND = (
+    "Memory in multiples of C a token: by kind when all kinds together were most; rest: what was "
+    "allocated at the peak besides. Times of the connections alone; more: than without rebuilding."
+)
+
+
+def stack_cells(table: StackTable, row: StackRow) -> list[str]:
+    """One block length, as `STACK_COLUMNS`."""
+    plain = next(r for r in table.rows if r.recompute is None)
+    sizes = [*(row.held[kind] for kind in KINDS), row.rest, row.peak]
+    return [
+        "all kept" if row.recompute is None else f"{row.recompute}{', auto' * row.chosen}",
+        *(f"{table.share(size):.3g}" for size in sizes),
+        milliseconds(median(row.forward)),
+        milliseconds(median(row.backward)),
+        milliseconds(row.total),
+        "" if row is plain else f"{100 * (row.total / plain.total - 1):+.1f} %",
+    ]
+
+
+def stack_title(table: StackTable) -> str:
+    """Size and dtype."""
+    p = table.problem
+    return (
+        f"{p.dtype}, {table.sublayers} sublayers{' in single pass' * table.single_pass}, "
+        f"{p.tokens} tokens, n = {p.streams}, C = {p.channels}, norms "
+        f"{'inside the branches' if table.norms == 'inside' else 'given to the connections'}, "
+        f"median of {max(len(row.forward) for row in table.rows)}"
+    )
+
+
+def stack_notes(table: StackTable) -> list[str]:
+    """The streams, with and without."""
+    plain = next(row for row in table.rows if row.recompute is None)
+    return [
+        f"streams held at most: {table.share(row.most_streams):.3g}C a token in blocks of "
+        f"{row.recompute}, {table.share(plain.most_streams):.3g}C without"
+        for row in table.rows
+        if row.chosen
+    ]
 
 
 def _range(table: StepTable, kind: str) -> str:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from manifold_hc.bench import peers
 from manifold_hc.bench.bandwidth import bound_bytes, copy_bandwidth
+from manifold_hc.bench.boundaries import BoundaryRow, bench_boundaries
 from manifold_hc.bench.candidates import Candidate, compiled, ours, quiet, serving
 from manifold_hc.bench.gate import check
 from manifold_hc.bench.graphs import graphed
@@ -76,6 +77,8 @@ class OpsTable:
     """Whether nothing was compiled."""
     refused: dict[str, str]
     """Backends that do not serve this device and dtype, and why."""
+    boundaries: list[BoundaryRow] = field(default_factory=list)
+    """Runs of sublayers by our fastest backend."""
 
     @property
     def ours(self) -> Row | None:
@@ -117,15 +120,11 @@ def bench_ops(
     say(f"{problem.dtype}: {rounds} rounds of all")
     _time(runs, rounds, problem.device)
     say(f"{problem.dtype}: operators")
-    return OpsTable(
-        problem,
-        bandwidth,
-        *bound_bytes(problem),
-        rows,
-        bench_operators(problem, backends, rounds),
-        eager_only,
-        refused,
-    )
+    operators = bench_operators(problem, backends, rounds)
+    say(f"{problem.dtype}: boundaries")
+    boundaries = bench_boundaries(problem, backends[0], rounds)
+    bound = bound_bytes(problem)
+    return OpsTable(problem, bandwidth, *bound, rows, operators, eager_only, refused, boundaries)
 
 
 Build = Callable[[], Candidate]

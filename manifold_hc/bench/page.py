@@ -4,13 +4,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from manifold_hc.bench.figures import (
+    BOUNDARY_COLUMNS,
+    BOUNDARY_LEGEND,
     LAUNCHES,
     OPS_COLUMNS,
     OPS_LEGEND,
+    STACK_COLUMNS,
+    STACK_LEGEND,
     STEP_COLUMNS,
+    boundary_cells,
+    boundary_notes,
     ops_cells,
     ops_notes,
     ops_title,
+    stack_cells,
+    stack_notes,
+    stack_title,
     step_cells,
     step_notes,
     step_title,
@@ -18,6 +27,7 @@ from manifold_hc.bench.figures import (
 from manifold_hc.bench.operators import OperatorRow
 from manifold_hc.bench.ops import OpsTable
 from manifold_hc.bench.results import Record, load
+from manifold_hc.bench.stacks import StackTable
 from manifold_hc.bench.step import StepTable
 
 PAGE = Path("docs/benchmarks.md")
@@ -33,10 +43,11 @@ implementation first passes a gate, outputs and all gradients against float64. T
 call by call in one process, each at the better of one and all threads; compiled code is made for
 all of them. `mhc bench step` times the parts of a training step at the shapes of one of the
 paper's models and adds them up to its full depth; the overhead is what mHC adds to the layers, as a
-share of the whole step with residual connections.
+share of the whole step with residual connections. `mhc bench memory` counts what a stack of
+connections holds for its backward pass, by the length of the blocks that recompute rebuilds.
 
 To measure on your machine: `pip install 'manifold-hc[bench]'`, then `mhc bench ops --save`,
-`mhc bench step --preset 3b --save`, `mhc bench page`.
+`mhc bench step --preset 3b --save`, `mhc bench memory --save`, `mhc bench page`.
 """
 
 
@@ -77,6 +88,10 @@ def _section(record: Record) -> list[str]:
         lines += _ops(ops)
     for step in record.step or []:
         lines += _step(step)
+    for stack in record.memory or []:
+        lines += _stack(stack)
+    if record.memory:
+        lines += [STACK_LEGEND, ""]
     if record.ops:
         lines += [OPS_LEGEND.format(launches=LAUNCHES[machine.kind]), ""]
     return lines
@@ -91,7 +106,11 @@ def _ops(table: OpsTable) -> list[str]:
     ]
     lines = [f"**{ops_title(table)}**", "", *_markdown(OPS_COLUMNS, cells), ""]
     lines += [*(f"- {note}" for note in ops_notes(table)), ""]
-    return [*lines, *_markdown(*operator_cells(table.operators)), ""]
+    lines += [*_markdown(*operator_cells(table.operators)), ""]
+    if table.boundaries:
+        lines += [*_markdown(BOUNDARY_COLUMNS, boundary_cells(table)), ""]
+        lines += [f"- {note}" for note in (*boundary_notes(table), BOUNDARY_LEGEND)] + [""]
+    return lines
 
 
 def operator_cells(rows: Sequence[OperatorRow]) -> tuple[list[str], list[list[str]]]:
@@ -110,6 +129,12 @@ def _step(table: StepTable) -> list[str]:
     cells = [step_cells(table, part) for part in table.parts]
     lines = [f"**{step_title(table)}**", "", *_markdown(STEP_COLUMNS, cells), ""]
     return [*lines, *(f"- {note}" for note in step_notes(table)), ""]
+
+
+def _stack(table: StackTable) -> list[str]:
+    cells = [stack_cells(table, row) for row in table.rows]
+    lines = [f"**{stack_title(table)}**", "", *_markdown(STACK_COLUMNS, cells), ""]
+    return [*lines, *(f"- {note}" for note in stack_notes(table)), ""]
 
 
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -1,7 +1,7 @@
 """One connection at one size: its numbers, and the float64 reference that judges them."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -71,9 +71,11 @@ class Problem:
         """Bytes of all streams of all tokens."""
         return self.tokens * self.streams * self.channels * self.torch_dtype.itemsize
 
-    def connection(self, backend: str = "auto") -> ConnectionConfig:
-        """Our own connection at this size."""
-        return ConnectionConfig(streams=self.streams, numerics=self.numerics, backend=backend)
+    def connection(self, backend: str = "auto", **options: Any) -> ConnectionConfig:
+        """Our own connection at this size; options: further fields."""
+        return ConnectionConfig(
+            streams=self.streams, numerics=self.numerics, backend=backend, **options
+        )
 
     def inputs(self, seed: int = 0) -> Inputs:
         """Random numbers, the same for every implementation.

@@ -13,6 +13,7 @@ import torch
 import manifold_hc
 from manifold_hc.bench.ops import OpsTable, Row
 from manifold_hc.bench.peers import PEERS
+from manifold_hc.bench.stacks import StackTable
 from manifold_hc.bench.step import StepTable
 from manifold_hc.errors import DataError
 from manifold_hc.files import write_atomically
@@ -40,7 +41,7 @@ class Record:
     """One result file."""
 
     bench: str
-    """ops or step."""
+    """ops, step or memory."""
     machine: Machine
     date: str
     """Day of the measurement in UTC."""
@@ -49,6 +50,7 @@ class Record:
     command: str
     ops: list[OpsTable] | None = None
     step: list[StepTable] | None = None
+    memory: list[StackTable] | None = None
 
 
 def record(
@@ -56,11 +58,12 @@ def record(
     command: str,
     ops: list[OpsTable] | None = None,
     step: list[StepTable] | None = None,
+    memory: list[StackTable] | None = None,
 ) -> Record:
     """What was just measured, with its circumstances."""
-    name = "ops" if step is None else "step"
+    name = "ops" if ops is not None else "step" if step is not None else "memory"
     today = datetime.now(UTC).date().isoformat()
-    return Record(name, machine(device), today, commit(), command, ops, step)
+    return Record(name, machine(device), today, commit(), command, ops, step, memory)
 
 
 def machine(device: str) -> Machine:

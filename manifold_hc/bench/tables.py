@@ -7,19 +7,29 @@ from rich.markup import escape
 from rich.table import Table
 
 from manifold_hc.bench.figures import (
+    BOUNDARY_COLUMNS,
+    BOUNDARY_LEGEND,
     LAUNCHES,
     OPS_COLUMNS,
     OPS_LEGEND,
+    STACK_COLUMNS,
+    STACK_LEGEND,
     STEP_COLUMNS,
+    boundary_cells,
+    boundary_notes,
     ops_cells,
     ops_notes,
     ops_title,
+    stack_cells,
+    stack_notes,
+    stack_title,
     step_cells,
     step_notes,
     step_title,
 )
 from manifold_hc.bench.ops import OpsTable
 from manifold_hc.bench.page import operator_cells
+from manifold_hc.bench.stacks import StackTable
 from manifold_hc.bench.step import StepTable
 
 
@@ -38,6 +48,8 @@ def ops_table(table: OpsTable, *, upright: bool = False) -> RenderableType:
     return Group(
         f"[bold]{ops_title(table)}[/]", figures, *failures, *_lines(ops_notes(table)), "",
         operators, "", f"[dim]{escape(legend)}[/]", "",
+        _table(BOUNDARY_COLUMNS, boundary_cells(table)), *_lines(boundary_notes(table)), "",
+        f"[dim]{escape(BOUNDARY_LEGEND)}[/]", "",
     )  # fmt: skip
 
 
@@ -50,6 +62,14 @@ def step_table(table: StepTable) -> RenderableType:
     ]
     notes = _lines(step_notes(table))
     return Group(f"[bold]{step_title(table)}[/]", figures, *failures, *notes, "")
+
+
+def stack_table(table: StackTable, *, upright: bool = False) -> RenderableType:
+    """Every block length; `upright` for a narrow terminal."""
+    figures = _table(STACK_COLUMNS, [stack_cells(table, row) for row in table.rows], upright)
+    notes = _lines(stack_notes(table))
+    legend = f"[dim]{escape(STACK_LEGEND)}[/]"
+    return Group(f"[bold]{stack_title(table)}[/]", figures, *notes, "", legend, "")
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], upright: bool = False) -> Table:

@@ -11,9 +11,12 @@ from rich.markup import escape
 
 from manifold_hc.cli.options import device_option, json_option, judged_device
 from manifold_hc.cli.terminal import console
-from manifold_hc.errors import ManifoldError
+from manifold_hc.errors import ConfigError, ManifoldError
 from manifold_hc.files import write_atomically
 from manifold_hc.training import PRESETS
+
+LENGTHS = (1, 3, 10)
+"""Blocks that `bench memory` measures beside none and the best."""
 
 WIDE = 150
 """Columns that the table of implementations needs."""
@@ -163,6 +166,75 @@ def step(
     _write(chosen, save, json_file, step=found)
     missing = [kind for table in found for kind in table.missing]
     _judge("step", [], [] if allow_missing else missing)
+
+
+@bench.command()
+@_size("--sublayers", 60, "Sublayers L of the stack.")
+@_size("--tokens", 2048, "Tokens of the one sequence.")
+@_size("--streams", 4, "Streams n.")
+@_size("--channels", 1280, "Channels C.")
+@dtype_option
+@click.option(
+    "--recompute",
+    "lengths",
+    multiple=True,
+    type=click.IntRange(min=1),
+    help="Sublayers a block; give it once for every row. None and auto are there anyhow.",
+)
+@click.option("--single-pass", is_flag=True, help="Read with the pre of the sublayer before.")
+@click.option(
+    "--norms",
+    type=click.Choice(("given", "inside")),
+    default="given",
+    show_default=True,
+    help="To the connections, or inside the branches.",
+)
+@_size("--rounds", 5, "Samples of every block length.")
+@device_option
+@save_option
+@json_option
+def memory(
+    sublayers: int,
+    tokens: int,
+    streams: int,
+    channels: int,
+    dtypes: tuple[str, ...],
+    lengths: tuple[int, ...],
+    single_pass: bool,
+    norms: Any,
+    rounds: int,
+    device: str,
+    save: bool,
+    json_file: Path | None,
+) -> None:
+    """What a stack holds for its backward pass by the length of its blocks, and what that costs.
+
+    \b
+    mhc bench memory --sublayers 24 --channels 256 --recompute 3 --recompute 8
+
+    Without recompute the default sizes need about 8 GB in float32.
+    """
+    from manifold_hc.bench.problem import Problem
+    from manifold_hc.bench.stacks import bench_stacks
+    from manifold_hc.bench.tables import stack_table
+
+    if wrong := [length for length in lengths if length > sublayers]:
+        raise ConfigError(
+            f"recompute: a block must have 1 to {sublayers} sublayers but has {wrong[0]}"
+        )
+    chosen = judged_device(device)
+    terminal, found = console(), []
+    chosen_lengths = lengths or [n for n in LENGTHS if n <= sublayers]
+    with console(stderr=True).status("bench memory") as status:
+        for dtype in dict.fromkeys(dtypes):
+            problem = Problem(tokens, streams, channels, dtype, device=chosen)
+            say = lambda what: status.update(escape(what))  # noqa: E731
+            found.append(
+                bench_stacks(problem, sublayers, chosen_lengths, single_pass, norms, rounds, say)
+            )
+    for table in found:
+        terminal.print(stack_table(table, upright=terminal.width < WIDE))
+    _write(chosen, save, json_file, memory=found)
 
 
 @bench.command()
