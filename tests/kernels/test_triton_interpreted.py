@@ -42,10 +42,12 @@ def test_every_kernel_on_this_gpu():
 
 def test_the_contract_interpreted():
     """The operators around the kernels; what is slow step by step is left to the cases above."""
-    chosen = "number or broadcasts or another or nobody or second or nan_in"
+    chosen = "number or broadcasts or another or nobody or second or nan_in or one_at or not_learn"
+    chosen += " or several_dtypes or independent"
+    files = ["tests/kernels/test_contract.py", "tests/test_single_pass.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, "tests/kernels/test_contract.py", "-k", f"triton and ({chosen})"],
+        [*command, *files, "-k", f"triton and ({chosen})"],
         env=dict(os.environ, TRITON_INTERPRET="1"),
         cwd=Path(__file__).parents[2],
         capture_output=True,

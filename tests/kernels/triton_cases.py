@@ -12,6 +12,7 @@ from manifold_hc.constraints import sinkhorn as sinkhorn_reference
 from manifold_hc.kernels import triton as kernels
 from manifold_hc.kernels.operators import Settings
 from manifold_hc.kernels.triton import plan
+from manifold_hc.kernels.triton.norm import normalised
 from manifold_hc.numerics import PRESETS
 
 DEVICE = "cpu" if plan.interpreted() else "cuda"
@@ -158,11 +159,11 @@ def test_read(tokens, n, C, key):
     close("dpre", dpre, wants[1], 2e-5)
 
 
-@pytest.mark.parametrize("wants_x", [True, False])
+@pytest.mark.parametrize("widens", [True, False])
 @pytest.mark.parametrize(("tokens", "n", "C", "key"), SHAPES)
-def test_write(tokens, n, C, key, wants_x):
+def test_write(tokens, n, C, key, widens):
     dtype = STREAMS[key]
-    branch = torch.float32 if wants_x else dtype  # a branch may widen its output
+    branch = torch.float32 if widens else dtype
     x, y = draw(tokens, n, C, dtype=dtype), draw(tokens, C, dtype=branch)
     post, res = draw(tokens, n), draw(tokens, n, n)
     grad = draw(tokens, n, C, dtype=dtype)
@@ -172,14 +173,44 @@ def test_write(tokens, n, C, key, wants_x):
     out = kernels.write(x, y, post, res)
     assert out.dtype == dtype
     close("x'", out, wanted, ROUNDING[dtype])
-    dx, *rest = kernels.write_backward(grad, x, y, post, res, wants_x)
-    if wants_x:
-        close("dx", dx, wants[0], ROUNDING[dtype])
-    else:
-        assert dx.numel() == 0
-    for name, got, want in zip(("dy", "dpost", "dres"), rest, wants[1:], strict=True):
+    found = kernels.write_backward(grad, x, y, post, res)
+    for name, got, want in zip(("dx", "dy", "dpost", "dres"), found, wants, strict=True):
         close(name, got, want, ROUNDING[got.dtype])
-    assert rest[0].dtype == branch
+    assert [t.dtype for t in found[:2]] == [dtype, branch]
+    for name, got, want in zip(
+        ("dy", "dpost"), kernels.branch_backward(grad, y, post), wants[1:3], strict=True
+    ):
+        close(name, got, want, ROUNDING[got.dtype])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "n", "C", "key", "writes"),
+    [(33, 4, 64, "bf16", 5), (5, 3, 7, "fp32", 2), (7, 1, 96, "fp16", 1), (3, 5, 33, "bf16", 3),
+     (4, 2, 300, "fp32", 19), (2, 8, 64, "bf16", 2), (2, 16, 7, "fp32", 2), (3, 4, 20, "fp32", 0),
+     (0, 4, 64, "bf16", 2)],
+)  # fmt: skip
+@pytest.mark.parametrize("widens", [True, False])
+def test_rebuild(tokens, n, C, key, writes, widens):
+    """Bit for bit what the writes and reads made."""
+    dtype = STREAMS[key]
+    branch = torch.float32 if widens else dtype
+    streams = [draw(tokens, n, C, dtype=dtype)]
+    steps = [
+        (draw(tokens, C, dtype=branch), draw(tokens, n), draw(tokens, n, n)) for _ in range(writes)
+    ]
+    reads = [draw(tokens, n) for _ in range(writes + 1)]
+    for step in steps:
+        streams.append(kernels.write(streams[-1], *step))
+    norms = [(draw(C) if k % 2 else None, 0.1) for k in range(writes + 1)]
+    got, inputs = kernels.rebuild(streams[0], steps, reads, norms)
+    assert len(got) == writes
+    assert len(inputs) == writes + 1
+    for a, b in zip(got, streams[1:], strict=True):
+        assert torch.equal(a, b)
+        assert a.dtype == dtype
+    for a, x, pre, (weight, eps) in zip(inputs, streams, reads, norms, strict=True):
+        u = kernels.read(x, pre)
+        assert torch.equal(a, u if weight is None else normalised(u, weight, eps))
 
 
 def connection(tokens, n, C, dtype, constraint, std):
@@ -192,35 +223,62 @@ def connection(tokens, n, C, dtype, constraint, std):
     )
 
 
-def judged(tensors, constraint, name, cotangents, iterations):
-    """The reference's outputs and gradients in float64; the link goes through res as it is."""
-    leaves = [wide(t) for t in tensors]
-    pre, post, res = reference.coefficients(*leaves, iterations, constraint, PRESETS[name])
-    u = reference.read(leaves[0], pre)
-    outputs = (u, pre, post, res, res.detach() @ leaves[0])
+def settings_of(name, constraint="sinkhorn", iterations=20, learns=True):
+    preset = PRESETS[name]
+    numbers = (preset.res_is_transposed, preset.norm_eps, preset.hc_eps)
+    return Settings(constraint, iterations, *numbers, learns)
+
+
+RESULTS = {"written": "oC", "u": "C", "pre": "o", "post": "o", "res": "oo", "link": "oC"}
+
+
+def cotangents_of(tokens, n, C, dtype, missing, names):
+    sizes = {"o": n, "C": C}
+    return [
+        None
+        if key in missing
+        else draw(
+            tokens,
+            *map(sizes.get, RESULTS[key]),
+            dtype=dtype if "C" in RESULTS[key] else torch.float32,
+        )
+        for key in names
+    ]
+
+
+def derived(outputs, cotangents, leaves):
+    """Gradients of the leaves in float64, zero where nothing reaches one."""
     terms = [
         (output * cotangent.cpu().double()).sum()
         for output, cotangent in zip(outputs, cotangents, strict=True)
         if cotangent is not None
     ]
-    anchor = sum(0 * leaf.sum() for leaf in leaves)
-    return outputs[:4], torch.autograd.grad(sum(terms, anchor), leaves)
+    return torch.autograd.grad(sum(terms, sum(0 * leaf.sum() for leaf in leaves)), leaves)
 
 
-def check_connection(tokens, n, C, dtype, constraint, name, std=1.0, missing=(), iterations=20):
-    tensors = connection(tokens, n, C, dtype, constraint, std)
-    preset = PRESETS[name]
-    settings = Settings(
-        constraint, iterations, preset.res_is_transposed, preset.norm_eps, preset.hc_eps
+def next_streams(res, x, settings):
+    """What the next write mixes, as far as its gradient comes through the link."""
+    return (res if settings.learns else res.detach()) @ x
+
+
+def judged(tensors, settings, name, cotangents):
+    """The reference's outputs and gradients in float64."""
+    leaves = [wide(t) for t in tensors]
+    pre, post, res = reference.coefficients(
+        *leaves, settings.iterations, settings.constraint, PRESETS[name]
     )
-    shapes = {"u": (C,), "pre": (n,), "post": (n,), "res": (n, n), "link": (n, C)}
-    cotangents = [
-        None
-        if key in missing
-        else draw(tokens, *shape, dtype=dtype if key in ("u", "link") else torch.float32)
-        for key, shape in shapes.items()
-    ]
-    wanted, wants = judged(tensors, constraint, name, cotangents, iterations)
+    u = reference.read(leaves[0], pre)
+    outputs = (u, pre, post, res, next_streams(res, leaves[0], settings))
+    return outputs[:4], derived(outputs, cotangents, leaves)
+
+
+def check_connection(
+    tokens, n, C, dtype, constraint, name, std=1.0, missing=(), iterations=20, learns=True
+):
+    tensors = connection(tokens, n, C, dtype, constraint, std)
+    settings = settings_of(name, constraint, iterations, learns)
+    cotangents = cotangents_of(tokens, n, C, dtype, missing, list(RESULTS)[1:])
+    wanted, wants = judged(tensors, settings, name, cotangents)
     *made, projected, inverse_rms = kernels.coefficients_and_read(*tensors, settings)
     loose = PROJECTED[dtype] * max(1.0, std)
     assert made[0].dtype == dtype
@@ -235,6 +293,149 @@ def check_connection(tokens, n, C, dtype, constraint, name, std=1.0, missing=(),
     close("dphi", found[1], wants[1], 4 * loose)
     close("dbias", found[3][None], wants[3][None], 4 * loose)
     close("dalpha", found[2][None], wants[2][None], 4 * loose)
+
+
+def rounded(tensor, dtype):
+    if DEVICE == "cpu" and dtype == torch.bfloat16:  # see ROUNDING
+        return (tensor.float().view(torch.int32) & -(1 << 16)).view(torch.float32).double()
+    return tensor.to(dtype).double()
+
+
+def normalised(u, weight, eps, dtype):
+    """u, rounded as it is on its way, in units of its root mean square."""
+    u = u + (rounded(u.detach(), dtype) - u.detach())
+    return u * (u.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+
+
+def check_boundary(
+    tokens, n, C, dtype, constraint, name, given, normed,
+    std=1.0, missing=(), iterations=20, learns=True, branch=None,
+):  # fmt: skip
+    """`given`: read with weights known before; `normed`: u is normalised."""
+    x, phi, alpha, bias = connection(tokens, n, C, dtype, constraint, std)
+    y, post, res = draw(tokens, C, dtype=branch or dtype), draw(tokens, n), draw(tokens, n, n)
+    pre = draw(tokens, n) if given else None
+    weight, eps = (1 + draw(C, std=0.5) if normed else None), 0.01
+    settings = settings_of(name, constraint, iterations, learns)
+    behind = (pre, phi, alpha, bias, weight, eps)
+    written, u, *made = kernels.boundary(x, y, post, res, *behind, settings)
+    assert (written.dtype, u.dtype) == (dtype, dtype)
+    assert torch.equal(written, kernels.write(x, y, post, res))
+    if not normed:
+        assert torch.equal(u, kernels.read(written, made[0] if pre is None else pre))
+
+    inputs = {"written": written, "pre": pre, "phi": phi, "alpha": alpha, "bias": bias}
+    inputs["weight"] = weight
+    leaves = {key: wide(t) for key, t in inputs.items() if t is not None}
+    maps = [leaves[key] for key in ("written", "phi", "alpha", "bias")]
+    wanted = reference.coefficients(*maps, iterations, constraint, PRESETS[name])
+    reads = reference.read(leaves["written"], leaves.get("pre", wanted[0]))
+    if normed:
+        reads = normalised(reads, leaves["weight"], eps, dtype)
+    loose = PROJECTED[dtype] * max(1.0, std)
+    once = max(ROUNDING[dtype], loose)
+    close("u", u, reads, (2 if normed else 1) * once)
+    for key, got, want in zip(("pre", "post", "res"), made[:3], wanted, strict=True):
+        close(key, got, want, loose)
+
+    cotangents = cotangents_of(tokens, n, C, dtype, missing, RESULTS)
+    link = next_streams(wanted[2], leaves["written"], settings)
+    outputs = (leaves["written"], reads, *wanted, link)
+    wants = derived(outputs, cotangents, list(leaves.values()))
+    whole, dy, dpost, *found = kernels.boundary_backward(
+        *cotangents, written, y, post, *behind, *made[2:], settings
+    )
+    found = dict(zip(("pre", "phi", "alpha", "bias", "weight"), found, strict=True))
+    found["written"] = whole
+    tolerances = dict.fromkeys(("phi", "alpha", "bias", "pre"), 4 * loose)
+    if normed:  # what is read again may round otherwise
+        tolerances = {key: max(4 * loose, ROUNDING[dtype]) for key in tolerances}
+    for key, want in zip(leaves, wants, strict=True):
+        got = found.pop(key)
+        assert got.dtype == inputs[key].dtype
+        whole_tensor = key in ("alpha", "bias", "weight")
+        got, want = (got[None], want[None]) if whole_tensor else (got, want)
+        close(f"d{key}", got, want, tolerances.get(key, 2 * once))
+    assert all(left.numel() == 0 for left in found.values())
+    assert (whole.dtype, dy.dtype) == (dtype, y.dtype)
+    for key, got, want in zip(
+        ("dy", "dpost"),
+        (dy, dpost),
+        ((wide(post)[..., None] * wide(whole)).sum(1), (wide(whole) * wide(y)[:, None]).sum(2)),
+        strict=True,
+    ):
+        close(key, got, want, ROUNDING[got.dtype])
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("constraint", ["sinkhorn", "identity", "none"])
+@pytest.mark.parametrize(
+    ("tokens", "n", "C", "key", "name"),
+    [(70, 4, 64, "bf16", "deepseek_v4"), (5, 3, 7, "fp32", "paper"), (3, 1, 96, "fp16", "paper")],
+)
+def test_boundary(tokens, n, C, key, constraint, name, normed, given, monkeypatch):
+    monkeypatch.setattr(plan, "SPLIT_CHANNELS", 64)
+    branch = torch.float32 if normed else None
+    check_boundary(tokens, n, C, STREAMS[key], constraint, name, given, normed, branch=branch)
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize(
+    ("tokens", "n", "C", "key"),
+    [(9, 2, 96, "fp32"), (3, 5, 64, "fp16"), (5, 8, 64, "fp32"), (1, 6, 7, "bf16"),
+     (3, 7, 33, "fp32"), (2, 16, 20, "fp32")],
+)  # fmt: skip
+def test_boundary_stream_counts(tokens, n, C, key, given):
+    name = NAMES[given]
+    check_boundary(
+        tokens, n, C, STREAMS[key], "sinkhorn", name, given, True, std=2.0, iterations=5,
+        branch=torch.bfloat16,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [("written",), ("u",), ("pre", "post"), ("res",), ("link",), ("res", "link"),
+     ("written", "pre", "post", "res", "link"), ("written", "u", "pre", "post", "res"),
+     tuple(RESULTS)],
+)  # fmt: skip
+@pytest.mark.parametrize("given", [True, False])
+def test_boundary_missing_gradients(missing, given):
+    check_boundary(
+        5, 3, 20, torch.float32, "sinkhorn", "deepseek_v4", given, given != ("u" in missing),
+        missing=missing, iterations=5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("missing", [(), ("res",), ("u",)])
+def test_the_link_teaches_res_only_where_it_should(missing):
+    for constraint in ("sinkhorn", "none"):
+        numbers = {"iterations": 5, "missing": missing, "learns": False}
+        check_connection(5, 4, 20, torch.float32, constraint, "paper", **numbers)
+        check_boundary(5, 4, 20, torch.float32, constraint, "paper", True, False, **numbers)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_boundary_without_tokens(given):
+    check_boundary(0, 4, 20, torch.bfloat16, "sinkhorn", "paper", given, True)
+
+
+def test_boundary_over_several_blocks_of_tokens(monkeypatch):
+    monkeypatch.setattr(plan, "PROGRAMS", 3)
+    check_boundary(110, 4, 64, torch.bfloat16, "sinkhorn", "paper", True, True, iterations=5)
+    check_boundary(40, 2, 600, torch.float32, "none", "paper", False, True)
+
+
+def test_the_boundary_has_the_same_bits_alone_and_in_a_batch(monkeypatch):
+    monkeypatch.setattr(plan, "SPLIT_CHANNELS", 64)
+    x, phi, alpha, bias = connection(70, 4, 64, torch.bfloat16, "sinkhorn", 1.0)
+    own = (draw(70, 64, dtype=torch.bfloat16), draw(70, 4), draw(70, 4, 4), draw(70, 4))
+    rest = (phi, alpha, bias, draw(64), 1e-6, settings_of("paper", iterations=3))
+    whole = kernels.boundary(x, *own, *rest)
+    alone = kernels.boundary(x[67:68].clone(), *(t[67:68].clone() for t in own), *rest)
+    for a, b in zip(whole, alone, strict=True):
+        assert torch.equal(a[67:68], b)
 
 
 @pytest.mark.parametrize("one_launch", [True, False])
@@ -296,7 +497,7 @@ def test_a_program_goes_over_several_blocks_of_tokens(tokens, n, C, key, monkeyp
 
 def test_same_bits_alone_and_in_a_batch():
     x, phi, alpha, bias = connection(33, 4, 64, torch.bfloat16, "sinkhorn", 1.0)
-    settings = Settings("sinkhorn", 20, False, 1e-20, 0.0)
+    settings = settings_of("paper")
     whole = kernels.coefficients_and_read(x, phi, alpha, bias, settings)
     alone = kernels.coefficients_and_read(x[7:8].clone(), phi, alpha, bias, settings)
     for a, b in zip(whole, alone, strict=True):

@@ -61,16 +61,25 @@ def launches_of(n, C, dtype, constraint, transposed, *, tokens=256, tiles=None):
     gate, phi, bias, alpha = new(tokens, n), new(rows, n * C), new(rows), new(3)
     projected, inverse_rms = new(tokens, rows), new(tokens)
     epsilon = 1e-6 if transposed else 0.0
-    settings = Settings(constraint, 20, transposed, 1e-6, epsilon)
+    learning = Settings(constraint, 20, transposed, 1e-6, epsilon, True)
 
     def everything():
-        kernels.coefficients_and_read(x, phi, alpha, bias, settings)
+        kernels.coefficients_and_read(x, phi, alpha, bias, learning)
         kernels.write(x, y, gate, matrix)
-        kernels.write_backward(x, x, y, gate, matrix, False)
-        kernels.write_backward(x, x, y, gate, matrix, True)
-        kernels.coefficients_and_read_backward(
-            y, None, gate, matrix, x, x, phi, alpha, bias, matrix, projected, inverse_rms, settings
-        )
+        kernels.write_backward(x, x, y, gate, matrix)
+        kernels.branch_backward(x, y, gate)
+        kernels.rebuild(x, [(y, gate, matrix)] * 5, [gate] * 6, [(None, 0.0)] * 6)
+        made = (matrix, projected, inverse_rms)
+        for settings in (learning, learning._replace(learns=False)):
+            kernels.coefficients_and_read_backward(
+                y, None, gate, matrix, x, x, phi, alpha, bias, *made, settings
+            )
+        for pre, weight in ((None, None), (None, new(C)), (gate, None), (gate, new(C))):
+            branch, norm = (y, gate), (phi, alpha, bias, weight, 1e-6)
+            kernels.boundary(x, *branch, matrix, pre, *norm, learning)
+            kernels.boundary_backward(
+                x, y, None, gate, matrix, x, x, *branch, pre, *norm, *made, learning
+            )
         kernels.sinkhorn(matrix, 20, transposed, epsilon)
         kernels.sinkhorn_backward(matrix, matrix, 20, transposed, epsilon)
         kernels.read(x, gate)
@@ -92,15 +101,18 @@ def launches_of(n, C, dtype, constraint, transposed, *, tokens=256, tiles=None):
 def source(kernel, bound):
     """What the compiler takes, specialised as a launch on aligned tensors would be."""
     signature, constants, attributes = {}, {}, {}
+    short = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
     for place, parameter in enumerate(kernel.params):
         value = bound[parameter.name]
         if parameter.is_constexpr or value is None:
             signature[parameter.name] = "constexpr"
             constants[(place,)] = value
         elif isinstance(value, torch.Tensor):
-            short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-            signature[parameter.name] = "*" + short[value.dtype]
+            signature[parameter.name] = short[value.dtype]
             attributes[(place,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, tuple):
+            signature[parameter.name] = tuple(short[tensor.dtype] for tensor in value)
+            attributes |= {(place, k): [["tt.divisibility", 16]] for k in range(len(value))}
         else:
             signature[parameter.name] = "i32" if isinstance(value, int) else "fp32"
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)

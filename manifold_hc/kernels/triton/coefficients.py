@@ -4,7 +4,7 @@ The first launch projects (`project`). The second turns projections into gates, 
 some of its programs run Sinkhorn while the others, which need only the gates, move the streams.
 """
 
-from typing import Any, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import triton
 import triton.language as tl
@@ -35,7 +35,10 @@ def gates_and_read(
     n: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """One token block's u over one segment; segment 0 stores pre, post, their p and 1 / rms."""
+    """One token block's u over one segment; segment 0 stores pre, post, their p and 1 / rms.
+
+    Without x no u.
+    """
     token = block.to(tl.int64) * BT + tl.arange(0, BT)
     live = token < tokens
     inverse = inverse_root_mean_square(squares, token, live, tokens, splits, norm_eps, n * C)
@@ -55,11 +58,12 @@ def gates_and_read(
     tl.store(pre + token[:, None] * n + j, gates, mask=writes & (j < n))
     tl.store(post + token[:, None] * n + j - n, gates, mask=writes & is_post)
     tl.store(inverse_rms + token, inverse, mask=live & (segment == 0))
-    weights = ()
-    for i in tl.static_range(n):
-        weights = weights + (tl.sum(tl.where(j == i, gates, 0.0), 1),)
-    first, last = segment_of(segment, segments, C, BC)
-    weighted_sum(x, u, weights, token, live, first, last, n, C, BC)
+    if x is not None:
+        weights = ()
+        for i in tl.static_range(n):
+            weights = weights + (tl.sum(tl.where(j == i, gates, 0.0), 1),)
+        first, last = segment_of(segment, segments, C, BC)
+        weighted_sum(x, u, weights, token, live, first, last, n, C, BC)
 
 
 @triton.jit
@@ -150,45 +154,74 @@ def one_launch_kernel(
     )  # fmt: skip
 
 
+class Coefficients(NamedTuple):
+    """What is made of the streams, in the order in which it is returned."""
+
+    u: Tensor
+    pre: Tensor
+    post: Tensor
+    res: Tensor
+    projected: Tensor
+    inverse_rms: Tensor
+
+    @classmethod
+    def empty(cls, x: Tensor, phi: Tensor) -> "Coefficients":
+        """Room for all of it."""
+        tokens, n, C = x.shape
+        pre, post, projected = (phi.new_empty(tokens, size) for size in (n, n, phi.shape[0]))
+        res, inverse_rms = phi.new_empty(tokens, n, n), phi.new_empty(tokens)
+        return cls(x.new_empty(tokens, C), pre, post, res, projected, inverse_rms)
+
+
 def coefficients_and_read(
     x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """u [N, C], pre [N, n], post [N, n], res [N, n, n], projected [N, R], 1 / rms [N]."""
     tokens, n, C = x.shape
     R = phi.shape[0]
-    u = x.new_empty(tokens, C)
-    pre, post, projected = (phi.new_empty(tokens, size) for size in (n, n, R))
-    res, inverse_rms = phi.new_empty(tokens, n, n), phi.new_empty(tokens)
-    made = (u, pre, post, res, projected, inverse_rms)
+    made = Coefficients.empty(x, phi)
     if not tokens:
         return made
-    common: dict[str, Any] = {
-        "iterations": settings.iterations,
-        "norm_eps": settings.norm_eps,
-        "hc_eps": settings.hc_eps,
-        "n": n,
-        "C": C,
-        "R": R,
-        "P": plan.padded(n),
-        "CONSTRAINT": settings.constraint,
-        **epsilon(settings.transposed, settings.hc_eps),
-    }
     with plan.launching(x):
         if plan.one_launch(n, C, R, x.dtype):
             tile = plan.one_launch_tile(n, C, R, x.dtype)
             one_launch_kernel[(plan.blocks(tokens, tile["BT"]),)](
                 x, phi, alpha, bias, phi.new_empty(tokens, R), phi.new_empty(tokens), *made,
-                tokens, PRECISION=plan.precision(x.dtype), **tile, **common,
+                tokens, PRECISION=plan.precision(x.dtype), **tile, **_numbers(x, R, settings),
             )  # fmt: skip
             return made
         partial, squares = partial_projections(x.view(tokens, n * C), phi)
-        tile = plan.stream_tile(n, C, x.dtype)
-        token_blocks = plan.blocks(tokens, tile["BT"])
-        segments = plan.segments(token_blocks, C, tile["BC"])
-        MT = plan.matrix_tokens(n)
-        mix_blocks = plan.blocks(tokens, MT)
-        finish_kernel[(mix_blocks + token_blocks * segments,)](
-            x, partial, squares, alpha, bias, *made,
-            tokens, len(partial), segments, mix_blocks, MT=MT, **tile, **common,
-        )  # fmt: skip
+        finish(x, True, partial, squares, alpha, bias, made, settings)
     return made
+
+
+def finish(
+    x: Tensor, reads: bool, partial: Tensor, squares: Tensor, alpha: Tensor, bias: Tensor,
+    made: Coefficients, settings: Settings,
+) -> None:  # fmt: skip
+    """Fills `made` from the pieces of x's projections; u only if `reads`."""
+    tokens, n, C = x.shape
+    tile = plan.stream_tile(n, C, x.dtype)
+    token_blocks = plan.blocks(tokens, tile["BT"])
+    segments = plan.segments(token_blocks, C, tile["BC"]) if reads else 1
+    MT = plan.matrix_tokens(n)
+    mix_blocks = plan.blocks(tokens, MT)
+    finish_kernel[(mix_blocks + token_blocks * segments,)](
+        x if reads else None, partial, squares, alpha, bias, *made,
+        tokens, len(partial), segments, mix_blocks, MT=MT,
+        **tile, **_numbers(x, partial.shape[2], settings),
+    )  # fmt: skip
+
+
+def _numbers(x: Tensor, rows: int, settings: Settings) -> dict[str, Any]:
+    return {
+        "iterations": settings.iterations,
+        "norm_eps": settings.norm_eps,
+        "hc_eps": settings.hc_eps,
+        "n": x.shape[1],
+        "C": x.shape[2],
+        "R": rows,
+        "P": plan.padded(x.shape[1]),
+        "CONSTRAINT": settings.constraint,
+        **epsilon(settings.transposed, settings.hc_eps),
+    }

@@ -1,10 +1,11 @@
-"""Backward of coefficients and read in three launches.
+"""Backward of coefficients and read, and of all that lies between two sublayers.
 
-The first finds the gradient of every projection: some programs undo Sinkhorn while the others
-read the streams for the gates' inner products. The second and third are in `gradient`.
+The first launch reads the streams for their inner products and undoes the gates; beside it, or
+after it where what comes through the link is a gradient of res too, others undo Sinkhorn. That is
+the gradient of every projection. What follows is in `gradient`.
 """
 
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from manifold_hc.kernels.operators import IDENTITY, Settings
 from manifold_hc.kernels.triton import gradient, plan
-from manifold_hc.kernels.triton.read import inner_products
+from manifold_hc.kernels.triton.products import link_and_read, through_norm
+from manifold_hc.kernels.triton.read import columns_of
 from manifold_hc.kernels.triton.sinkhorn import (
     doubly_stochastic_backward,
     epsilon,
@@ -23,15 +25,36 @@ from manifold_hc.kernels.triton.sinkhorn import (
 )
 
 
+class Incoming(NamedTuple):
+    """Gradients of the results; `link`: of the streams that are written next."""
+
+    u: Tensor | None
+    pre: Tensor | None
+    post: Tensor | None
+    res: Tensor | None
+    link: Tensor | None
+
+
+class Read(NamedTuple):
+    """How u came from the streams where not just with the new coefficients: see `boundary`."""
+
+    pre: Tensor | None = None
+    weight: Tensor | None = None
+    input_eps: float = 0.0
+
+
 @triton.jit
 @no_type_check
 def _mixing_backward(
-    grad_res, projected, alpha, bias, grad, sums,
+    grad_res, mixed, projected, alpha, bias, grad, sums,
     block, blocks: int, tokens: int, iterations: int, log2_eps: float,
     n: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, P: tl.constexpr,
     CONSTRAINT: tl.constexpr, TRANSPOSED: tl.constexpr, EPS: tl.constexpr, HISTORY: tl.constexpr,
 ):  # fmt: skip
-    """The rows of res: their gradient, and this block's sums for bias and alpha."""
+    """The rows of res: their gradient, and this block's sums for bias and alpha.
+
+    The gradient of res is `grad_res` plus `mixed`, [N, n, n] each; either may be None.
+    """
     offsets, mask = matrix_offsets(block, tokens, R, n, BT, P, False)
     p = tl.load(projected + 2 * n + offsets, mask=mask, other=0.0)
     gate = tl.load(alpha + 2)
@@ -39,15 +62,17 @@ def _mixing_backward(
     b = tl.arange(0, P)[None, :]
     real = (a < n) & (b < n)
     found = tl.zeros([BT, P, P], tl.float32)
+    places, live = matrix_offsets(block, tokens, n * n, n, BT, P, TRANSPOSED)
     if grad_res is not None:
-        places, live = matrix_offsets(block, tokens, n * n, n, BT, P, TRANSPOSED)
-        found = tl.load(grad_res + places, mask=live, other=0.0)
-        if CONSTRAINT == "sinkhorn":
-            shifts = tl.load(bias + 2 * n + a * n + b, mask=real, other=0.0)
-            logits = p * gate + shifts[None, :, :]
-            found = doubly_stochastic_backward(
-                found, logits, n, iterations, log2_eps, TRANSPOSED, EPS, HISTORY
-            )
+        found += tl.load(grad_res + places, mask=live, other=0.0)
+    if mixed is not None:
+        found += tl.load(mixed + places, mask=live, other=0.0)
+    if (grad_res is not None or mixed is not None) and CONSTRAINT == "sinkhorn":
+        shifts = tl.load(bias + 2 * n + a * n + b, mask=real, other=0.0)
+        logits = p * gate + shifts[None, :, :]
+        found = doubly_stochastic_backward(
+            found, logits, n, iterations, log2_eps, TRANSPOSED, EPS, HISTORY
+        )
     tl.store(grad + 2 * n + offsets, found * gate, mask=mask)
     place = (a * n + b).to(tl.int64) * blocks + block
     tl.store(sums + place, tl.sum(found, 0), mask=real)
@@ -86,24 +111,45 @@ def _gates_backward(
     tl.store(sums + (2 * n + KIND) * blocks.to(tl.int64) + block, tl.sum(whole, 0))
 
 
+@triton.jit
+@no_type_check
+def _reading(given, projected, alpha, bias, token, live, hc_eps: float, n: tl.constexpr, R):
+    """What u was read with, n vectors: `given` or, where that is None, the new pre."""
+    if given is not None:
+        return columns_of(given, token, live, n, 0, n)
+    found = ()
+    gate = tl.load(alpha)
+    for i in tl.static_range(n):
+        p = tl.load(projected + token * R + i, mask=live, other=0.0)
+        found = found + (tl.sigmoid(p * gate + tl.load(bias + i)) + hc_eps,)
+    return found
+
+
 @triton.jit(do_not_specialize=["tokens", "gate_blocks", "mix_blocks", "iterations"])
 @no_type_check
 def projections_gradient_kernel(
     grad_u: tl.tensor, grad_pre: tl.tensor, grad_post: tl.tensor, grad_res: tl.tensor,
-    x: tl.tensor, alpha: tl.tensor, bias: tl.tensor, projected: tl.tensor,
-    grad: tl.tensor, pre: tl.tensor, sums: tl.tensor,
+    link: tl.tensor, x: tl.tensor, alpha: tl.tensor, bias: tl.tensor, projected: tl.tensor,
+    given: tl.tensor, weight: tl.tensor,
+    grad: tl.tensor, pre: tl.tensor, dgiven: tl.tensor, norms: tl.tensor, mixed: tl.tensor,
+    sums: tl.tensor,
     tokens: int, gate_blocks: int, mix_blocks: int, iterations: int,
-    hc_eps: float, log2_eps: float,
+    hc_eps: float, input_eps: float, log2_eps: float,
     n: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
-    BT: tl.constexpr, L: tl.constexpr, V: tl.constexpr, MT: tl.constexpr, P: tl.constexpr,
+    BT: tl.constexpr, L: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr,
+    MT: tl.constexpr, P: tl.constexpr,
     CONSTRAINT: tl.constexpr, TRANSPOSED: tl.constexpr, EPS: tl.constexpr, HISTORY: tl.constexpr,
 ):  # fmt: skip
-    """Stores the projections' gradient [N, R], pre, and each block's sums of bias and alpha."""
+    """Stores the projections' gradient [N, R], pre, and each block's sums of bias and alpha.
+
+    With `link` its products with the streams in `mixed`, with `given` their gradient in `dgiven`,
+    with `weight` what its backward needs in `norms`.
+    """
     mixes, block = role(mix_blocks)
     if mixes:
         if CONSTRAINT != "identity":
             _mixing_backward(
-                grad_res, projected, alpha, bias, grad,
+                grad_res, None, projected, alpha, bias, grad,
                 sums + (2 * n + 2) * gate_blocks.to(tl.int64),
                 block, mix_blocks, tokens, iterations, log2_eps,
                 n, R, MT, P, CONSTRAINT, TRANSPOSED, EPS, HISTORY,
@@ -111,17 +157,51 @@ def projections_gradient_kernel(
     else:
         token = block.to(tl.int64) * BT + tl.arange(0, BT)
         live = token < tokens
-        added = None
+        reading = None
+        if weight is not None:
+            reading = _reading(given, projected, alpha, bias, token, live, hc_eps, n, R)
+        inner = None
         if grad_u is not None:
-            added = inner_products(grad_u, x, None, None, token, live, n, C, L, V)
+            inner = link_and_read(
+                grad_u, link, x, weight, reading, mixed, token, live, 0, n, C, L, V, ROWS, True
+            )
+            if weight is not None:
+                inner = through_norm(inner, norms, token, live, input_eps, n, C)
+        elif link is not None:
+            link_and_read(None, link, x, None, None, mixed, token, live, 0, n, C, L, V, ROWS, False)
+        if link is not None:
+            for first in range(ROWS, n, ROWS):
+                link_and_read(
+                    None, link, x, None, None, mixed, token, live, first, n, C, L, V, ROWS, False
+                )
+        if given is not None:
+            if grad_u is not None:
+                for i in tl.static_range(n):
+                    tl.store(dgiven + token * n + i, inner[i], mask=live)
+            inner = None
         _gates_backward(
-            grad_pre, projected, alpha, bias, grad, sums, added, pre,
+            grad_pre, projected, alpha, bias, grad, sums, inner, pre,
             token, live, block, gate_blocks, 1.0, hc_eps, n, R, 0,
         )  # fmt: skip
         _gates_backward(
             grad_post, projected, alpha, bias, grad, sums, None, None,
             token, live, block, gate_blocks, 2.0, hc_eps, n, R, n,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tokens", "blocks", "iterations"])
+@no_type_check
+def mixing_backward_kernel(
+    grad_res: tl.tensor, mixed: tl.tensor, projected: tl.tensor, alpha: tl.tensor, bias: tl.tensor,
+    grad: tl.tensor, sums: tl.tensor, tokens: int, blocks: int, iterations: int, log2_eps: float,
+    n: tl.constexpr, R: tl.constexpr, MT: tl.constexpr, P: tl.constexpr,
+    CONSTRAINT: tl.constexpr, TRANSPOSED: tl.constexpr, EPS: tl.constexpr, HISTORY: tl.constexpr,
+):  # fmt: skip
+    _mixing_backward(
+        grad_res, mixed, projected, alpha, bias, grad, sums,
+        tl.program_id(0), blocks, tokens, iterations, log2_eps,
+        n, R, MT, P, CONSTRAINT, TRANSPOSED, EPS, HISTORY,
+    )  # fmt: skip
 
 
 def coefficients_and_read_backward(
@@ -139,26 +219,89 @@ def coefficients_and_read_backward(
     inverse_rms: Tensor,
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, phi, alpha and bias; `grad_link` [N, n, C] is mixed back by `res^T`."""
+    """Gradients of x, phi, alpha and bias; `grad_link` [N, n, C]: of the streams written next."""
+    incoming = Incoming(grad_u, grad_pre, grad_post, grad_res, grad_link)
+    found = _backward(
+        incoming, Read(), None, x, phi, alpha, bias, res, projected, inverse_rms, settings
+    )
+    return found.x, found.phi, found.alpha, found.bias
+
+
+def boundary_backward(
+    grad_written: Tensor | None,
+    grad_u: Tensor | None,
+    grad_pre: Tensor | None,
+    grad_post: Tensor | None,
+    grad_res: Tensor | None,
+    grad_link: Tensor | None,
+    written: Tensor,
+    y: Tensor,
+    post: Tensor,
+    pre: Tensor | None,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    weight: Tensor | None,
+    input_eps: float,
+    res: Tensor,
+    projected: Tensor,
+    inverse_rms: Tensor,
+    settings: Settings,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Whole gradient of the written streams; of y, post, pre, phi, alpha, bias and weight."""
+    incoming = Incoming(grad_u, grad_pre, grad_post, grad_res, grad_link)
+    read, write = Read(pre, weight, input_eps), gradient.Write(grad_written, y, post)
+    return _backward(
+        incoming, read, write, written, phi, alpha, bias, res, projected, inverse_rms, settings
+    )
+
+
+def _backward(
+    incoming: Incoming, read: Read, write: gradient.Write | None,
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor,
+    res: Tensor, projected: Tensor, inverse_rms: Tensor, settings: Settings,
+) -> gradient.Gradients:  # fmt: skip
     tokens, n, C = x.shape
     R = phi.shape[0]
-    tile = plan.product_tile(n, C, x.dtype)
+    constraint, iterations = settings.constraint, settings.iterations
+    link = incoming.link if settings.learns and constraint != IDENTITY else None
+    weight = None if incoming.u is None else read.weight
+    tile = plan.product_tile(n, C, x.dtype, weight is not None)
     MT = plan.matrix_tokens(n)
     gate_blocks = plan.blocks(tokens, tile["BT"])
-    mix_blocks = 0 if settings.constraint == IDENTITY else plan.blocks(tokens, MT)
-    grad, pre = torch.empty_like(projected), phi.new_empty(tokens, n)
+    mix_blocks = 0 if constraint == IDENTITY else plan.blocks(tokens, MT)
+    beside = mix_blocks if link is None else 0
+    grad = torch.empty_like(projected)
     sums = phi.new_empty((2 * n + 2) * gate_blocks + (R - 2 * n + 1) * mix_blocks)
+    reading, dpre = read.pre, None
+    if reading is None:
+        pre = reading = phi.new_empty(tokens, n)
+    else:
+        pre, dpre = None, torch.empty_like(reading)
+        if incoming.u is None:
+            dpre.zero_()
+    norms = None if weight is None else phi.new_empty(tokens, 2)
+    mixed = None if link is None else torch.empty_like(res)
+    matrices = {
+        "n": n, "R": R, "MT": MT, "P": plan.padded(n), "CONSTRAINT": constraint,
+        "HISTORY": history(iterations), **epsilon(settings.transposed, settings.hc_eps),
+    }  # fmt: skip
     if tokens:
         with plan.launching(x):
-            projections_gradient_kernel[(mix_blocks + gate_blocks,)](
-                grad_u, grad_pre, grad_post, grad_res, x, alpha, bias, projected, grad, pre,
-                sums, tokens, gate_blocks, mix_blocks, settings.iterations, settings.hc_eps,
-                n=n, C=C, R=R, MT=MT, P=plan.padded(n), CONSTRAINT=settings.constraint,
-                HISTORY=history(settings.iterations), **tile,
-                **epsilon(settings.transposed, settings.hc_eps),
+            projections_gradient_kernel[(beside + gate_blocks,)](
+                *incoming[:4], link, x, alpha, bias, projected, read.pre, weight,
+                grad, pre, dpre, norms, mixed, sums,
+                tokens, gate_blocks, beside, iterations, settings.hc_eps, read.input_eps,
+                C=C, ROWS=plan.product_rows(n), **tile, **matrices,
             )  # fmt: skip
-    mixed = gradient.Mixed(grad_u, pre, grad_link, res)
-    dx, partial = gradient.of_streams(grad, projected, inverse_rms, x, phi, mixed)
-    return dx, *gradient.summed_with_gates(
-        phi, alpha, bias, partial, sums, n, gate_blocks, mix_blocks
+            if link is not None:
+                mixing_backward_kernel[(mix_blocks,)](
+                    incoming.res, mixed, projected, alpha, bias,
+                    grad, sums[(2 * n + 2) * gate_blocks :], tokens, mix_blocks, iterations,
+                    **matrices, **plan.threads(4, plan.registers(n)),
+                )  # fmt: skip
+    mix = gradient.Mixed(incoming.u, reading, weight, norms, incoming.link, res)
+    found = gradient.of_streams(grad, projected, inverse_rms, x, phi, mix, write)
+    return gradient.summed_with_gates(
+        found, sums, gate_blocks, mix_blocks, phi, alpha, bias, read.weight, dpre
     )

@@ -1,10 +1,12 @@
 """The second read of the streams in backward: their whole gradient, and phi's, in one pass.
 
-    dx[i] = res^T link + pre[i] du + dq phi[i] - scale x[i]      dphi = dq^T x
+    dx[i] = dx' + res^T link + pre[i] du + dq phi[i] - scale x[i]      dphi = dq^T x
     dq = dp / rms      scale = <dp, p> / (rms^2 n C)
 
 for the projections p and their gradient dp. A program owns some channels of all streams and a
-range of tokens; phi's sums over the ranges are added by a last launch in a fixed order.
+range of tokens; phi's sums over the ranges are added by a last launch in a fixed order. Of streams
+that a write has just made, the same pass makes the gradients of that write's y and post, as dx is
+then at hand.
 """
 
 from typing import NamedTuple, no_type_check
@@ -18,12 +20,45 @@ from manifold_hc.kernels.triton import plan
 
 
 class Mixed(NamedTuple):
-    """What reaches the streams besides the projections, through the read and the write."""
+    """What reaches the streams besides the projections, through the read and the next write."""
 
     grad_u: Tensor | None = None
-    pre: Tensor | None = None
+    reading: Tensor | None = None
+    weight: Tensor | None = None
+    norms: Tensor | None = None
     link: Tensor | None = None
     res: Tensor | None = None
+
+
+class Write(NamedTuple):
+    """The write that made the streams, and the gradient that reaches them by no other way."""
+
+    grad: Tensor | None
+    y: Tensor | None
+    post: Tensor | None
+
+
+class Pieces(NamedTuple):
+    """Gradients by the pass over the streams: whole, or partial sums with one dimension more."""
+
+    x: Tensor
+    y: Tensor | None
+    posts: Tensor | None
+    phis: Tensor
+    weights: Tensor | None
+
+
+class Gradients(NamedTuple):
+    """In the order in which `boundary_backward` returns them; x: of the written streams."""
+
+    x: Tensor
+    y: Tensor
+    post: Tensor
+    pre: Tensor
+    phi: Tensor
+    alpha: Tensor
+    bias: Tensor
+    weight: Tensor
 
 
 @triton.jit
@@ -58,33 +93,82 @@ def _through_projections(
 
 @triton.jit
 @no_type_check
-def _through_read_and_write(
-    total, grad_u, pre, link, res, local, live, c, n: tl.constexpr, C: tl.constexpr
+def _through_norm(
+    dout, reading, streams, weight, norms, dweights, local, live, c, C: tl.constexpr, TYPE
 ):  # fmt: skip
-    """Adds `pre[i] du + res^T link` to a tile [BT, P, BC]."""
+    """du [BT, BC] before the norm from that after it (see `products`), and dweights added to."""
+    u = tl.sum(reading[:, :, None] * streams, 1).to(TYPE).to(tl.float32)
+    r = tl.load(norms + local * 2, mask=live, other=0.0)[:, None]
+    k = tl.load(norms + local * 2 + 1, mask=live, other=0.0)[:, None]
+    gate = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    return r * gate * dout - k * u, dweights + dout * u * r
+
+
+@triton.jit
+@no_type_check
+def _through_read(
+    total, streams, dweights, grad_u, pre, weight, norms, local, live, c,
+    n: tl.constexpr, C: tl.constexpr, TYPE,
+):  # fmt: skip
+    """Adds `pre[i] du` to a tile [BT, P, BC]."""
+    stream = tl.arange(0, total.shape[1])[None, :]
+    real = live[:, None] & (stream < n)
+    mask = live[:, None] & (c < C)[None, :]
+    reading = tl.load(pre + local[:, None] * n + stream, mask=real, other=0.0)
+    du = tl.load(grad_u + local[:, None] * C + c[None, :], mask=mask, other=0.0).to(tl.float32)
+    if weight is not None:
+        du, dweights = _through_norm(
+            du, reading, streams, weight, norms, dweights, local, live, c, C, TYPE
+        )  # fmt: skip
+    return total + reading[:, :, None] * du[:, None, :], dweights
+
+
+@triton.jit
+@no_type_check
+def _through_link(total, link, res, local, live, c, n: tl.constexpr, C: tl.constexpr):
+    """Adds `res^T link` to a tile [BT, P, BC]."""
     stream = tl.arange(0, total.shape[1])[None, :]
     mask = live[:, None] & (c < C)[None, :]
     real = live[:, None] & (stream < n)
-    if grad_u is not None:
-        weights = tl.load(pre + local[:, None] * n + stream, mask=real, other=0.0)
-        du = tl.load(grad_u + local[:, None] * C + c[None, :], mask=mask, other=0.0)
-        total += weights[:, :, None] * du.to(tl.float32)[:, None, :]
-    if link is not None:
-        for o in tl.static_range(n):
-            places = res + local[:, None] * (n * n) + o * n + stream
-            weights = tl.load(places, mask=real, other=0.0)
-            offsets = (local[:, None] * n + o) * C + c[None, :]
-            back = tl.load(link + offsets, mask=mask, other=0.0)
-            total += weights[:, :, None] * back.to(tl.float32)[:, None, :]
+    # One offset for all o: what differs between them is then part of each load, no register.
+    places = local[:, None] * (n * n) + stream
+    offsets = local[:, None] * (n * C) + c[None, :]
+    for o in tl.static_range(n):
+        # The compiler loads as early as it can; beyond a barrier it would hold too much.
+        if n > 7 and o % 4 == 0:
+            tl.debug_barrier()
+        weights = tl.load(res + o * n + places, mask=real, other=0.0)
+        back = tl.load(link + o * C + offsets, mask=mask, other=0.0)
+        total += weights[:, :, None] * back.to(tl.float32)[:, None, :]
     return total
+
+
+@triton.jit
+@no_type_check
+def _store_of_write(
+    whole, y, post, dy, dposts, local, live, c, n: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    """dy, and dpost's sums over the channels c, from the gradient of the streams [BT, P, BC]."""
+    stream = tl.arange(0, whole.shape[1])[None, :]
+    real = live[:, None] & (stream < n)
+    mask = live[:, None] & (c < C)[None, :]
+    place = local[:, None] * C + c[None, :]
+    gates = tl.load(post + local[:, None] * n + stream, mask=real, other=0.0)
+    branch = tl.load(y + place, mask=mask, other=0.0).to(tl.float32)
+    found = tl.sum(gates[:, :, None] * whole, 1)
+    tl.store(dy + place, found.to(dy.dtype.element_ty), mask=mask)
+    found = tl.sum(branch[:, None, :] * whole, 2)
+    tl.store(dposts + local[:, None] * n + stream, found, mask=real)
 
 
 @triton.jit(do_not_specialize=["tokens", "span"])
 @no_type_check
 def streams_gradient_kernel(
     grad: tl.tensor, projected: tl.tensor, inverse_rms: tl.tensor, x: tl.tensor, phi: tl.tensor,
-    grad_u: tl.tensor, pre: tl.tensor, link: tl.tensor, res: tl.tensor,
-    dx: tl.tensor, partial: tl.tensor, tokens: int, span: int,
+    grad_u: tl.tensor, pre: tl.tensor, weight: tl.tensor, norms: tl.tensor,
+    link: tl.tensor, res: tl.tensor, outer: tl.tensor, y: tl.tensor, post: tl.tensor,
+    dx: tl.tensor, dy: tl.tensor, dposts: tl.tensor, dphis: tl.tensor, dweights: tl.tensor,
+    tokens: int, span: int,
     n: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, P: tl.constexpr,
     BC: tl.constexpr, RB: tl.constexpr, ROW_BLOCKS: tl.constexpr, OWN: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -113,9 +197,19 @@ def streams_gradient_kernel(
     if grad_u is not None:
         grad_u += first * C
         pre += first * n
+    if weight is not None:
+        norms += first * 2
     if link is not None:
         link += first * (n * C)
         res += first * (n * n)
+    if outer is not None:
+        outer += first * (n * C)
+    if y is not None:
+        y += first * C
+        post += first * n
+        dy += first * C
+        dposts += (tl.program_id(0).to(tl.int64) * tokens + first) * n
+    weight_sums = tl.zeros([BT, BC], tl.float32)
     sums = ()
     weights = ()
     for b in tl.static_range(OWN):
@@ -148,12 +242,23 @@ def streams_gradient_kernel(
                 )  # fmt: skip
             scale *= inverse * inverse / (n * C)
             total = (product - scale[:, None] * streams).reshape(BT, P, BC)
-            total = _through_read_and_write(
-                total, grad_u, pre, link, res, local, live, c, n, C
-            )  # fmt: skip
+            if grad_u is not None:
+                total, weight_sums = _through_read(
+                    total, streams.reshape(BT, P, BC), weight_sums, grad_u, pre, weight, norms,
+                    local, live, c, n, C, x.dtype.element_ty,
+                )  # fmt: skip
+            if link is not None:
+                total = _through_link(total, link, res, local, live, c, n, C)
             targets = (local[:, None, None] * n + i) * C + c[None, None, :]
             mask = live[:, None, None] & (i < n) & (c < C)[None, None, :]
-            tl.store(dx + targets, total.to(dx.dtype.element_ty), mask=mask)
+            if outer is not None:
+                total += tl.load(outer + targets, mask=mask, other=0.0).to(tl.float32)
+            whole = total.to(dx.dtype.element_ty)
+            tl.store(dx + targets, whole, mask=mask)
+            if y is not None:
+                _store_of_write(
+                    whole.to(tl.float32), y, post, dy, dposts, local, live, c, n, C
+                )  # fmt: skip
         grad += BT * R
         projected += BT * R
         inverse_rms += BT
@@ -162,80 +267,120 @@ def streams_gradient_kernel(
         if grad_u is not None:
             grad_u += BT * C
             pre += BT * n
+        if weight is not None:
+            norms += BT * 2
         if link is not None:
             link += BT * n * C
             res += BT * n * n
+        if outer is not None:
+            outer += BT * n * C
+        if y is not None:
+            y += BT * C
+            post += BT * n
+            dy += BT * C
+            dposts += BT * n
     columns = (j // BC * C + c0 + j % BC)[None, :]
     for b in tl.static_range(OWN):
         row = r[:, None] + b * RB
         offsets = (split.to(tl.int64) * R + row) * (n * C) + columns
-        tl.store(partial + offsets, sums[b], mask=(row < R) & inside)
+        tl.store(dphis + offsets, sums[b], mask=(row < R) & inside)
+    if weight is not None:
+        place = dweights + split * C + c
+        tl.store(place, tl.sum(weight_sums, 0), mask=(c < C) & (first_row == 0))
 
 
-@triton.jit(do_not_specialize=["splits", "gate_blocks", "mix_blocks"])
+@triton.jit
+@no_type_check
+def _add_up(parts, out, block, count, size, BLOCK: tl.constexpr):
+    """One block of the sum over `parts` [count, size], in their order."""
+    offsets = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    part = parts + offsets
+    for _ in range(count):
+        total += tl.load(part, mask=offsets < size, other=0.0)
+        part += size
+    tl.store(out + offsets, total.to(out.dtype.element_ty), mask=offsets < size)
+
+
+@triton.jit(do_not_specialize=["splits", "gate_blocks", "mix_blocks", "chunks", "gates"])
 @no_type_check
 def summed_kernel(
-    partial: tl.tensor, sums: tl.tensor, dphi: tl.tensor, dalpha: tl.tensor, dbias: tl.tensor,
-    splits: int, gate_blocks: int, mix_blocks: int,
-    n: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    dphis: tl.tensor, sums: tl.tensor, dweights: tl.tensor, dposts: tl.tensor,
+    dphi: tl.tensor, dalpha: tl.tensor, dbias: tl.tensor, dweight: tl.tensor, dpost: tl.tensor,
+    splits: int, gate_blocks: int, mix_blocks: int, chunks: int, gates: int,
+    n: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums added up: phi's [splits, SIZE], then those of each bias and alpha.
+    """Partial sums added up: of phi, each bias and alpha, WIDTH weights, and `gates` posts.
 
     `sums` holds one row for each of pre | post | alpha_pre, alpha_post over the gate blocks,
     then for res | alpha_res over the mix blocks.
     """
     program = tl.program_id(0)
     PHI_BLOCKS: tl.constexpr = (SIZE + BLOCK - 1) // BLOCK
+    COLUMNS: tl.constexpr = 0 if sums is None else R + 3
+    WEIGHT_BLOCKS: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     lane = tl.arange(0, BLOCK)
     if program < PHI_BLOCKS:
-        offsets = program.to(tl.int64) * BLOCK + lane
-        total = tl.zeros([BLOCK], tl.float32)
-        part = partial + offsets
-        for _ in range(splits):
-            total += tl.load(part, mask=offsets < SIZE, other=0.0)
-            part += SIZE
-        tl.store(dphi + offsets, total, mask=offsets < SIZE)
-    elif sums is not None:
-        GATES: tl.constexpr = 2 * n + 2
-        column = program - PHI_BLOCKS
-        of_gates = column < GATES
-        length = tl.where(of_gates, gate_blocks, mix_blocks)
-        skipped = tl.where(of_gates, 0, GATES * gate_blocks.to(tl.int64))
-        row = skipped + tl.where(of_gates, column, column - GATES).to(tl.int64) * length
-        parts = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, length, BLOCK):
-            parts += tl.load(sums + row + start + lane, mask=start + lane < length, other=0.0)
-        found = tl.sum(parts, 0)
-        is_bias = (column < 2 * n) | ((column >= GATES) & (column < R + 2))
-        place = tl.where(of_gates, column, column - 2)
-        tl.store(dbias + place, found, mask=is_bias)
-        tl.store(dalpha + tl.where(of_gates, column - 2 * n, 2), found, mask=is_bias == 0)
+        _add_up(dphis, dphi, program, splits, SIZE, BLOCK)
+    elif program < PHI_BLOCKS + COLUMNS:
+        if sums is not None:
+            GATES: tl.constexpr = 2 * n + 2
+            column = program - PHI_BLOCKS
+            of_gates = column < GATES
+            length = tl.where(of_gates, gate_blocks, mix_blocks)
+            skipped = tl.where(of_gates, 0, GATES * gate_blocks.to(tl.int64))
+            row = skipped + tl.where(of_gates, column, column - GATES).to(tl.int64) * length
+            parts = tl.zeros([BLOCK], tl.float32)
+            for start in range(0, length, BLOCK):
+                parts += tl.load(sums + row + start + lane, mask=start + lane < length, other=0.0)
+            found = tl.sum(parts, 0)
+            is_bias = (column < 2 * n) | ((column >= GATES) & (column < R + 2))
+            place = tl.where(of_gates, column, column - 2)
+            tl.store(dbias + place, found, mask=is_bias)
+            tl.store(dalpha + tl.where(of_gates, column - 2 * n, 2), found, mask=is_bias == 0)
+    elif program < PHI_BLOCKS + COLUMNS + WEIGHT_BLOCKS:
+        if dweights is not None:
+            _add_up(dweights, dweight, program - PHI_BLOCKS - COLUMNS, splits, WIDTH, BLOCK)
+    elif dposts is not None:
+        block = program - PHI_BLOCKS - COLUMNS - WEIGHT_BLOCKS
+        _add_up(dposts, dpost, block, chunks, gates, BLOCK)
 
 
 def of_streams(
-    grad: Tensor, projected: Tensor, inverse_rms: Tensor, x: Tensor, phi: Tensor, mixed: Mixed
-) -> tuple[Tensor, Tensor]:
-    """Gradient of x [N, n, C], and of phi as partial sums [splits, R, nC].
+    grad: Tensor, projected: Tensor, inverse_rms: Tensor, x: Tensor, phi: Tensor,
+    mixed: Mixed, write: Write | None,
+) -> Pieces:  # fmt: skip
+    """Gradient of x [N, n, C], and as partial sums [splits, R, nC] of phi, [splits, C] of weight.
 
-    grad [N, R]: gradient of `projected`.
+    grad [N, R]: gradient of `projected`. With `write` also that of its y and, in partial sums
+    [chunks, N, n], of its post.
     """
     tokens, n, C = x.shape
     R = phi.shape[0]
-    dx = torch.empty_like(x)
-    tile = plan.gradient_tile(n, C, R, x.dtype)
+    tile = plan.gradient_tile(n, C, R, x.dtype, mixed.weight is not None)
     chunks = plan.blocks(C, tile["BC"])
     splits = plan.token_splits(tokens, tile["BT"], chunks)
     span = plan.blocks(plan.blocks(tokens, splits), tile["BT"]) * tile["BT"]
-    partial = phi.new_empty(splits, *phi.shape)
+    outer, y, post = write or (None, None, None)
+    pieces = Pieces(
+        torch.empty_like(x),
+        None if y is None else torch.empty_like(y),
+        None if y is None else phi.new_empty(chunks, tokens, n),
+        phi.new_empty(splits, *phi.shape),
+        None if mixed.weight is None else phi.new_empty(splits, C),
+    )
     if not tokens:
-        return dx, partial.zero_()
+        for sums in (pieces.phis, pieces.weights):
+            if sums is not None:
+                sums.zero_()
+        return pieces
     with plan.launching(x):
         streams_gradient_kernel[(chunks, splits, plan.blocks(tile["ROW_BLOCKS"], tile["OWN"]))](
             grad, projected, inverse_rms, x, phi,
-            *mixed, dx, partial, tokens, span,
+            *mixed, outer, y, post, *pieces, tokens, span,
             n=n, C=C, R=R, P=plan.power_of_two(n), PRECISION=plan.precision(x.dtype), **tile,
         )  # fmt: skip
-    return dx, partial
+    return pieces
 
 
 def summed(phi: Tensor, partial: Tensor) -> Tensor:
@@ -245,22 +390,32 @@ def summed(phi: Tensor, partial: Tensor) -> Tensor:
     dphi = torch.empty_like(phi)
     with plan.launching(phi):
         summed_kernel[(plan.blocks(phi.numel(), plan.SUM_BLOCK),)](
-            partial, None, dphi, None, None, len(partial), 0, 0,
-            n=1, R=phi.shape[0], SIZE=phi.numel(), BLOCK=plan.SUM_BLOCK,
+            partial, None, None, None, dphi, None, None, None, None, len(partial), 0, 0, 0, 0,
+            n=1, R=phi.shape[0], SIZE=phi.numel(), WIDTH=0, BLOCK=plan.SUM_BLOCK,
         )  # fmt: skip
     return dphi
 
 
 def summed_with_gates(
-    phi: Tensor, alpha: Tensor, bias: Tensor, partial: Tensor, sums: Tensor,
-    n: int, gate_blocks: int, mix_blocks: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of phi, alpha and bias from their partial sums."""
+    pieces: Pieces, sums: Tensor, gate_blocks: int, mix_blocks: int,
+    phi: Tensor, alpha: Tensor, bias: Tensor, weight: Tensor | None, dpre: Tensor | None,
+) -> Gradients:  # fmt: skip
+    """Every gradient, whole, from what the pass over the streams and the gates' blocks left."""
+    tokens, n, C = pieces.x.shape
+    none = phi.new_empty(0)
     dphi, dalpha, dbias = map(torch.empty_like, (phi, alpha, bias))
+    dweight = none if weight is None else torch.zeros_like(weight)
+    posts = pieces.posts
+    dpost, gates = (none, 0) if posts is None else (phi.new_empty(tokens, n), tokens * n)
+    width = 0 if pieces.weights is None else C
     columns = phi.shape[0] + 3
     with plan.launching(phi):
-        summed_kernel[(plan.blocks(phi.numel(), plan.SUM_BLOCK) + columns,)](
-            partial, sums, dphi, dalpha, dbias, len(partial), gate_blocks, mix_blocks,
-            n=n, R=phi.shape[0], SIZE=phi.numel(), BLOCK=plan.SUM_BLOCK,
+        launch = sum(plan.blocks(size, plan.SUM_BLOCK) for size in (phi.numel(), width, gates))
+        summed_kernel[(launch + columns,)](
+            pieces.phis, sums, pieces.weights, posts, dphi, dalpha, dbias, dweight, dpost,
+            len(pieces.phis), gate_blocks, mix_blocks, 0 if posts is None else len(posts), gates,
+            n=n, R=phi.shape[0], SIZE=phi.numel(), WIDTH=width, BLOCK=plan.SUM_BLOCK,
         )  # fmt: skip
-    return dphi, dalpha, dbias
+    dy = none if pieces.y is None else pieces.y
+    dpre = none if dpre is None else dpre
+    return Gradients(pieces.x, dy, dpost, dpre, dphi, dalpha, dbias, dweight)

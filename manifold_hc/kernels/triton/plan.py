@@ -74,7 +74,7 @@ def threads(warps: int, registers: int) -> dict[str, int]:
 
 def registers(n: int) -> int:
     """The bound for a kernel that holds matrices or products of n streams."""
-    return 168 if n <= 4 else 255
+    return 168 if 2 <= n <= 4 else 255
 
 
 def vector(dtype: torch.dtype) -> int:
@@ -89,11 +89,16 @@ def stream_tile(n: int, channels: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BT": tokens, "BC": width, **threads(4, registers(n))}
 
 
-def product_tile(n: int, channels: int, dtype: torch.dtype) -> dict[str, int]:
-    """As `stream_tile`, with the channels of one thread (V) apart from its lanes (L)."""
+def product_tile(n: int, channels: int, dtype: torch.dtype, normed: bool = False) -> dict[str, int]:
+    """As `stream_tile`, with the channels of one thread (V) apart from its lanes (L).
+
+    `normed`: there are two tiles more, of what was read and its gradient.
+    """
     tile = stream_tile(n, channels, dtype)
     width = tile.pop("BC")
-    V = min(vector(dtype) if n <= 6 else 4, width)  # two tiles of n streams meet in registers
+    # Two tiles of n streams meet in registers.
+    many = n > (2 if normed else 6)
+    V = min(2 if normed and n > 6 else 4 if many else vector(dtype), width)
     return {"L": min(32, width // V), "V": V, **tile}
 
 
@@ -138,6 +143,30 @@ def projection_tile(rows: int, width: int, dtype: torch.dtype) -> dict[str, int]
     }
 
 
+def boundary_tile(n: int, channels: int, rows: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile of the write that projects what it writes, and the channels that one program sums.
+
+    A thread holds a piece of one token's streams: as wide as one load, and no second token, whose
+    matrix would have to be held too.
+    """
+    wide = dtype == torch.float32 or channels % vector(dtype) != 0
+    BC = 16 if wide or n > 8 else 32
+    splits = max(1, round(n * channels / SPLIT_CHANNELS))
+    return {
+        "BT": 64,
+        "BC": BC,
+        "RB": rows_tile(rows),
+        "CHUNK": blocks(blocks(channels, splits), BC) * BC,
+        "num_stages": 2 if torch.version.hip else 3,
+        **threads(8, 255),
+    }
+
+
+def writes_at_once(n: int) -> int:
+    """Writes that one launch walks over, unrolled; none where even one compiles for too long."""
+    return min(8, 128 // (n * n)) if n <= 8 else 0
+
+
 def normalise_tile(rows: int) -> dict[str, int]:
     """Tile of the launch that adds up the pieces of a projection."""
     RB = min(64, rows_tile(rows))
@@ -166,11 +195,14 @@ def one_launch_tile(n: int, channels: int, rows: int, dtype: torch.dtype) -> dic
     }
 
 
-def gradient_tile(n: int, channels: int, rows: int, dtype: torch.dtype) -> dict[str, int]:
+def gradient_tile(
+    n: int, channels: int, rows: int, dtype: torch.dtype, normed: bool
+) -> dict[str, int]:
     """Tile of the pass that makes the streams' gradient and sums phi's over tokens.
 
     A program sums OWN of ROW_BLOCKS blocks of rows. What it holds is bounded twice, by the sums
-    and by one tile of all streams, so that both stay in registers.
+    and by one tile of all streams, so that both stay in registers. What was read and `normed` is
+    read again there, for which there must be room.
     """
     aligned = channels % vector(dtype) == 0
     half = dtype != torch.float32 and aligned and not torch.version.hip
@@ -181,13 +213,16 @@ def gradient_tile(n: int, channels: int, rows: int, dtype: torch.dtype) -> dict[
     P = power_of_two(n)
     BC = min((10240 if half else 5120) // (RB * own * P), (256 if half else 128) // P)
     BC = 1 << max(BC, 8, 16 // P).bit_length() - 1
+    narrow = normed and n > (4 if half else 6)
+    if narrow:
+        BC //= 2
     return {
-        "BT": 32 if half and RB * own <= 64 else 16,
+        "BT": 32 if half and RB * own <= 64 and not normed else 16,
         "BC": min(BC, max(16 // P, power_of_two(channels))),
         "RB": RB,
         "ROW_BLOCKS": row_blocks,
         "OWN": own,
-        "STAGES": 1 if torch.version.hip else 2,
+        "STAGES": 1 if torch.version.hip or (normed and not half and not narrow) else 2,
         **threads(4 if torch.version.hip else 8, 255),
     }
 

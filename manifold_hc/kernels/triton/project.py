@@ -130,7 +130,7 @@ def project_backward(
     grad: Tensor, v: Tensor, phi: Tensor, projected: Tensor, inverse_rms: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of v (in v's dtype) and phi."""
-    dv, partial = gradient.of_streams(
-        grad, projected, inverse_rms, v.unsqueeze(1), phi, gradient.Mixed()
+    found = gradient.of_streams(
+        grad, projected, inverse_rms, v.unsqueeze(1), phi, gradient.Mixed(), None
     )
-    return dv.squeeze(1), gradient.summed(phi, partial)
+    return found.x.squeeze(1), gradient.summed(phi, found.phis)

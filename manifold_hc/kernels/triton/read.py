@@ -25,6 +25,39 @@ def columns_of(table, token, live, count: tl.constexpr, first: tl.constexpr, str
 
 @triton.jit
 @no_type_check
+def zeros_of(count: tl.constexpr, BT: tl.constexpr, L: tl.constexpr):
+    """A tuple of `count` sums to begin with, [BT, L] each."""
+    found = ()
+    for _ in tl.static_range(count):
+        found = found + (tl.zeros([BT, L], tl.float32),)
+    return found
+
+
+@triton.jit
+@no_type_check
+def plus(total, weight, stream):
+    """`total + weight stream`, rounded once.
+
+    Left to the compiler, which of two products it fuses with their sum may differ from kernel to
+    kernel, and with it the bits of what is read and written.
+    """
+    return tl.fma(weight, stream.to(tl.float32), total)
+
+
+@triton.jit
+@no_type_check
+def products(sums, lefts, rights):
+    """Adds `<lefts[k], rights[i]>` to `sums[k len(rights) + i]`, over a lane's own channels."""
+    COUNT: tl.constexpr = len(rights)
+    added = ()
+    for k in tl.static_range(len(lefts)):
+        for i in tl.static_range(COUNT):
+            added = added + (sums[k * COUNT + i] + tl.sum(lefts[k] * rights[i], 2),)
+    return added
+
+
+@triton.jit
+@no_type_check
 def segment_of(segment, segments: int, C: tl.constexpr, BC: tl.constexpr):
     """First and last channel of one of `segments` near-equal parts."""
     span = tl.cdiv(tl.cdiv(C, BC), segments) * BC
@@ -44,42 +77,8 @@ def weighted_sum(
         total = tl.zeros([token.shape[0], BC], tl.float32)
         for i in tl.static_range(n):
             stream = tl.load(x + (token[:, None] * n + i) * C + c, mask=mask, other=0.0)
-            total += weights[i][:, None] * stream.to(tl.float32)
+            total = plus(total, weights[i][:, None], stream)
         tl.store(u + token[:, None] * C + c, total.to(u.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-@no_type_check
-def inner_products(
-    grad, x, dx, weights, token, live,
-    n: tl.constexpr, C: tl.constexpr, L: tl.constexpr, V: tl.constexpr,
-):  # fmt: skip
-    """`<grad, x[i]>` over the channels, n vectors [BT]; stores `dx[i] = weights[i] grad`
-    where dx is not None.
-    """
-    BT: tl.constexpr = token.shape[0]
-    row = token[:, None, None]
-    lanes = tl.arange(0, L)[None, :, None] * V + tl.arange(0, V)[None, None, :]
-    sums = ()
-    for _ in tl.static_range(n):
-        sums = sums + (tl.zeros([BT, L], tl.float32),)
-    for start in range(0, C, L * V):
-        c = start + lanes
-        mask = live[:, None, None] & (c < C)
-        g = tl.load(grad + row * C + c, mask=mask, other=0.0).to(tl.float32)
-        added = ()
-        for i in tl.static_range(n):
-            offsets = (row * n + i) * C + c
-            stream = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
-            added = added + (sums[i] + tl.sum(g * stream, 2),)
-            if dx is not None:
-                scaled = weights[i][:, None, None] * g
-                tl.store(dx + offsets, scaled.to(dx.dtype.element_ty), mask=mask)
-        sums = added
-    found = ()
-    for i in tl.static_range(n):
-        found = found + (tl.sum(sums[i], 1),)
-    return found
 
 
 @triton.jit(do_not_specialize=["tokens", "segments"])
@@ -104,10 +103,23 @@ def read_backward_kernel(
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     live = token < tokens
+    row = token[:, None, None]
+    lanes = tl.arange(0, L)[None, :, None] * V + tl.arange(0, V)[None, None, :]
     weights = columns_of(pre, token, live, n, 0, n)
-    sums = inner_products(grad, x, dx, weights, token, live, n, C, L, V)
+    sums = zeros_of(n, BT, L)
+    for start in range(0, C, L * V):
+        c = start + lanes
+        mask = live[:, None, None] & (c < C)
+        g = tl.load(grad + row * C + c, mask=mask, other=0.0).to(tl.float32)
+        streams = ()
+        for i in tl.static_range(n):
+            place = (row * n + i) * C + c
+            streams = streams + (tl.load(x + place, mask=mask, other=0.0).to(tl.float32),)
+            scaled = weights[i][:, None, None] * g
+            tl.store(dx + place, scaled.to(dx.dtype.element_ty), mask=mask)
+        sums = products(sums, (g,), streams)
     for i in tl.static_range(n):
-        tl.store(dpre + token * n + i, sums[i], mask=live)
+        tl.store(dpre + token * n + i, tl.sum(sums[i], 1), mask=live)
 
 
 def read(x: Tensor, pre: Tensor) -> Tensor:

@@ -8,10 +8,41 @@ import triton.language as tl
 from torch import Tensor
 
 from manifold_hc.kernels.triton import plan
-from manifold_hc.kernels.triton.read import columns_of, segment_of
+from manifold_hc.kernels.triton.read import columns_of, plus, products, segment_of, zeros_of
 
 UNROLLED = tl.constexpr(8)
 """Streams up to which loops over output streams are unrolled; beyond, compiling takes too long."""
+
+
+@triton.jit
+@no_type_check
+def weights_of(post, res, token, live, o, n: tl.constexpr):
+    """What stream o of x' is made with: n + 1 vectors, that of the branch first."""
+    found = (tl.load(post + token * n + o, mask=live, other=0.0),)
+    for i in tl.static_range(n):
+        found = found + (tl.load(res + token * (n * n) + o * n + i, mask=live, other=0.0),)
+    return found
+
+
+@triton.jit
+@no_type_check
+def written_stream(streams, branch, weights):
+    """A stream of x' [BT, BC] in float32, with `weights_of` it."""
+    total = weights[0][:, None] * branch
+    for i in tl.static_range(len(streams)):
+        total = plus(total, weights[1 + i][:, None], streams[i])
+    return total
+
+
+@triton.jit
+@no_type_check
+def streams_of(x, token, mask, c, n: tl.constexpr, C: tl.constexpr):
+    """A tuple of the n streams at the channels c [1, BC], as they lie in memory."""
+    found = ()
+    for i in tl.static_range(n):
+        place = x + (token[:, None] * n + i) * C + c
+        found = found + (tl.load(place, mask=mask, other=0.0),)
+    return found
 
 
 @triton.jit
@@ -21,11 +52,7 @@ def _store_written(
 ):  # fmt: skip
     """Stream o of x' at the channels c."""
     n: tl.constexpr = len(streams)
-    gate = tl.load(post + token * n + o, mask=live, other=0.0)
-    total = gate[:, None] * branch
-    for i in tl.static_range(n):
-        weight = tl.load(res + token * (n * n) + o * n + i, mask=live, other=0.0)
-        total += weight[:, None] * streams[i].to(tl.float32)
+    total = written_stream(streams, branch, weights_of(post, res, token, live, o, n))
     place = out + (token[:, None] * n + o) * C + c
     tl.store(place, total.to(out.dtype.element_ty), mask=mask)
 
@@ -46,28 +73,13 @@ def write_kernel(
         c = start + tl.arange(0, BC)[None, :]
         mask = live[:, None] & (c < C)
         branch = tl.load(y + row * C + c, mask=mask, other=0.0).to(tl.float32)
-        streams = ()
-        for i in tl.static_range(n):
-            streams = streams + (tl.load(x + (row * n + i) * C + c, mask=mask, other=0.0),)
+        streams = streams_of(x, token, mask, c, n, C)
         if n <= UNROLLED:
             for o in tl.static_range(n):
                 _store_written(streams, branch, post, res, out, token, live, mask, c, o, C)
         else:
             for o in range(n):
                 _store_written(streams, branch, post, res, out, token, live, mask, c, o, C)
-
-
-@triton.jit
-@no_type_check
-def _products(sums, grads, branch, streams, ROWS: tl.constexpr):
-    """Adds `<grads[k], branch>` and `<grads[k], streams[i]>` for the first ROWS of grads."""
-    n: tl.constexpr = len(streams)
-    added = ()
-    for k in tl.static_range(ROWS):
-        added = added + (sums[k * (n + 1)] + tl.sum(grads[k] * branch, 2),)
-        for i in tl.static_range(n):
-            added = added + (sums[k * (n + 1) + 1 + i] + tl.sum(grads[k] * streams[i], 2),)
-    return added
 
 
 @triton.jit
@@ -92,36 +104,35 @@ def _pass_over_channels(
 ):  # fmt: skip
     """Inner products of ROWS output streams from `first` on.
 
-    With STORES also dy and, unless it is None, dx; `first` is 0 then.
+    With STORES also dy and dx; `first` is 0 then. Without x neither dx nor dres.
     """
     BT: tl.constexpr = token.shape[0]
     COUNT: tl.constexpr = n if STORES else ROWS
+    RIGHTS: tl.constexpr = 1 if x is None else n + 1
     row = token[:, None, None]
     lanes = tl.arange(0, L)[None, :, None] * V + tl.arange(0, V)[None, None, :]
-    sums = ()
-    for _ in tl.static_range(ROWS * (n + 1)):
-        sums = sums + (tl.zeros([BT, L], tl.float32),)
+    sums = zeros_of(ROWS * RIGHTS, BT, L)
     if STORES:
         gates = columns_of(post, token, live, n, 0, n)
     for start in range(0, C, L * V):
         c = start + lanes
         mask = live[:, None, None] & (c < C)
-        streams = ()
-        for i in tl.static_range(n):
-            place = x + (row * n + i) * C + c
-            streams = streams + (tl.load(place, mask=mask, other=0.0).to(tl.float32),)
         grads = ()
         for o in tl.static_range(COUNT):
             place = grad + (row * n + first + o) * C + c
             grads = grads + (tl.load(place, mask=mask, other=0.0).to(tl.float32),)
-        branch = tl.load(y + row * C + c, mask=mask, other=0.0).to(tl.float32)
-        sums = _products(sums, grads, branch, streams, ROWS)
+        rights = (tl.load(y + row * C + c, mask=mask, other=0.0).to(tl.float32),)
+        if x is not None:
+            for i in tl.static_range(n):
+                place = x + (row * n + i) * C + c
+                rights = rights + (tl.load(place, mask=mask, other=0.0).to(tl.float32),)
+        sums = products(sums, grads[:ROWS], rights)
         if STORES:
             total = tl.zeros([BT, L, V], tl.float32)
             for o in tl.static_range(n):
                 total += gates[o][:, None, None] * grads[o]
             tl.store(dy + row * C + c, total.to(dy.dtype.element_ty), mask=mask)
-            if dx is not None:
+            if x is not None:
                 if n <= UNROLLED:
                     for i in tl.static_range(n):
                         _store_mixed_back(grads, res, dx, token, live, mask, c, i, C)
@@ -130,9 +141,9 @@ def _pass_over_channels(
                         _store_mixed_back(grads, res, dx, token, live, mask, c, i, C)
     for k in tl.static_range(ROWS):
         o = first + k
-        tl.store(dpost + token * n + o, tl.sum(sums[k * (n + 1)], 1), mask=live)
-        for i in tl.static_range(n):
-            product = tl.sum(sums[k * (n + 1) + 1 + i], 1)
+        tl.store(dpost + token * n + o, tl.sum(sums[k * RIGHTS], 1), mask=live)
+        for i in tl.static_range(RIGHTS - 1):
+            product = tl.sum(sums[k * RIGHTS + 1 + i], 1)
             tl.store(dres + token * (n * n) + o * n + i, product, mask=live)
 
 
@@ -144,7 +155,10 @@ def write_backward_kernel(
     n: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, L: tl.constexpr, V: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One pass over the channels where all inner products fit in registers (ROWS = n)."""
+    """One pass over the channels where all inner products fit in registers (ROWS = n).
+
+    Without x, which then needs no reading, dy and dpost alone.
+    """
     token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     live = token < tokens
     _pass_over_channels(
@@ -172,17 +186,27 @@ def write(x: Tensor, y: Tensor, post: Tensor, res: Tensor) -> Tensor:
 
 
 def write_backward(
-    grad: Tensor, x: Tensor, y: Tensor, post: Tensor, res: Tensor, wants_x: bool
+    grad: Tensor, x: Tensor, y: Tensor, post: Tensor, res: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x (empty without `wants_x`), y, post and res."""
-    tokens, n, C = x.shape
-    dx = torch.empty_like(x) if wants_x else x.new_empty(0)
-    dy, dpost, dres = torch.empty_like(y), torch.empty_like(post), torch.empty_like(res)
-    tile = plan.product_tile(n, C, x.dtype)
-    if tokens:
-        with plan.launching(x):
-            write_backward_kernel[(plan.blocks(tokens, tile["BT"]),)](
-                grad, x, y, post, res, dx if wants_x else None, dy, dpost, dres, tokens,
-                n=n, C=C, ROWS=plan.product_rows(n), **tile,
-            )  # fmt: skip
+    """Gradients of x, y, post and res."""
+    dx, dy, dpost, dres = map(torch.empty_like, (x, y, post, res))
+    _launch_backward(grad, x, y, post, res, dx, dy, dpost, dres)
     return dx, dy, dpost, dres
+
+
+def branch_backward(grad: Tensor, y: Tensor, post: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of a write's y and post alone."""
+    dy, dpost = torch.empty_like(y), torch.empty_like(post)
+    _launch_backward(grad, None, y, post, None, None, dy, dpost, None)
+    return dy, dpost
+
+
+def _launch_backward(grad: Tensor, x: Tensor | None, *rest: Tensor | None) -> None:
+    tokens, n, C = grad.shape
+    tile = plan.product_tile(n, C, grad.dtype)
+    rows = n if x is None else plan.product_rows(n)
+    if tokens:
+        with plan.launching(grad):
+            write_backward_kernel[(plan.blocks(tokens, tile["BT"]),)](
+                grad, x, *rest, tokens, n=n, C=C, ROWS=rows, **tile
+            )

@@ -1,0 +1,136 @@
+"""All that lies between two sublayers: a write, coefficients of what it wrote, and a read.
+
+The first launch writes, and while the written streams are still in registers it sums their
+projections and squares; where the weights of the read are known before, it reads too, and nothing
+touches the streams again. The second is `coefficients`'s own. A norm of u is a third.
+"""
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from manifold_hc.kernels.operators import Settings
+from manifold_hc.kernels.triton import plan
+from manifold_hc.kernels.triton.coefficients import Coefficients, finish
+from manifold_hc.kernels.triton.norm import normalised
+from manifold_hc.kernels.triton.read import plus
+from manifold_hc.kernels.triton.write import streams_of, weights_of, written_stream
+
+KEPT = tl.constexpr(4)
+"""Streams up to which a token's matrix stays in registers, at half the cost of its addresses.
+
+Beyond, a loop over the output streams loads a row of it at a time.
+"""
+
+
+@triton.jit
+@no_type_check
+def _write_and_project(
+    streams, branch, kept, post, res, pre, phi, written, products, squares, total,
+    token, live, mask, start, r, o, C: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Stores stream o, BC channels from `start` on; adds its products, squares and what is read."""
+    n: tl.constexpr = len(streams)
+    BC: tl.constexpr = branch.shape[1]
+    weights = kept[o] if len(kept) > 0 else weights_of(post, res, token, live, o, n)
+    made = written_stream(streams, branch, weights).to(written.dtype.element_ty)
+    c = start + tl.arange(0, BC)[None, :]
+    tl.store(written + (token[:, None] * n + o) * C + c, made, mask=mask)
+    stream = made.to(tl.float32)
+    if pre is not None:
+        weight = tl.load(pre + token * n + o, mask=live, other=0.0)
+        total = plus(total, weight[:, None], stream)
+    k = start + tl.arange(0, BC)[:, None]
+    inside = (k < C) & (r < R)[None, :]
+    rows = tl.load(phi + r[None, :] * (n * C) + o * C + k, mask=inside, other=0.0)
+    # Elementwise work right before a product is done twice, in the layout of its operand too,
+    # with all that it needs kept in registers twice. A sum in between stops that.
+    operand = tl.sum(tl.join(stream, tl.zeros_like(stream)), 2)
+    products = tl.dot(operand, rows, products, input_precision=PRECISION)
+    return products, plus(squares, stream, stream), total
+
+
+@triton.jit(do_not_specialize=["tokens"])
+@no_type_check
+def boundary_kernel(
+    x: tl.tensor, y: tl.tensor, post: tl.tensor, res: tl.tensor, pre: tl.tensor, phi: tl.tensor,
+    written: tl.tensor, u: tl.tensor, partial: tl.tensor, squares: tl.tensor, tokens: int,
+    n: tl.constexpr, C: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr,
+    BT: tl.constexpr, BC: tl.constexpr, RB: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """CHUNK channels of one token block: as `project_part`, of streams that it makes itself.
+
+    Where phi has more rows than fit, several programs make the same streams, and one stores them.
+    """
+    split = tl.program_id(1)
+    row_block = tl.program_id(2)
+    token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    live = token < tokens
+    r = row_block * RB + tl.arange(0, RB)
+    products = tl.zeros([BT, RB], tl.float32)
+    norms = tl.zeros([BT, BC], tl.float32)
+    kept = ()
+    if n <= KEPT:
+        for o in tl.static_range(n):
+            kept = kept + (weights_of(post, res, token, live, o, n),)
+    for start in range(split * CHUNK, tl.minimum(split * CHUNK + CHUNK, C), BC):
+        c = start + tl.arange(0, BC)[None, :]
+        mask = live[:, None] & (c < C)
+        branch = tl.load(y + token[:, None] * C + c, mask=mask, other=0.0).to(tl.float32)
+        streams = streams_of(x, token, mask, c, n, C)
+        total = tl.zeros([BT, BC], tl.float32)
+        mask &= row_block == 0
+        if n <= KEPT:
+            for o in tl.static_range(n):
+                products, norms, total = _write_and_project(
+                    streams, branch, kept, post, res, pre, phi, written, products, norms, total,
+                    token, live, mask, start, r, o, C, R, PRECISION,
+                )  # fmt: skip
+        else:
+            for o in range(n):
+                products, norms, total = _write_and_project(
+                    streams, branch, kept, post, res, pre, phi, written, products, norms, total,
+                    token, live, mask, start, r, o, C, R, PRECISION,
+                )  # fmt: skip
+        if pre is not None:
+            tl.store(u + token[:, None] * C + c, total.to(u.dtype.element_ty), mask=mask)
+    first = split.to(tl.int64) * tokens
+    mask = live[:, None] & (r < R)[None, :]
+    tl.store(partial + (first + token[:, None]) * R + r[None, :], products, mask=mask)
+    tl.store(squares + first + token, tl.sum(norms, 1), mask=live & (row_block == 0))
+
+
+def boundary(
+    x: Tensor,
+    y: Tensor,
+    post: Tensor,
+    res: Tensor,
+    pre: Tensor | None,
+    phi: Tensor,
+    alpha: Tensor,
+    bias: Tensor,
+    weight: Tensor | None,
+    input_eps: float,
+    settings: Settings,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The written streams [N, n, C], and of them what `coefficients_and_read` returns."""
+    tokens, n, C = x.shape
+    R = phi.shape[0]
+    written, made = torch.empty_like(x), Coefficients.empty(x, phi)
+    if not tokens:
+        return written, *made
+    tile = plan.boundary_tile(n, C, R, x.dtype)
+    splits = plan.blocks(C, tile["CHUNK"])
+    partial, squares = phi.new_empty(splits, tokens, R), phi.new_empty(splits, tokens)
+    with plan.launching(x):
+        boundary_kernel[(plan.blocks(tokens, tile["BT"]), splits, plan.blocks(R, tile["RB"]))](
+            x, y, post, res, pre, phi, written, made.u, partial, squares, tokens,
+            n=n, C=C, R=R, PRECISION=plan.precision(x.dtype), **tile,
+        )  # fmt: skip
+        finish(written, pre is None, partial, squares, alpha, bias, made, settings)
+        if weight is not None:
+            made = made._replace(u=normalised(made.u, weight, input_eps))
+    return written, *made

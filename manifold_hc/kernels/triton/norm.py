@@ -1,0 +1,47 @@
+"""The RMS norm of what was read."""
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from manifold_hc.kernels.triton import plan
+
+
+@triton.jit(do_not_specialize=["tokens"])
+@no_type_check
+def input_norm_kernel(
+    u: tl.tensor, weight: tl.tensor, out: tl.tensor, tokens: int, input_eps: float,
+    C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    live = token < tokens
+    row = token[:, None] * C
+    squares = tl.zeros([BT, BC], tl.float32)
+    for start in range(0, C, BC):
+        c = start + tl.arange(0, BC)[None, :]
+        value = tl.load(u + row + c, mask=live[:, None] & (c < C), other=0.0).to(tl.float32)
+        squares += value * value
+    inverse = tl.rsqrt(tl.sum(squares, 1) / C + input_eps)
+    for start in range(0, C, BC):
+        c = start + tl.arange(0, BC)[None, :]
+        mask = live[:, None] & (c < C)
+        value = tl.load(u + row + c, mask=mask, other=0.0).to(tl.float32)
+        gate = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
+        value *= inverse[:, None] * gate
+        tl.store(out + row + c, value.to(out.dtype.element_ty), mask=mask)
+
+
+def normalised(u: Tensor, weight: Tensor, input_eps: float) -> Tensor:
+    """u [N, C] / sqrt(mean(u^2) + input_eps) * weight [C]."""
+    tokens, C = u.shape
+    out = torch.empty_like(u)
+    tile = plan.stream_tile(1, C, u.dtype)
+    if tokens:
+        with plan.launching(u):
+            input_norm_kernel[(plan.blocks(tokens, tile["BT"]),)](
+                u, weight, out, tokens, input_eps, C=C, **tile
+            )
+    return out
