@@ -11,8 +11,7 @@ from manifold_hc import reference
 from manifold_hc.constraints import sinkhorn as sinkhorn_reference
 from manifold_hc.kernels import triton as kernels
 from manifold_hc.kernels.operators import Settings
-from manifold_hc.kernels.triton import plan
-from manifold_hc.kernels.triton.norm import normalised
+from manifold_hc.kernels.triton import norm, plan
 from manifold_hc.numerics import PRESETS
 
 DEVICE = "cpu" if plan.interpreted() else "cuda"
@@ -210,7 +209,7 @@ def test_rebuild(tokens, n, C, key, writes, widens):
         assert a.dtype == dtype
     for a, x, pre, (weight, eps) in zip(inputs, streams, reads, norms, strict=True):
         u = kernels.read(x, pre)
-        assert torch.equal(a, u if weight is None else normalised(u, weight, eps))
+        assert torch.equal(a, u if weight is None else norm.normalised(u, weight, eps))
 
 
 def connection(tokens, n, C, dtype, constraint, std):
