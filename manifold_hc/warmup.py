@@ -2,12 +2,14 @@
 
 import logging
 import time
+from itertools import product
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from manifold_hc.connection import ConnectionConfig
 from manifold_hc.errors import ConfigError, DtypeError
+from manifold_hc.recompute import Recompute
 from manifold_hc.stack import Stack
 
 logger = logging.getLogger("manifold_hc")
@@ -22,11 +24,14 @@ def warmup(
     dtype: torch.dtype = torch.float32,
     branch_dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    sublayers: int = 2,
+    recompute: Recompute = None,
 ) -> None:
     """Build or compile every kernel that a network of such connections will need.
 
     dtype: the streams', as they leave the embedding; branch_dtype: what the branches return where
-    that differs, as under autocast. One call serves any number of tokens, training and inference.
+    that differs, as under autocast; sublayers and recompute: the stack's, which matter where backward
+    rebuilds. One call serves any number of tokens, training and inference, norms given or not.
     Nothing but the kernels' caches changes. Raises BackendError where the configuration names a
     backend that cannot serve, DtypeError for integers, ConfigError for a device that is not there.
     """
@@ -44,15 +49,16 @@ def warmup(
         raise ConfigError(f"warmup: torch finds no device {device}: {reason}") from error
     # The parameters of a fresh stack are drawn; a run's own random numbers stay as they are.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        stack = Stack(channels, config, sublayers=2).to(device)
+        stack = Stack(channels, config, sublayers, recompute).to(device)
 
     def branch(u: Tensor) -> Tensor:
         return u.to(branch_dtype or dtype)
 
-    for training in (True, False):
+    norm = nn.RMSNorm(channels, device=device, dtype=dtype)
+    for training, norms in product((True, False), (None, [norm] * sublayers)):
         with torch.set_grad_enabled(training):
             h = torch.ones(TOKENS, channels, dtype=dtype, device=device, requires_grad=training)
-            out = stack(h, [branch, branch])
+            out = stack(h, [branch] * sublayers, norms)
             if training:
                 out.sum().backward()
     if device.type == "cuda":

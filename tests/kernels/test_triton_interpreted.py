@@ -42,7 +42,9 @@ def test_every_kernel_on_this_gpu():
 
 def test_the_contract_interpreted():
     """The operators around the kernels; what is slow step by step is left to the cases above."""
-    chosen = "every_number or broadcasts or another or nobody or second or nan_in or one_at or not_learn"
+    chosen = (
+        "every_number or broadcasts or another or nobody or second or nan_in or one_at or not_learn"
+    )
     chosen += " or several_dtypes or independent"
     files = ["tests/kernels/test_contract.py", "tests/test_single_pass.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
