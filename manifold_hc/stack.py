@@ -6,9 +6,9 @@ successor.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from functools import partial
 from itertools import repeat
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from manifold_hc import functional
 from manifold_hc.connection import Branch, Connection, ConnectionConfig, LearnedExit, Unwritten
 from manifold_hc.errors import ConfigError, ShapeError
-from manifold_hc.recompute import Recompute, Recording, block_length
+from manifold_hc.recompute import Recompute, block_length
+
+if TYPE_CHECKING:
+    from manifold_hc.recording import Recording
 
 
 class Stack(nn.Module):
@@ -84,23 +87,34 @@ class Stack(nn.Module):
         self._require_one_each("branches", branches)
         if norms is not None:
             self._require_one_each("norms", norms)
-        recording = None
-        if self.block_length and torch.is_grad_enabled():
-            recording = Recording(self.block_length, h.device.type)
+        if not self.block_length or not torch.is_grad_enabled():
+            return self._run(h, branches, norms, None)
+        from manifold_hc.recording import recorded  # imports Dynamo, which takes a second
+
+        run = partial(self._run, h, branches, norms)
+        result: Tensor = recorded(run, self.block_length, h.device.type)
+        return result
+
+    def _run(
+        self,
+        h: Tensor,
+        branches: Sequence[Branch],
+        norms: Sequence[Branch] | None,
+        recording: "Recording | None",
+    ) -> Tensor:
         source: Tensor | Unwritten = functional.expand(h, self.config.n)
-        with recording or nullcontext():
-            for connection, branch, norm in zip(
-                self.connections, branches, norms or repeat(None), strict=False
-            ):
-                if recording is None:
-                    unwritten: Unwritten = connection(source, branch, norm, write=False)
-                else:
-                    fused = cast(Connection, connection).fused(source, norm)
-                    own = norm if fused else recording.norm(norm)
-                    unwritten = connection(source, recording.branch(branch), own, write=False)
-                    recording.keep(unwritten, cast(Connection, connection).maps, fused or norm)
-                source = unwritten
-            return self.collapse(unwritten.write(), unwritten.reading.pre)
+        for connection, branch, norm in zip(
+            self.connections, branches, norms or repeat(None), strict=False
+        ):
+            if recording is None:
+                unwritten: Unwritten = connection(source, branch, norm, write=False)
+            else:
+                fused = cast(Connection, connection).fused(source, norm)
+                own = norm if fused else recording.norm(norm)
+                unwritten = connection(source, recording.branch(branch), own, write=False)
+                recording.keep(unwritten, cast(Connection, connection).maps, fused or norm)
+            source = unwritten
+        return self.collapse(unwritten.write(), unwritten.reading.pre)
 
     def _require_one_each(self, name: str, given: Sequence[Branch]) -> None:
         if len(given) != len(self.connections):

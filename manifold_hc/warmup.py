@@ -30,8 +30,9 @@ def warmup(
     """Build or compile every kernel that a network of such connections will need.
 
     dtype: the streams', as they leave the embedding; branch_dtype: what the branches return where
-    that differs, as under autocast; sublayers and recompute: the stack's, which matter where backward
-    rebuilds. One call serves any number of tokens, training and inference, norms given or not.
+    that differs, as under autocast; sublayers and recompute: the stack's, which matter where
+    backward rebuilds. One call serves any number of tokens, training and inference, norms given or
+    not.
     Nothing but the kernels' caches changes. Raises BackendError where the configuration names a
     backend that cannot serve, DtypeError for integers, ConfigError for a device that is not there.
     """
