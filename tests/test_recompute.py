@@ -20,9 +20,9 @@ from manifold_hc.errors import ConfigError, ShapeError
 from manifold_hc.kernels import backends, refusal
 from manifold_hc.recompute import block_length
 
-C, L = 24, 7
+C, L = 24, 5
 BACKENDS = [name for name in backends() if not refusal(name, 4, "cpu", [torch.float32])]
-LENGTHS = [1, 2, 3, L, "auto"]
+LENGTHS = [1, 3, L]
 
 
 class Attention(nn.Module):
@@ -41,7 +41,7 @@ class Network(nn.Module):
     def __init__(self, recompute=None, norms="given", **options):
         super().__init__()
         torch.manual_seed(1)
-        config = ConnectionConfig(**{"phi_std": 0.3, "alpha": 0.5} | options)
+        config = ConnectionConfig(**{"phi_std": 0.3, "alpha": 0.5, "iterations": 4} | options)
         self.stack = mhc.Stack(C, config, L, recompute)
         self.norms = nn.ModuleList(nn.RMSNorm(C) for _ in range(L))
         kinds = (
@@ -98,7 +98,7 @@ KINDS = {
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_same_bits(backend, kind, dtype):
     h = input_of(dtype)
-    for norms in ("given", "inside", "none"):
+    for norms in ("given", "inside"):
         plain = results(Network(None, norms, backend=backend, **KINDS[kind]).to(dtype), h)
         for length in LENGTHS:
             network = Network(length, norms, backend=backend, **KINDS[kind])
@@ -194,7 +194,7 @@ class Held:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_held(backend, kind):
     """The first streams of every block, once; no input of a branch, no normalised one."""
-    for length in (1, 2, 3, 7):
+    for length in (1, 2, 3, 5):
         network = Network(length, backend=backend, **KINDS[kind])
         held = Held(network)
         out = network(input_of().requires_grad_())
