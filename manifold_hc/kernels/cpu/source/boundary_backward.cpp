@@ -69,7 +69,7 @@ struct SliceSums {
 // Gradients of the projections of up to LANES tokens, into weights [rows, BLOCK], from those of
 // the coefficients, each [tokens, n or n*n] or null.
 template <class N>
-INLINE void coefficients_backward(N n, int rows, int count, const float* projected,
+APART void coefficients_backward(N n, int rows, int count, const float* projected,
                                   const float* alpha, const float* bias, const float* read,
                                   const float* dpre, const float* dpost, const float* dres,
                                   const Settings& settings, float* weights, Vec* iterates,
@@ -108,7 +108,7 @@ INLINE void coefficients_backward(N n, int rows, int count, const float* project
 
 // dpre[i] = <du, x[i]> and dres[o][i] += <link[o], x[i]> of one token; du or link may be null.
 template <class X, class N>
-INLINE void coefficient_gradients(N n, int64_t C, const X* x, const X* du, const X* link,
+APART void coefficient_gradients(N n, int64_t C, const X* x, const X* du, const X* link,
                                   float* dpre, float* dres) {
     if (!link) {
         if (du) dot_streams(n, C, du, x, dpre);

@@ -36,6 +36,8 @@ constexpr bool MULTIPLIES_PAIRS = false;
 constexpr int MAX_STREAMS = 16;
 
 #define INLINE inline __attribute__((always_inline))
+// For what is long, called seldom, and needed by several callers: it is compiled once.
+#define APART __attribute__((noinline))
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
