@@ -63,7 +63,7 @@ EPS = 1e-6
 def bench_boundaries(problem: Problem, backend: str, rounds: int) -> list[BoundaryRow]:
     """Every form, without and with the input norms; all take turns."""
     forms = [(form, norm) for norm in (False, True) for form in FORMS]
-    runs = [timed(_task(problem, backend, FORMS[form], norm)) for form, norm in forms]
+    runs = [timed(task(problem, backend, FORMS[form], norm)) for form, norm in forms]
     timings = measure(runs, [thread_counts(problem.device)] * len(runs), rounds)
     return [
         BoundaryRow(
@@ -156,7 +156,8 @@ def _first_read(x: Tensor) -> Tensor:
     return weights
 
 
-def _task(problem: Problem, backend: str, form: Form, norm: bool) -> Task:
+def task(problem: Problem, backend: str, form: Form, norm: bool) -> Task:
+    """A run of DEPTH sublayers in one form."""
     options = Options(backend, problem.numerics, norm)
     given = [problem.inputs(seed) for seed in range(DEPTH)]
     ones = torch.ones(problem.channels, device=problem.device)

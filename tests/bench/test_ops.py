@@ -4,8 +4,10 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
-from manifold_hc.bench import ops, peers
+from manifold_hc.bench import boundaries, ops, peers
+from manifold_hc.bench.problem import Problem
 from tests.cli.test_commands import mhc
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -157,3 +159,30 @@ def test_a_backend_that_refuses_is_named(capfd, monkeypatch):
     assert status == 0
     assert "backend slow: coefficients: backend slow wants a GPU" in out
     assert "manifold-hc, slow" not in out
+
+
+def test_runs_of_sublayers(capfd, tmp_path):
+    """Every form computes the same, but for single pass, whose forms agree with each other."""
+    file = tmp_path / "ops.json"
+    status, out, _ = mhc(capfd, *ONE, "--json", file)
+    assert status == 0
+    assert "fused boundary, with norms" in out
+    rows = json.loads(file.read_text())["ops"][0]["boundaries"]
+    assert {(row["form"], row["norm"]) for row in rows} == {
+        (form, norm) for form in boundaries.FORMS for norm in (False, True)
+    }
+    assert all(len(row["forward"]) == len(row["backward"]) == 3 for row in rows)
+    problem = Problem(tokens=17, channels=24)
+    for norm in (False, True):
+        found = {
+            form: boundaries.task(problem, "auto", run, norm).tensors()
+            for form, run in boundaries.FORMS.items()
+        }
+        for form, other in (
+            (boundaries.PAIRED, boundaries.SEPARATE),
+            (boundaries.FUSED, boundaries.SEPARATE),
+            (boundaries.SINGLE_FUSED, boundaries.SINGLE),
+        ):
+            for a, b in zip(found[form], found[other], strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+        assert not torch.allclose(found[boundaries.SINGLE][1], found[boundaries.SEPARATE][1])
