@@ -279,17 +279,19 @@ class ResidualMaps(nn.Module):
 def known_norm(norm: Branch, x: Tensor) -> InputNorm | None:
     """The norm as a kernel takes it, if it is one that a kernel knows.
 
-    That is an RMSNorm of torch's in x's own dtype, or a module that says so by `input_norm(dtype)`.
+    That is an RMSNorm of torch's over C, in x's own dtype and with an epsilon, or one that says so
+    by `input_norm(dtype)`.
     """
-    if not isinstance(norm, nn.RMSNorm) or norm._forward_hooks or norm._forward_pre_hooks:
+    if not isinstance(norm, nn.RMSNorm) or norm.normalized_shape != x.shape[-1:]:
+        return None
+    if norm._forward_hooks or norm._forward_pre_hooks:
         return None
     if callable(known := getattr(norm, "input_norm", None)):
         return cast(InputNorm, known(x.dtype))
     plain = type(norm) is nn.RMSNorm and not torch.is_autocast_enabled(x.device.type)
-    if not plain or norm.weight is None or norm.weight.dtype != x.dtype:
+    if not plain or norm.eps is None or norm.weight is None or norm.weight.dtype != x.dtype:
         return None
-    eps = torch.finfo(x.dtype).eps if norm.eps is None else norm.eps
-    return InputNorm(norm.weight.to(torch.promote_types(x.dtype, torch.float32)), eps)
+    return InputNorm(norm.weight.to(torch.promote_types(x.dtype, torch.float32)), norm.eps)
 
 
 class Connection(nn.Module):

@@ -55,7 +55,7 @@ def warmup(
     def branch(u: Tensor) -> Tensor:
         return u.to(branch_dtype or dtype)
 
-    norm = nn.RMSNorm(channels, device=device, dtype=dtype)
+    norm = nn.RMSNorm(channels, eps=1e-6, device=device, dtype=dtype)
     for training, norms in product((True, False), (None, [norm] * sublayers)):
         with torch.set_grad_enabled(training):
             h = torch.ones(TOKENS, channels, dtype=dtype, device=device, requires_grad=training)

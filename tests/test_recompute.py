@@ -43,7 +43,7 @@ class Network(nn.Module):
         torch.manual_seed(1)
         config = ConnectionConfig(**{"phi_std": 0.3, "alpha": 0.5, "iterations": 4} | options)
         self.stack = mhc.Stack(C, config, L, recompute)
-        self.norms = nn.ModuleList(nn.RMSNorm(C) for _ in range(L))
+        self.norms = nn.ModuleList(nn.RMSNorm(C, eps=1e-5) for _ in range(L))
         kinds = (
             lambda: nn.Sequential(nn.Linear(C, C), nn.SiLU(), nn.Dropout(0.2), nn.Linear(C, C)),
             Attention,

@@ -1,0 +1,88 @@
+"""Norms that are given to a stack: computed with the streams where a kernel knows them."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import manifold_hc as mhc
+from manifold_hc.connection import ConnectionConfig
+from manifold_hc.kernels import backends, refusal
+from manifold_hc.models.norm import RMSNorm
+
+C, L = 16, 3
+BACKENDS = [name for name in backends() if not refusal(name, 4, "cpu", [torch.float32])]
+
+NORMS = {
+    "torch's": lambda: nn.RMSNorm(C, eps=1e-5),
+    "the decoder's": lambda: RMSNorm(C, eps=1e-5),
+    "without an epsilon": lambda: nn.RMSNorm(C),
+    "without a weight": lambda: nn.RMSNorm(C, eps=1e-5, elementwise_affine=False),
+    "over tokens too": lambda: nn.RMSNorm((5, C), eps=1e-5),
+    "of another kind": lambda: nn.LayerNorm(C),
+    "a function": lambda: torch.tanh,
+}
+FUSED = ("torch's", "the decoder's")
+
+
+def network(kind, **options):
+    torch.manual_seed(0)
+    norms = [NORMS[kind]() for _ in range(L)]
+    for norm in norms:
+        if getattr(norm, "weight", None) is not None:
+            nn.init.normal_(norm.weight, 1, 0.3)
+    stack = mhc.Stack(C, ConnectionConfig(phi_std=0.3, alpha=0.5, **options), L)
+    return stack, [nn.Linear(C, C) for _ in range(L)], norms
+
+
+def gradients(stack, branches, norms, inside, dtype=torch.float32):
+    modules = [stack, *(m for m in (*branches, *norms) if isinstance(m, nn.Module))]
+    for module in modules:
+        module.to(dtype)
+        module.zero_grad()
+    torch.manual_seed(1)
+    h = torch.randn(2, 5, C).to(dtype).requires_grad_()
+    if inside:
+        out = stack(h, [lambda u, n=n, b=b: b(n(u)) for n, b in zip(norms, branches, strict=True)])
+    else:
+        out = stack(h, branches, norms)
+    out.float().square().sum().backward()
+    return [out, h.grad, *(p.grad for m in modules for p in m.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("single_pass", [False, True], ids=["standard", "single-pass"])
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_given_or_inside(backend, kind, single_pass):
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.06)):
+        built = network(kind, backend=backend, single_pass=single_pass)
+        pairs = [gradients(*built, inside, dtype) for inside in (False, True)]
+        for a, b in zip(*pairs, strict=True):
+            assert a.dtype == b.dtype
+            assert (a - b).float().norm() <= tolerance * b.float().norm() + 1e-6
+
+
+class Ran(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.fused = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ == "cpu_boundary":
+            self.fused.append(args[9] is not None)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="no CPU backend here")
+@pytest.mark.parametrize("kind", NORMS)
+def test_which_are_computed_with_the_streams(kind):
+    stack, branches, norms = network(kind, backend="cpu")
+    h = torch.randn(2, 5, C)
+    with Ran() as ran:
+        stack(h, branches, norms)
+    assert ran.fused == [kind in FUSED] * (L - 1)
+    if isinstance(norms[1], nn.Module):
+        norms[1].register_forward_hook(lambda *_: None)
+        with Ran() as ran:
+            stack(h, branches, norms)
+        assert ran.fused == [False, kind in FUSED]
