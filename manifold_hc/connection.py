@@ -270,7 +270,8 @@ class ResidualMaps(nn.Module):
     ) -> Reading:
         """Ones, as views of a single number, and the stream itself; no norm is computed with it."""
         x = source.write() if isinstance(source, Unwritten) else source
-        one = torch.ones((), dtype=torch.float32, device=x.device)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        one = torch.ones((), dtype=wide, device=x.device)
         batch = x.shape[:-2]
         weight, res = one.expand(*batch, 1), one.expand(*batch, 1, 1)
         return Reading(weight, weight, res, x.squeeze(-2), x, weight, None)
@@ -363,11 +364,15 @@ class Connection(nn.Module):
         reading = self.maps(x, input_norm)
         u = reading.u if norm is None or input_norm is not None else norm(reading.u)
         y = branch(u)
-        if y.shape != (wanted := (*streams.shape[:-2], self.channels)):
+        wanted = (*streams.shape[:-2], self.channels)
+        if not isinstance(y, Tensor) or y.shape != wanted:
+            returned = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise ShapeError(
-                f"Connection: the branch must return {list(wanted)} but returned "
-                f"{list(y.shape)}; a branch must keep the shape of its input"
+                f"Connection: the branch must return {list(wanted)} but returned {returned}; "
+                "a branch takes one tensor and keeps its shape"
             )
+        if y.dtype not in (streams.dtype, torch.float32, torch.bfloat16):
+            y = y.to(torch.promote_types(streams.dtype, torch.float32))
         unwritten = Unwritten(reading, y, self.config)
         return unwritten.write() if write else unwritten
 

@@ -206,7 +206,8 @@ def boundary(
     with `pre` [..., n] where that is given, the one that the sublayer before it has made: then it
     is DeepSeek-V4.1's single pass. input_norm: the RMS norm of what was read, computed with it.
 
-    Returns the written streams as the `x` of a Reading. The same bits as the separate functions.
+    Returns the written streams as the `x` of a Reading. The same bits as `write` and then
+    `coefficients_and_read`.
     Raises ShapeError, DtypeError, ConfigError, BackendError.
     """
     chosen = preset(numerics, norm_eps=norm_eps, hc_eps=hc_eps)
@@ -394,6 +395,8 @@ def _streams(operation: str, x: Tensor) -> tuple[int, int]:
             f"{operation}: x must be [..., n, C] but is {_shape(x)}; "
             "was expand() called after the embedding?"
         )
+    if not x.shape[-1]:
+        raise ShapeError(f"{operation}: x must have channels but is {_shape(x)}; C is at least 1")
     _check_real(operation, x=x)
     return x.shape[-2], x.shape[-1]
 
@@ -438,7 +441,7 @@ def _check_input_norm(weight: Tensor, eps: float, x: Tensor) -> None:
             f"but is {_shape(weight)}; one number a channel"
         )
     _check_wide("boundary", "the input norm's weight", weight, x.device)
-    if not 0 <= eps < math.inf:
+    if not isinstance(eps, float | int) or not 0 <= eps < math.inf:
         raise ConfigError(
             f"boundary: the input norm's eps must be finite and not negative but is {eps}"
         )

@@ -47,7 +47,7 @@ def load_deepseek(stack: Stack, tensors: Mapping[str, Tensor]) -> None:
         raise ConfigError(
             f"load_deepseek: the stack of {len(stack.connections)} sublayers has "
             f"{len(missing)} parameters that the tensors lack, {_named(missing[0])} first; "
-            "V4.1 has no hc_head: single_pass=True"
+            + ("V4.1 has no head: single_pass=True" if missing[0][0] < 0 else "two make a layer")
         )
     if extra := sorted(found.keys() - wanted.keys()):
         raise ConfigError(

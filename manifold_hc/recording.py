@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
 
 from manifold_hc import functional
 from manifold_hc.connection import Branch, Unwritten
@@ -43,12 +44,18 @@ class Block:
     """What every sublayer reads with."""
     norms: list[InputNorm | Branch | None] = field(default_factory=list)
     """What each input goes through, together with its streams or on its own."""
+    parameters: list[dict[str, Tensor]] = field(default_factory=list)
+    """The norms' own, as they were."""
+    versions: list[int] = field(default_factory=list)
+    """Of every y."""
 
     def rebuild(self) -> "Rebuilt":
         """All streams and inputs of the block, bit for bit."""
         with torch.no_grad():
             fused = [norm if isinstance(norm, InputNorm) else None for norm in self.norms]
             writes = self.writes[: len(self.reads) - 1]
+            for (y, _, _), version in zip(writes, self.versions, strict=False):
+                require_unchanged(y, version)
             streams, inputs = functional.rebuild(self.x, writes, self.reads, fused, self.backend)
         return Rebuilt(self, [self.x, *streams], inputs)
 
@@ -90,17 +97,30 @@ class Rebuilt:
             norm = self.block.norms[sublayer]
             assert isinstance(norm, nn.Module)
             with torch.no_grad(), self.block.autocast():
-                self.normalised = sublayer, norm(self.inputs[sublayer]).contiguous()
+                parameters = self.block.parameters[sublayer]
+                made = functional_call(norm, parameters, (self.inputs[sublayer],))
+                self.normalised = sublayer, made.contiguous()
         return self.normalised[1]
 
 
 class Slot:
     """Something saved: the tensor itself, or a handle as soon as it is known to be one."""
 
-    __slots__ = ("content",)
+    __slots__ = ("content", "version")
 
-    def __init__(self, content: Tensor | Handle) -> None:
+    def __init__(self, content: Tensor | Handle, version: int) -> None:
         self.content = content
+        self.version = version
+
+
+def require_unchanged(saved: Tensor, version: int) -> None:
+    """Raise RuntimeError, as autograd does where it keeps the tensor itself."""
+    if saved._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            f"operation: a {list(saved.shape)} tensor is at version {saved._version}; expected "
+            f"version {version} instead"
+        )
 
 
 class Known(NamedTuple):
@@ -140,6 +160,8 @@ class Recording:
         self._normalised: Tensor | None = None
         self._versions: dict[int, int] = {}
         """Of what branches were given, by its address."""
+        self._streams: Tensor | None = None
+        """Of the last sublayer."""
         self._rebuilt: Rebuilt | None = None
 
     def __enter__(self) -> None:
@@ -152,7 +174,7 @@ class Recording:
         self._hooks = None  # they hold this recording, which would hold them
         self._known.clear()
         self._unsettled.clear()
-        self._block = None
+        self._block = self._streams = None
 
     def norm(self, norm: Branch | None) -> Branch | None:
         """The norm, which keeps nothing: neither its own tensors nor its result."""
@@ -163,7 +185,8 @@ class Recording:
 
         def run(u: Tensor) -> Tensor:
             self._note(u)
-            made: Tensor = Forgetful.apply(u, norm, self._autocast, *norm.parameters())
+            own = dict(norm.named_parameters())
+            made: Tensor = Forgetful.apply(u, norm, self._autocast, tuple(own), *own.values())
             self._normalised = made
             return made
 
@@ -184,15 +207,23 @@ class Recording:
     def keep(self, unwritten: Unwritten, maps: nn.Module, norm: InputNorm | Branch | None) -> None:
         """Take over a sublayer: its streams and inputs become handles wherever they are saved."""
         reading = unwritten.reading
-        if self._block is None or len(self._block.reads) == self.length:
+        post, res = reading.post.detach(), reading.res.detach()
+        if unwritten.config.kind == "residual":  # which adds, whatever its maps say
+            post, res = torch.ones_like(post), torch.ones_like(res)
+        full = self._block is not None and len(self._block.reads) == self.length
+        if self._block is None or full or not self._is_written(reading, maps):
             self._block = Block(reading.x.detach(), unwritten.config.backend, self._autocast)
         block, sublayer = self._block, len(self._block.reads)
         block.reads.append(reading.weights.detach())
-        block.writes.append((unwritten.y.detach(), reading.post.detach(), reading.res.detach()))
+        block.writes.append((unwritten.y.detach(), post, res))
+        block.versions.append(unwritten.y._version)
+        self._streams = reading.x.detach()
         fused = None
         if isinstance(norm, InputNorm):
             norm = fused = norm._replace(weight=norm.weight.detach())
         block.norms.append(norm)
+        own = dict(norm.named_parameters()) if isinstance(norm, nn.Module) else {}
+        block.parameters.append({name: tensor.detach() for name, tensor in own.items()})
         if sublayer:
             self._versions[_address(reading.x)] = reading.x._version
             self._know(reading.x, block, sublayer, "streams")
@@ -209,6 +240,15 @@ class Recording:
         address = _address(reading.x)
         self._known = {address: self._known[address]} if sublayer and address in self._known else {}
 
+    def _is_written(self, reading: Reading, maps: nn.Module) -> bool:
+        """Whether the last write made these streams: a hook of the maps may have put others."""
+        if not _is_hooked(maps) or self._block is None or self._streams is None:
+            return True
+        before, write = self._streams, self._block.writes[-1]
+        weights, backend = self._block.reads[-1], self._block.backend
+        (made,), _ = functional.rebuild(before, [write], [weights] * 2, backend=backend)
+        return torch.equal(made, reading.x)
+
     def _know(self, tensor: Tensor, block: Block, sublayer: int, kind: Kind) -> None:
         address = _address(tensor)
         if address not in self._known and address in self._versions and tensor.is_contiguous():
@@ -222,7 +262,7 @@ class Recording:
 
     def _pack(self, saved: Tensor) -> Slot:
         # Detached: an operator that saves its output would hold itself by it.
-        slot = Slot(self._settled(saved.detach()))
+        slot = Slot(self._settled(saved.detach()), saved._version)
         if isinstance(slot.content, Tensor) and not isinstance(saved, nn.Parameter):
             self._unsettled.append(slot)
         return slot
@@ -230,6 +270,7 @@ class Recording:
     def _unpack(self, slot: Slot) -> Tensor:
         handle = slot.content
         if isinstance(handle, Tensor):
+            require_unchanged(handle, slot.version)
             return handle
         if self._rebuilt is None or self._rebuilt.block is not handle.block:
             self._rebuilt = None  # its memory is what the next block is rebuilt in
@@ -251,10 +292,15 @@ class Forgetful(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, u: Tensor, module: nn.Module, autocast: Autocast, *parameters: Tensor
+        ctx: Any,
+        u: Tensor,
+        module: nn.Module,
+        autocast: Autocast,
+        names: tuple[str, ...],
+        *parameters: Tensor,
     ) -> Tensor:
-        """u [..., C]; parameters: the module's own, for autograd to see them."""
-        ctx.module, ctx.autocast = module, autocast
+        """u [..., C]; parameters: the module's own, which may be other ones by then."""
+        ctx.module, ctx.autocast, ctx.names = module, autocast, names
         ctx.save_for_backward(u, *parameters)
         made: Tensor = module(u)
         return made
@@ -263,14 +309,22 @@ class Forgetful(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The module's own gradients."""
-        u, *parameters = ctx.saved_tensors
-        u = u.detach().requires_grad_()
+        needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
+        leaves = [
+            tensor.detach().requires_grad_(needs)
+            for tensor, needs in zip(ctx.saved_tensors, needed, strict=True)
+        ]
+        parameters = dict(zip(ctx.names, leaves[1:], strict=True))
         with torch.enable_grad(), ctx.autocast():
-            made = ctx.module(u)
-        wanted = [u, *(parameter for parameter in parameters if parameter.requires_grad)]
+            made = functional_call(ctx.module, parameters, (leaves[0],))
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
         found = iter(torch.autograd.grad(made, wanted, grad, allow_unused=True))
-        du = next(found)
-        return du, None, None, *(next(found) if p.requires_grad else None for p in parameters)
+        du, *rest = (next(found) if needs else None for needs in needed)
+        return du, None, None, None, *rest
+
+
+def _is_hooked(maps: nn.Module) -> bool:
+    return bool(maps._forward_hooks or nn.modules.module._global_forward_hooks)
 
 
 def _is_watched(module: nn.Module) -> bool:
@@ -280,7 +334,7 @@ def _is_watched(module: nn.Module) -> bool:
 
 def is_read(reading: Reading, norm: InputNorm | None, maps: nn.Module, backend: str) -> bool:
     """Whether u is what `weights` read: a hook of the maps may have replaced it."""
-    if not maps._forward_hooks and not nn.modules.module._global_forward_hooks:
+    if not _is_hooked(maps):
         return True
     _, (u,) = functional.rebuild(reading.x, [], [reading.weights], [norm], backend)
     return torch.equal(u, reading.u)

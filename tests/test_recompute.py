@@ -389,3 +389,117 @@ def test_norms_go_with_branches():
     stack = mhc.Stack(C, ConnectionConfig(), 2)
     with pytest.raises(ShapeError, match="norms must be 2, one per sublayer, but are 1"):
         stack(torch.randn(3, C), [torch.sin] * 2, [nn.RMSNorm(C)])
+
+
+def steps(stack, branch, between=lambda: None):
+    """Gradients of a small stack of one branch, `between` called before the backward pass."""
+    h = torch.linspace(-1, 1, 5 * C).view(5, C).requires_grad_()
+    out = stack(h, [branch] * L)
+    between()
+    out.square().sum().backward()
+    return [h.grad, *(p.grad for p in stack.parameters() if p.grad is not None)]
+
+
+def stack_of(length, **options):
+    torch.manual_seed(3)
+    return mhc.Stack(C, ConnectionConfig(**{"phi_std": 0.3, **options}), L, length)
+
+
+@pytest.mark.parametrize("length", [None, 2])
+def test_what_is_changed_after_it_was_saved_raises(length):
+    def late(u):
+        y = u * u.sin()
+        with torch.no_grad():
+            u.add_(1)
+        return y
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        steps(stack_of(length), late)
+    given = []
+
+    def kept(u):
+        given.append(u.sin())
+        return given[-1]
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        steps(stack_of(length), kept, lambda: given[1].detach().add_(1))
+    stack = stack_of(length)
+
+    def moved():
+        with torch.no_grad():
+            stack.connections[2].maps.phi.mul_(2)
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        steps(stack, torch.sin, moved)
+
+
+def test_a_residual_branch_output_that_changes_raises_where_it_would_be_used():
+    given = []
+
+    def kept(u):
+        given.append(u.sin())
+        return given[-1]
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        steps(stack_of(3, kind="residual"), kept, lambda: given[0].detach().add_(1))
+
+
+@pytest.mark.parametrize("kind", ["mhc", "single", "hc", "residual"])
+@pytest.mark.parametrize("part", ["pre", "post", "res", "x", "u"])
+def test_hooks_that_replace_anything(kind, part):
+    def changed(maps, arguments, reading):
+        return reading._replace(**{part: 1.5 * getattr(reading, part)})
+
+    found = []
+    for length in (None, L):
+        stack = stack_of(length, **KINDS[kind])
+        stack.connections[2].maps.register_forward_hook(changed)
+        found.append(steps(stack, torch.sin))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("kind", ["mhc", "residual"])
+def test_parameters_of_norms_that_are_lent(kind):
+    """By `functional_call`: in backward the module has its own again."""
+    found = []
+    for length in (None, 3):
+        network = Network(length, **KINDS[kind])
+        network.norms = nn.ModuleList(nn.LayerNorm(C) for _ in range(L))
+        names = [name for name, _ in network.named_parameters() if name.startswith("norms")]
+        lent = {name: torch.full((C,), 0.3, requires_grad=True) for name in names}
+        torch.manual_seed(2)
+        out = torch.func.functional_call(network, lent, (input_of(),))
+        found.append(torch.autograd.grad(out.square().sum(), list(lent.values())))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", ["mhc", "hc", "residual"])
+def test_branches_of_dtypes_that_no_kernel_takes(kind, dtype):
+    found = [
+        steps(stack_of(length, **KINDS[kind]), lambda u: u.to(dtype).sin()) for length in (None, 3)
+    ]
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("kind", ["mhc", "single", "hc", "residual"])
+def test_float64(kind):
+    """With norms that have no parameters."""
+    found = []
+    for length in (None, 3):
+        network = Network(length, **KINDS[kind]).double()
+        network.norms = nn.ModuleList(nn.LayerNorm(C, elementwise_affine=False) for _ in range(L))
+        found.append(results(network, input_of(torch.float64)))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["mhc", "hc", "pre"])
+def test_checkpoints_around_a_connection(backend, kind):
+    connection = mhc.Connection(C, ConnectionConfig(backend=backend, phi_std=0.3, **KINDS[kind]))
+    x, found = torch.randn(3, 4, C), []
+    for run in (connection, lambda *a: checkpoint(connection, *a, use_reentrant=False)):
+        leaf = x.clone().requires_grad_()
+        run(leaf, torch.sin).square().sum().backward()
+        found.append([leaf.grad])
+    assert_same(*found)

@@ -325,9 +325,10 @@ def _write(define: _Definer) -> None:
         ctx.save_for_backward(*((x, y, post, res) if link is None else (y, post)))
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if len(ctx.saved_tensors) == 2:
-            return (None, *differentiate_branch(grad, *ctx.saved_tensors), None, grad)
-        return (*differentiate(grad, *ctx.saved_tensors), None)
+        saved = ctx.saved_tensors  # once: checkpoints allow no more
+        if len(saved) == 2:
+            return (None, *differentiate_branch(grad, *saved), None, grad)
+        return (*differentiate(grad, *saved), None)
 
     define(
         "write",
