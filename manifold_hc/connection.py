@@ -369,7 +369,7 @@ class Connection(nn.Module):
             returned = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise ShapeError(
                 f"Connection: the branch must return {list(wanted)} but returned {returned}; "
-                "a branch takes one tensor and keeps its shape"
+                "a branch must keep the shape of its input, one tensor"
             )
         if y.dtype not in (streams.dtype, torch.float32, torch.bfloat16):
             y = y.to(torch.promote_types(streams.dtype, torch.float32))

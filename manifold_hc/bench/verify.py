@@ -80,6 +80,7 @@ def cases() -> list[Case]:
     found = [
         Case("read", _reading, functional.read, reference.read),
         Case("write", _writing, functional.write, reference.write),
+        _rebuilding(),
         Case("collapse", _x, functional.collapse, reference.collapse),
         Case("collapse, weighted", _reading, functional.collapse, reference.collapse),
         Case(
@@ -114,6 +115,14 @@ def cases() -> list[Case]:
         ]
         found += [_coefficients(constraint, name) for constraint in constraints.CONSTRAINTS]
     return found
+
+
+def _rebuilding() -> Case:
+    def run(x: Tensor, y: Tensor, post: Tensor, res: Tensor, *, backend: str) -> Any:
+        ((written,), inputs) = functional.rebuild(x, [(y, post, res)], [post, post], None, backend)
+        return written, *inputs
+
+    return Case("rebuild", _writing, run, partial(run, backend="reference"))
 
 
 def _boundary_case(numerics: str, single_pass: bool) -> Case:
