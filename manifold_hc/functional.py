@@ -5,7 +5,6 @@ float64, float32, bfloat16 or float16; coefficient parameters in float32 or floa
 not reach inside: the same inputs give the same answers with and without it.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,8 +12,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from manifold_hc import constraints, reference
-from manifold_hc.errors import ConfigError, DtypeError, ShapeError
+from manifold_hc import reference
+from manifold_hc.checks import (
+    check_coefficient,
+    check_input_norm,
+    check_iterations,
+    check_maps,
+    check_parameters,
+    check_real,
+    check_write,
+    shape_of,
+    streams_of,
+)
+from manifold_hc.errors import ConfigError, ShapeError
 from manifold_hc.kernels import pick
 from manifold_hc.numerics import preset
 from manifold_hc.reference import Coefficients
@@ -102,13 +112,13 @@ def sinkhorn(
     Raises ShapeError, DtypeError, or ConfigError for iterations < 1 or unknown numerics.
     """
     chosen = preset(numerics, hc_eps=hc_eps)
-    _check_iterations("sinkhorn", iterations)
+    check_iterations("sinkhorn", iterations)
     if logits.dim() < 2 or logits.shape[-1] != logits.shape[-2] or not logits.shape[-1]:
         raise ShapeError(
-            f"sinkhorn: logits must be [..., n, n] but are {_shape(logits)}; "
+            f"sinkhorn: logits must be [..., n, n] but are {shape_of(logits)}; "
             "unflatten the last dimension of a projection first"
         )
-    _check_real("sinkhorn", logits=logits)
+    check_real("sinkhorn", logits=logits)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     n = logits.shape[-1]
     result: Tensor = _run("sinkhorn", backend, n, [wide], wide, iterations, chosen)
@@ -141,7 +151,7 @@ def coefficients(
     ConfigError, BackendError.
     """
     chosen = preset(numerics, norm_eps=norm_eps, hc_eps=hc_eps)
-    n = _check_maps("coefficients", x, phi, alpha, bias, iterations, constraint)
+    n = check_maps("coefficients", x, phi, alpha, bias, iterations, constraint)
     result: Coefficients = _run(
         *("coefficients", backend, n, _given(x, phi, alpha, bias)),
         *(x, phi, alpha, bias, iterations, constraint, chosen),
@@ -170,7 +180,7 @@ def coefficients_and_read(
     learn_res: whether `res` has a gradient.
     """
     chosen = preset(numerics, norm_eps=norm_eps, hc_eps=hc_eps)
-    n = _check_maps("coefficients_and_read", x, phi, alpha, bias, iterations, constraint)
+    n = check_maps("coefficients_and_read", x, phi, alpha, bias, iterations, constraint)
     pre, post, res, u, stand_in = _run(
         *("coefficients_and_read", backend, n, _given(x, phi, alpha, bias)),
         *(x, phi, alpha, bias, iterations, constraint, chosen, learn_res),
@@ -211,13 +221,13 @@ def boundary(
     Raises ShapeError, DtypeError, ConfigError, BackendError.
     """
     chosen = preset(numerics, norm_eps=norm_eps, hc_eps=hc_eps)
-    n = _check_maps("boundary", x, phi, alpha, bias, iterations, constraint)
-    _check_write("boundary", x, y, post, res)
+    n = check_maps("boundary", x, phi, alpha, bias, iterations, constraint)
+    check_write("boundary", x, y, post, res)
     weight, eps = (None, 0.0) if input_norm is None else input_norm
     if pre is not None:
-        _check_coefficient("boundary", "pre", pre, x, (n,))
+        check_coefficient("boundary", "pre", pre, x, (n,))
     if weight is not None:
-        _check_input_norm(weight, eps, x)
+        check_input_norm(weight, eps, x)
     given = _given(x, phi, alpha, bias, y, post, res, pre, weight)
     arguments = (x, y, post, res, pre, phi, alpha, bias, weight, eps)
     written, new_pre, new_post, new_res, u, stand_in = _run(
@@ -258,8 +268,8 @@ def hc_coefficients(
     Returns (pre [..., n], post [..., n], res [..., o, i]) in float32, or float64 where an input is.
     Raises ShapeError, DtypeError, ConfigError, BackendError.
     """
-    n, channels = _streams("hc_coefficients", x)
-    _check_parameters("hc_coefficients", x, phi, alpha, bias, (2 + n, channels), 2 * n + n * n, 3)
+    n, channels = streams_of("hc_coefficients", x)
+    check_parameters("hc_coefficients", x, phi, alpha, bias, (2 + n, channels), 2 * n + n * n, 3)
     given = _given(x, phi, alpha, bias)
     result: Coefficients = _run("hc_coefficients", backend, n, given, x, phi, alpha, bias, norm_eps)
     return result
@@ -282,8 +292,8 @@ def exit_coefficients(
     Raises ShapeError, DtypeError, ConfigError, BackendError.
     """
     chosen = preset(numerics, norm_eps=norm_eps, hc_eps=hc_eps)
-    n, channels = _streams("exit_coefficients", x)
-    _check_parameters("exit_coefficients", x, phi, alpha, bias, (n, n * channels), n, 1)
+    n, channels = streams_of("exit_coefficients", x)
+    check_parameters("exit_coefficients", x, phi, alpha, bias, (n, n * channels), n, 1)
     given = _given(x, phi, alpha, bias)
     result: Tensor = _run("exit_coefficients", backend, n, given, x, phi, alpha, bias, chosen)
     return result
@@ -296,8 +306,8 @@ def read(
 
     Raises ShapeError, DtypeError, BackendError.
     """
-    n, _ = _streams("read", x)
-    _check_coefficient("read", "pre", pre, x, (n,))
+    n, _ = streams_of("read", x)
+    check_coefficient("read", "pre", pre, x, (n,))
     result: Tensor = _run("read", backend, n, [x, pre], x, pre)
     return result
 
@@ -316,7 +326,7 @@ def write(
     link: from the `coefficients_and_read` of the same x and res.
     Raises ShapeError, DtypeError, BackendError.
     """
-    n = _check_write("write", x, y, post, res)
+    n = check_write("write", x, y, post, res)
     result: Tensor = _run(
         "write", backend, n, [x, y, post, res], x, y, post, res, _stand_in(link, x, res)
     )
@@ -338,16 +348,16 @@ def rebuild(
     and `boundary` make. It has no derivative.
     Raises ShapeError, DtypeError, BackendError.
     """
-    n, _ = _streams("rebuild", x)
+    n, _ = streams_of("rebuild", x)
     if len(reads) != len(writes) + 1:
         raise ShapeError(
             f"rebuild: reads must be {len(writes) + 1}, one more than the writes, "
             f"but are {len(reads)}; what the last sublayer writes is the next block's"
         )
     for y, post, res in writes:
-        _check_write("rebuild", x, y, post, res)
+        check_write("rebuild", x, y, post, res)
     for pre in reads:
-        _check_coefficient("rebuild", "pre", pre, x, (n,))
+        check_coefficient("rebuild", "pre", pre, x, (n,))
     if norms is not None and len(norms) != len(reads):
         raise ShapeError(f"rebuild: norms must be {len(reads)}, one a read, but are {len(norms)}")
     pairs = [(None, 0.0) if norm is None else norm for norm in norms or [None] * len(reads)]
@@ -367,9 +377,9 @@ def collapse(
 
     Raises ShapeError, DtypeError, BackendError.
     """
-    n, _ = _streams("collapse", x)
+    n, _ = streams_of("collapse", x)
     if weights is not None:
-        _check_coefficient("collapse", "weights", weights, x, (n,))
+        check_coefficient("collapse", "weights", weights, x, (n,))
     result: Tensor = _run("collapse", backend, n, _given(x, weights), x, weights)
     return result
 
@@ -386,139 +396,3 @@ def _run(operator: str, backend: str, n: int, tensors: Sequence[Tensor], *argume
         with torch.autocast(device.type, enabled=False):
             return function(*arguments)
     return function(*arguments)
-
-
-def _streams(operation: str, x: Tensor) -> tuple[int, int]:
-    """n and C of the streams, checked."""
-    if x.dim() < 2 or not x.shape[-2]:
-        raise ShapeError(
-            f"{operation}: x must be [..., n, C] but is {_shape(x)}; "
-            "was expand() called after the embedding?"
-        )
-    if not x.shape[-1]:
-        raise ShapeError(f"{operation}: x must have channels but is {_shape(x)}; C is at least 1")
-    _check_real(operation, x=x)
-    return x.shape[-2], x.shape[-1]
-
-
-def _check_maps(
-    operation: str,
-    x: Tensor,
-    phi: Tensor | None,
-    alpha: Tensor | None,
-    bias: Tensor,
-    iterations: int,
-    constraint: str,
-) -> int:
-    """The arguments of mHC's coefficients; returns n."""
-    _check_iterations(operation, iterations)
-    n, channels = _streams(operation, x)
-    rows = 2 * n + constraints.constraint(constraint, n).size(n)
-    _check_parameters(operation, x, phi, alpha, bias, (rows, n * channels), rows, 3)
-    return n
-
-
-def _check_write(operation: str, x: Tensor, y: Tensor, post: Tensor, res: Tensor) -> int:
-    """The arguments of a write; returns n."""
-    n, channels = _streams(operation, x)
-    wanted = (*x.shape[:-2], channels)
-    if y.shape != wanted:
-        raise ShapeError(
-            f"{operation}: y must be {list(wanted)} for x {_shape(x)} but is {_shape(y)}; "
-            "a branch must keep the shape of its input"
-        )
-    _check_real(operation, y=y)
-    _check_device(operation, "y", y, x.device)
-    _check_coefficient(operation, "post", post, x, (n,))
-    _check_coefficient(operation, "res", res, x, (n, n))
-    return n
-
-
-def _check_input_norm(weight: Tensor, eps: float, x: Tensor) -> None:
-    if weight.shape != x.shape[-1:]:
-        raise ShapeError(
-            f"boundary: the input norm's weight must be {[x.shape[-1]]} for x {_shape(x)} "
-            f"but is {_shape(weight)}; one number a channel"
-        )
-    _check_wide("boundary", "the input norm's weight", weight, x.device)
-    if not isinstance(eps, float | int) or not 0 <= eps < math.inf:
-        raise ConfigError(
-            f"boundary: the input norm's eps must be finite and not negative but is {eps}"
-        )
-
-
-def _check_iterations(operation: str, iterations: int) -> None:
-    if not isinstance(iterations, int) or iterations < 1:
-        raise ConfigError(
-            f"{operation}: iterations must be a whole number from 1 but is {iterations}"
-        )
-
-
-def _check_real(operation: str, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if not tensor.dtype.is_floating_point:
-            raise DtypeError(
-                f"{operation}: {name} must be a real floating-point tensor but is {tensor.dtype}; "
-                "convert it first"
-            )
-
-
-def _check_wide(operation: str, name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.dtype not in (torch.float32, torch.float64):
-        raise DtypeError(
-            f"{operation}: {name} must be float32 or float64 but is {tensor.dtype}; "
-            "keep coefficients out of .to(bfloat16), as mhc.Connection does"
-        )
-    _check_device(operation, name, tensor, device)
-
-
-def _check_device(operation: str, name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ShapeError(
-            f"{operation}: {name} must be on {device} like x but is on {tensor.device}; "
-            "move both to one device"
-        )
-
-
-def _check_parameters(
-    operation: str,
-    x: Tensor,
-    phi: Tensor | None,
-    alpha: Tensor | None,
-    bias: Tensor,
-    phi_shape: tuple[int, int],
-    bias_size: int,
-    gates: int,
-) -> None:
-    if (phi is None) != (alpha is None):
-        raise ShapeError(f"{operation}: phi and alpha go together; give both, or None for both")
-    wanted = {"phi": (phi, phi_shape), "alpha": (alpha, (gates,)), "bias": (bias, (bias_size,))}
-    for name, (tensor, shape) in wanted.items():
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ShapeError(
-                f"{operation}: {name} must be {list(shape)} for these streams "
-                f"but is {_shape(tensor)}; rows are pre | post | res"
-            )
-        _check_wide(operation, name, tensor, x.device)
-
-
-def _check_coefficient(
-    operation: str, name: str, tensor: Tensor, x: Tensor, own: tuple[int, ...]
-) -> None:
-    """[*leading, *own], the leading shape that of x or broadcasting to it."""
-    leading, wanted = tensor.shape[: tensor.dim() - len(own)], x.shape[:-2]
-    fits = len(leading) <= len(wanted) and all(
-        a in (1, b) for a, b in zip(reversed(leading), reversed(wanted), strict=False)
-    )
-    if tensor.shape[len(leading) :] != own or tensor.dim() < len(own) or not fits:
-        raise ShapeError(
-            f"{operation}: {name} must be {[*wanted, *own]} for x {_shape(x)} "
-            f"but is {_shape(tensor)}; coefficients come from the same x"
-        )
-    _check_wide(operation, name, tensor, x.device)
-
-
-def _shape(tensor: Tensor) -> list[int]:
-    return list(tensor.shape)

@@ -1,0 +1,145 @@
+"""Arguments of the functions, checked before any work: operation, wanted, got, repair."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from manifold_hc import constraints
+from manifold_hc.errors import ConfigError, DtypeError, ShapeError
+
+
+def streams_of(operation: str, x: Tensor) -> tuple[int, int]:
+    """n and C of the streams, checked."""
+    if x.dim() < 2 or not x.shape[-2]:
+        raise ShapeError(
+            f"{operation}: x must be [..., n, C] but is {shape_of(x)}; "
+            "was expand() called after the embedding?"
+        )
+    if not x.shape[-1]:
+        raise ShapeError(f"{operation}: x must have channels but is {shape_of(x)}; C is at least 1")
+    check_real(operation, x=x)
+    return x.shape[-2], x.shape[-1]
+
+
+def check_maps(
+    operation: str,
+    x: Tensor,
+    phi: Tensor | None,
+    alpha: Tensor | None,
+    bias: Tensor,
+    iterations: int,
+    constraint: str,
+) -> int:
+    """The arguments of mHC's coefficients; returns n."""
+    check_iterations(operation, iterations)
+    n, channels = streams_of(operation, x)
+    rows = 2 * n + constraints.constraint(constraint, n).size(n)
+    check_parameters(operation, x, phi, alpha, bias, (rows, n * channels), rows, 3)
+    return n
+
+
+def check_write(operation: str, x: Tensor, y: Tensor, post: Tensor, res: Tensor) -> int:
+    """The arguments of a write; returns n."""
+    n, channels = streams_of(operation, x)
+    wanted = (*x.shape[:-2], channels)
+    if y.shape != wanted:
+        raise ShapeError(
+            f"{operation}: y must be {list(wanted)} for x {shape_of(x)} but is {shape_of(y)}; "
+            "a branch must keep the shape of its input"
+        )
+    check_real(operation, y=y)
+    check_device(operation, "y", y, x.device)
+    check_coefficient(operation, "post", post, x, (n,))
+    check_coefficient(operation, "res", res, x, (n, n))
+    return n
+
+
+def check_input_norm(weight: Tensor, eps: float, x: Tensor) -> None:
+    if weight.shape != x.shape[-1:]:
+        raise ShapeError(
+            f"boundary: the input norm's weight must be {[x.shape[-1]]} for x {shape_of(x)} "
+            f"but is {shape_of(weight)}; one number a channel"
+        )
+    check_wide("boundary", "the input norm's weight", weight, x.device)
+    if not isinstance(eps, float | int) or not 0 <= eps < math.inf:
+        raise ConfigError(
+            f"boundary: the input norm's eps must be finite and not negative but is {eps}"
+        )
+
+
+def check_iterations(operation: str, iterations: int) -> None:
+    if not isinstance(iterations, int) or iterations < 1:
+        raise ConfigError(
+            f"{operation}: iterations must be a whole number from 1 but is {iterations}"
+        )
+
+
+def check_real(operation: str, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.dtype.is_floating_point:
+            raise DtypeError(
+                f"{operation}: {name} must be a real floating-point tensor but is {tensor.dtype}; "
+                "convert it first"
+            )
+
+
+def check_wide(operation: str, name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise DtypeError(
+            f"{operation}: {name} must be float32 or float64 but is {tensor.dtype}; "
+            "keep coefficients out of .to(bfloat16), as mhc.Connection does"
+        )
+    check_device(operation, name, tensor, device)
+
+
+def check_device(operation: str, name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ShapeError(
+            f"{operation}: {name} must be on {device} like x but is on {tensor.device}; "
+            "move both to one device"
+        )
+
+
+def check_parameters(
+    operation: str,
+    x: Tensor,
+    phi: Tensor | None,
+    alpha: Tensor | None,
+    bias: Tensor,
+    phi_shape: tuple[int, int],
+    bias_size: int,
+    gates: int,
+) -> None:
+    if (phi is None) != (alpha is None):
+        raise ShapeError(f"{operation}: phi and alpha go together; give both, or None for both")
+    wanted = {"phi": (phi, phi_shape), "alpha": (alpha, (gates,)), "bias": (bias, (bias_size,))}
+    for name, (tensor, shape) in wanted.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ShapeError(
+                f"{operation}: {name} must be {list(shape)} for these streams "
+                f"but is {shape_of(tensor)}; rows are pre | post | res"
+            )
+        check_wide(operation, name, tensor, x.device)
+
+
+def check_coefficient(
+    operation: str, name: str, tensor: Tensor, x: Tensor, own: tuple[int, ...]
+) -> None:
+    """[*leading, *own], the leading shape that of x or broadcasting to it."""
+    leading, wanted = tensor.shape[: tensor.dim() - len(own)], x.shape[:-2]
+    fits = len(leading) <= len(wanted) and all(
+        a in (1, b) for a, b in zip(reversed(leading), reversed(wanted), strict=False)
+    )
+    if tensor.shape[len(leading) :] != own or tensor.dim() < len(own) or not fits:
+        raise ShapeError(
+            f"{operation}: {name} must be {[*wanted, *own]} for x {shape_of(x)} "
+            f"but is {shape_of(tensor)}; coefficients come from the same x"
+        )
+    check_wide(operation, name, tensor, x.device)
+
+
+def shape_of(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
