@@ -22,8 +22,8 @@ help:  ## list the targets
 demo: .venv/ready  ## train residual, HC and mHC on Python's own documentation, make a page
 	$(BIN)/mhc compare --out runs/demo $(ARGS)
 
-test: .venv/ready-to-develop  ## run the tests
-	$(BIN)/pytest $(if $(TEST_DATA),--test-data=$(TEST_DATA)) $(ARGS)
+test: .venv/ready-to-develop  ## run the tests, on up to eight processors
+	$(BIN)/pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal $(if $(TEST_DATA),--test-data=$(TEST_DATA)) $(ARGS)
 
 kernels: .venv/ready-to-develop  ## compile every GPU kernel for every target: some minutes
 	$(BIN)/pytest tests/kernels/test_triton_compiles.py --every-kernel $(ARGS)

@@ -55,16 +55,16 @@ def check_write(operation: str, x: Tensor, y: Tensor, post: Tensor, res: Tensor)
     return n
 
 
-def check_input_norm(weight: Tensor, eps: float, x: Tensor) -> None:
+def check_input_norm(operation: str, weight: Tensor, eps: float, x: Tensor) -> None:
     if weight.shape != x.shape[-1:]:
         raise ShapeError(
-            f"boundary: the input norm's weight must be {[x.shape[-1]]} for x {shape_of(x)} "
+            f"{operation}: the input norm's weight must be {[x.shape[-1]]} for x {shape_of(x)} "
             f"but is {shape_of(weight)}; one number a channel"
         )
-    check_wide("boundary", "the input norm's weight", weight, x.device)
+    check_wide(operation, "the input norm's weight", weight, x.device)
     if not isinstance(eps, float | int) or not 0 <= eps < math.inf:
         raise ConfigError(
-            f"boundary: the input norm's eps must be finite and not negative but is {eps}"
+            f"{operation}: the input norm's eps must be finite and not negative but is {eps}"
         )
 
 

@@ -10,10 +10,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from manifold_hc import constraints, functional
+from manifold_hc.autocast import is_autocast
 from manifold_hc.constraints import ConstraintName
 from manifold_hc.errors import ConfigError, ShapeError, require_at_least_one, require_number
 from manifold_hc.functional import InputNorm, Reading
 from manifold_hc.kernels import backends
+from manifold_hc.kernels.fusion import is_fused
 from manifold_hc.kernels.operators import FUSED_CONSTRAINTS
 from manifold_hc.numerics import PRESETS, NumericsName, preset
 
@@ -88,6 +90,17 @@ class ConnectionConfig:
         return 1 if self.kind == "residual" else self.streams
 
     @property
+    def mixing(self) -> ConstraintName:
+        """The constraint, or the identity where res is disabled."""
+        return "identity" if "res" in self.disable else self.constraint
+
+    @property
+    def is_one_pass(self) -> bool:
+        """Whether one operator makes a token's coefficients and reads with them."""
+        fused = self.dynamic and self.mixing in FUSED_CONSTRAINTS
+        return self.kind == "mhc" and fused and "pre" not in self.disable
+
+    @property
     def exit(self) -> Literal["mean", "sum", "learned", "pre"]:
         """How the streams become one after the last sublayer; "pre": weighted by its pre."""
         if self.single_pass:
@@ -138,6 +151,13 @@ class Unwritten(NamedTuple):
         )
 
 
+def crosses(source: Unwritten, config: ConnectionConfig) -> bool:
+    """Whether the streams are written together with the coefficients of the next connection."""
+    x = source.reading.x
+    size = (x.device.type, x.dtype, config.n, x.shape[-1], config.single_pass)
+    return config.is_one_pass and is_fused(*size)
+
+
 class Maps(WideModule):
     """The learned maps of one connection: streams, written or not -> `functional.Reading`.
 
@@ -154,7 +174,7 @@ class Maps(WideModule):
         self.config = config
         self.learn_res = learn_res
         n = config.n
-        initial = _hc_bias(n, sublayer) if config.kind == "hc" else _mhc_bias(n, self._constraint)
+        initial = _hc_bias(n, sublayer) if config.kind == "hc" else _mhc_bias(n, config.mixing)
         self.bias = nn.Parameter(initial.to(_wide()))
         if config.dynamic:
             shape = (2 + n, channels) if config.kind == "hc" else (len(initial), n * channels)
@@ -164,17 +184,6 @@ class Maps(WideModule):
         else:
             self.register_parameter("phi", None)
             self.register_parameter("alpha", None)
-
-    @property
-    def crosses(self) -> bool:
-        """Whether it makes unwritten streams together with their coefficients."""
-        config = self.config
-        fused = config.dynamic and self._constraint in FUSED_CONSTRAINTS
-        return config.kind == "mhc" and fused and "pre" not in config.disable
-
-    @property
-    def _constraint(self) -> str:
-        return "identity" if "res" in self.config.disable else self.config.constraint
 
     def forward(
         self,
@@ -186,12 +195,12 @@ class Maps(WideModule):
         The norm of what was read is computed with it, if the streams are `Unwritten`.
         """
         config = self.config
-        if self.crosses and isinstance(source, Unwritten):
+        if isinstance(source, Unwritten) and crosses(source, config):
             return self._without_disabled(self._boundary(source, input_norm))
-        if self.crosses and not config.single_pass:
-            made = self._mhc(functional.coefficients_and_read, source, learn_res=self.learn_res)
-            return self._without_disabled(made)
         x = source.write() if isinstance(source, Unwritten) else source
+        if config.is_one_pass and not config.single_pass:
+            made = self._mhc(functional.coefficients_and_read, x, learn_res=self.learn_res)
+            return self._without_disabled(made)
         if config.kind == "hc":
             pre, post, res = functional.hc_coefficients(
                 x,
@@ -234,7 +243,7 @@ class Maps(WideModule):
             self.alpha,
             self.bias,
             iterations=config.iterations,
-            constraint=self._constraint,
+            constraint=config.mixing,
             numerics=config.numerics,
             norm_eps=config.norm_eps,
             hc_eps=config.hc_eps,
@@ -261,8 +270,6 @@ def first_read(pre: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
 class ResidualMaps(nn.Module):
     """The maps of a plain residual connection: one stream, every coefficient 1."""
 
-    crosses = False
-
     def forward(
         self,
         source: Float[Tensor, "*batch 1 C"] | Unwritten,
@@ -277,19 +284,36 @@ class ResidualMaps(nn.Module):
         return Reading(weight, weight, res, x.squeeze(-2), x, weight, None)
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks see it run, its own or those on all modules."""
+    everywhere = nn.modules.module
+    return any(
+        (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+            everywhere._global_forward_hooks,
+            everywhere._global_forward_pre_hooks,
+            everywhere._global_backward_hooks,
+            everywhere._global_backward_pre_hooks,
+        )
+    )
+
+
 def known_norm(norm: Branch, x: Tensor) -> InputNorm | None:
     """The norm as a kernel takes it, if it is one that a kernel knows.
 
     That is an RMSNorm of torch's over C, in x's own dtype and with an epsilon, or one that says so
-    by `input_norm(dtype)`.
+    by `input_norm(dtype)`; and nobody watches it run.
     """
     if not isinstance(norm, nn.RMSNorm) or norm.normalized_shape != x.shape[-1:]:
         return None
-    if norm._forward_hooks or norm._forward_pre_hooks:
+    if is_watched(norm):
         return None
     if callable(known := getattr(norm, "input_norm", None)):
         return cast(InputNorm, known(x.dtype))
-    plain = type(norm) is nn.RMSNorm and not torch.is_autocast_enabled(x.device.type)
+    plain = type(norm) is nn.RMSNorm and not is_autocast(x.device.type)
     if not plain or norm.eps is None or norm.weight is None or norm.weight.dtype != x.dtype:
         return None
     return InputNorm(norm.weight.to(torch.promote_types(x.dtype, torch.float32)), norm.eps)
@@ -378,7 +402,7 @@ class Connection(nn.Module):
 
     def fused(self, x: Tensor | Unwritten, norm: Branch | None) -> InputNorm | None:
         """The norm as it is computed with the streams, if it is."""
-        if norm is None or not isinstance(x, Unwritten) or not self.maps.crosses:
+        if norm is None or not isinstance(x, Unwritten) or not crosses(x, self.config):
             return None
         return known_norm(norm, x.reading.x)
 

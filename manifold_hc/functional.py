@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from manifold_hc import reference
+from manifold_hc.autocast import is_autocast
 from manifold_hc.checks import (
     check_coefficient,
     check_input_norm,
@@ -66,6 +67,7 @@ class Reading(NamedTuple):
     post: Float[Tensor, "*batch n"]
     res: Float[Tensor, "*batch o i"]
     u: Float[Tensor, "*batch C"]
+    """What was read, after `input_norm` where that was given."""
     x: Float[Tensor, "*batch n C"]
     """The streams themselves."""
     weights: Float[Tensor, "*batch n"]
@@ -227,7 +229,7 @@ def boundary(
     if pre is not None:
         check_coefficient("boundary", "pre", pre, x, (n,))
     if weight is not None:
-        check_input_norm(weight, eps, x)
+        check_input_norm("boundary", weight, eps, x)
     given = _given(x, phi, alpha, bias, y, post, res, pre, weight)
     arguments = (x, y, post, res, pre, phi, alpha, bias, weight, eps)
     written, new_pre, new_post, new_res, u, stand_in = _run(
@@ -361,6 +363,9 @@ def rebuild(
     if norms is not None and len(norms) != len(reads):
         raise ShapeError(f"rebuild: norms must be {len(reads)}, one a read, but are {len(norms)}")
     pairs = [(None, 0.0) if norm is None else norm for norm in norms or [None] * len(reads)]
+    for weight, eps in pairs:
+        if weight is not None:
+            check_input_norm("rebuild", weight, eps, x)
     weights = _given(*(weight for weight, _ in pairs))
     given = [x, *(tensor for write in writes for tensor in write), *reads, *weights]
     with torch.no_grad():
@@ -391,8 +396,8 @@ def _given(*tensors: Tensor | None) -> list[Tensor]:
 def _run(operator: str, backend: str, n: int, tensors: Sequence[Tensor], *arguments: Any) -> Any:
     """`tensors`: what decides which backend serves, the streams first."""
     function = pick(operator, backend, n, tensors)
-    device = tensors[0].device
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        with torch.autocast(device.type, enabled=False):
+    device = tensors[0].device.type
+    if is_autocast(device):
+        with torch.autocast(device, enabled=False):
             return function(*arguments)
     return function(*arguments)

@@ -17,10 +17,10 @@ OURS = {"fn": "phi", "base": "bias", "scale": "alpha"}
 SUBLAYERS = {"attn": 0, "ffn": 1}
 
 SUBLAYER = re.compile(
-    r"(?:.*\.)?layers\.(?P<layer>\d+)\."
+    r"(?:model\.)?layers\.(?P<layer>\d+)\."
     r"(?:hc_(?P<a>attn|ffn)_(?P<b>fn|base|scale)|(?P<c>attn|ffn)_hc\.(?P<d>fn|base|scale))"
 )
-HEAD = re.compile(r"(?:.*\.)?hc_head(?:_|\.hc_)(?P<name>fn|base|scale)")
+HEAD = re.compile(r"(?:model\.)?hc_head(?:_|\.hc_)(?P<name>fn|base|scale)")
 
 
 def load_deepseek(stack: Stack, tensors: Mapping[str, Tensor]) -> None:
@@ -28,8 +28,9 @@ def load_deepseek(stack: Stack, tensors: Mapping[str, Tensor]) -> None:
 
     tensors: a checkpoint, or the part of it that holds `layers.N.hc_attn_fn`, `_base`, `_scale` and
     `hc_ffn_*`, and for V4 the exit's `hc_head_*`; transformers' names (`layers.N.attn_hc.fn`,
-    `hc_head.hc_fn`) do as well, and everything else is left alone. The stack has two sublayers a
-    layer and numerics="deepseek_v4"; V4.1, which has no exit of its own, is single_pass.
+    `hc_head.hc_fn`) do as well, and everything else is left alone, multi-token prediction (`mtp.*`)
+    too. The stack has two sublayers a layer and numerics="deepseek_v4"; V4.1, which has no exit of
+    its own, is single_pass.
 
     Raises ConfigError for another kind of stack and for tensors that are missing or left over,
     ShapeError for shapes that do not fit; the stack is as it was then.

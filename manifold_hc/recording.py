@@ -9,6 +9,7 @@ Whoever saves such a tensor, operators and branches alike, is given a handle by 
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -20,12 +21,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
 from manifold_hc import functional
-from manifold_hc.connection import Branch, Unwritten
+from manifold_hc.connection import Branch, Connection, Unwritten, is_watched
 from manifold_hc.functional import InputNorm, Reading
 
 Kind = Literal["streams", "input", "normalised"]
 
-Autocast = Callable[[], torch.autocast]
+Autocast = Callable[[], AbstractContextManager[Any]]
 """Autocast as the forward pass had it."""
 
 
@@ -35,6 +36,8 @@ class Block:
 
     x: Tensor
     """The first streams."""
+    version: int
+    """Of x."""
     backend: str
     autocast: Autocast
     """For the norms."""
@@ -54,6 +57,7 @@ class Block:
         with torch.no_grad():
             fused = [norm if isinstance(norm, InputNorm) else None for norm in self.norms]
             writes = self.writes[: len(self.reads) - 1]
+            require_unchanged(self.x, self.version)
             for (y, _, _), version in zip(writes, self.versions, strict=False):
                 require_unchanged(y, version)
             streams, inputs = functional.rebuild(self.x, writes, self.reads, fused, self.backend)
@@ -147,12 +151,14 @@ class Recording:
         """length: sublayers a block; device: the type of the streams' device."""
         self.length = length
         self._hooks: saved_tensors_hooks | None = None
-        self._autocast = partial(
-            torch.autocast,
-            device,
-            dtype=torch.get_autocast_dtype(device),
-            enabled=torch.is_autocast_enabled(device),
-        )
+        self._autocast: Autocast = nullcontext
+        if torch.amp.is_autocast_available(device):
+            self._autocast = partial(
+                torch.autocast,
+                device,
+                dtype=torch.get_autocast_dtype(device),
+                enabled=torch.is_autocast_enabled(device),
+            )
         self._block: Block | None = None
         self._known: dict[int, Known] = {}
         """By the address of their memory, which they hold."""
@@ -177,10 +183,10 @@ class Recording:
         self._block = self._streams = None
 
     def norm(self, norm: Branch | None) -> Branch | None:
-        """The norm, which keeps nothing: neither its own tensors nor its result."""
+        """The norm, and if it may run again one that keeps neither its tensors nor its result."""
         if norm is None:
             return None
-        if not isinstance(norm, nn.Module) or _is_watched(norm):
+        if not isinstance(norm, nn.Module) or not may_run_again(norm):
             return self.branch(norm)
 
         def run(u: Tensor) -> Tensor:
@@ -204,15 +210,19 @@ class Recording:
     def _note(self, given: Tensor) -> None:
         self._versions[_address(given)] = given._version
 
-    def keep(self, unwritten: Unwritten, maps: nn.Module, norm: InputNorm | Branch | None) -> None:
+    def keep(
+        self, unwritten: Unwritten, connection: Connection, norm: InputNorm | Branch | None
+    ) -> None:
         """Take over a sublayer: its streams and inputs become handles wherever they are saved."""
         reading = unwritten.reading
+        hooked = is_watched(connection) or is_watched(connection.maps)
         post, res = reading.post.detach(), reading.res.detach()
         if unwritten.config.kind == "residual":  # which adds, whatever its maps say
             post, res = torch.ones_like(post), torch.ones_like(res)
         full = self._block is not None and len(self._block.reads) == self.length
-        if self._block is None or full or not self._is_written(reading, maps):
-            self._block = Block(reading.x.detach(), unwritten.config.backend, self._autocast)
+        if self._block is None or full or (hooked and not self._is_written(reading)):
+            x, backend = reading.x, unwritten.config.backend
+            self._block = Block(x.detach(), x._version, backend, self._autocast)
         block, sublayer = self._block, len(self._block.reads)
         block.reads.append(reading.weights.detach())
         block.writes.append((unwritten.y.detach(), post, res))
@@ -224,25 +234,27 @@ class Recording:
         block.norms.append(norm)
         own = dict(norm.named_parameters()) if isinstance(norm, nn.Module) else {}
         block.parameters.append({name: tensor.detach() for name, tensor in own.items()})
-        if sublayer:
-            self._versions[_address(reading.x)] = reading.x._version
-            self._know(reading.x, block, sublayer, "streams")
-        if is_read(reading, fused, maps, block.backend):
-            self._know(reading.u, block, sublayer, "input")
-            if self._normalised is not None:
-                self._know(self._normalised, block, sublayer, "normalised")
+        address = _address(reading.x)
+        if self._versions.setdefault(address, reading.x._version) != reading.x._version:
+            self._block = None  # the branch has changed the streams, which its input is a view of
+        else:
+            if sublayer:
+                self._know(reading.x, block, sublayer, "streams")
+            if not hooked or is_read(reading, fused, block.backend):
+                self._know(reading.u, block, sublayer, "input")
+                if self._normalised is not None:
+                    self._know(self._normalised, block, sublayer, "normalised")
         for slot in self._unsettled:
             slot.content = self._settled(slot.content)
         self._unsettled.clear()
         self._versions.clear()
         self._normalised = None
         # The next connection may still save these streams; all else has been saved.
-        address = _address(reading.x)
         self._known = {address: self._known[address]} if sublayer and address in self._known else {}
 
-    def _is_written(self, reading: Reading, maps: nn.Module) -> bool:
-        """Whether the last write made these streams: a hook of the maps may have put others."""
-        if not _is_hooked(maps) or self._block is None or self._streams is None:
+    def _is_written(self, reading: Reading) -> bool:
+        """Whether the last write made these streams: a hook may have put others."""
+        if self._block is None or self._streams is None:
             return True
         before, write = self._streams, self._block.writes[-1]
         weights, backend = self._block.reads[-1], self._block.backend
@@ -251,6 +263,8 @@ class Recording:
 
     def _know(self, tensor: Tensor, block: Block, sublayer: int, kind: Kind) -> None:
         address = _address(tensor)
+        if not address:
+            return  # nothing there: no tokens, or the meta device
         if address not in self._known and address in self._versions and tensor.is_contiguous():
             version = self._versions[address]
             self._known[address] = Known(tensor.detach(), version, block, sublayer, kind)
@@ -323,19 +337,14 @@ class Forgetful(torch.autograd.Function):
         return du, None, None, None, *rest
 
 
-def _is_hooked(maps: nn.Module) -> bool:
-    return bool(maps._forward_hooks or nn.modules.module._global_forward_hooks)
+def may_run_again(norm: nn.Module) -> bool:
+    """Whether it is known to give the same for the same input, and nobody notices."""
+    known = type(norm) in (nn.RMSNorm, nn.LayerNorm) or hasattr(norm, "input_norm")
+    return known and not any(map(is_watched, norm.modules()))
 
 
-def _is_watched(module: nn.Module) -> bool:
-    """Whether hooks would notice that it runs again."""
-    return any(each._forward_hooks or each._forward_pre_hooks for each in module.modules())
-
-
-def is_read(reading: Reading, norm: InputNorm | None, maps: nn.Module, backend: str) -> bool:
-    """Whether u is what `weights` read: a hook of the maps may have replaced it."""
-    if not _is_hooked(maps):
-        return True
+def is_read(reading: Reading, norm: InputNorm | None, backend: str) -> bool:
+    """Whether u is what `weights` read: a hook may have replaced it."""
     _, (u,) = functional.rebuild(reading.x, [], [reading.weights], [norm], backend)
     return torch.equal(u, reading.u)
 

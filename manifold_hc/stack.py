@@ -78,9 +78,9 @@ class Stack(nn.Module):
     ) -> Float[Tensor, "*batch C"]:
         """Embedding in, last hidden state out: [..., C] -> [..., C].
 
-        norms: what each branch's input goes through first, one per sublayer. A norm given here may
-        be computed with the streams, and under recompute its result is not held; one inside a
-        branch is the branch's own.
+        norms: what each branch's input goes through first, one per sublayer. An RMS or layer norm
+        of torch's, or one that has `input_norm`, may be computed with the streams, and under
+        recompute its result is not held; any other, and one inside a branch, is as the branch.
         Raises ShapeError when there is not one branch per sublayer, and one norm if there are any,
         or when a branch changes the shape of its input.
         """
@@ -112,7 +112,7 @@ class Stack(nn.Module):
                 fused = cast(Connection, connection).fused(source, norm)
                 own = norm if fused else recording.norm(norm)
                 unwritten = connection(source, recording.branch(branch), own, write=False)
-                recording.keep(unwritten, cast(Connection, connection).maps, fused or norm)
+                recording.keep(unwritten, cast(Connection, connection), fused or norm)
             source = unwritten
         return self.collapse(unwritten.write(), unwritten.reading.pre)
 

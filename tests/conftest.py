@@ -1,5 +1,12 @@
 """Options and fixtures; the whole package runs under jaxtyping's shape checks."""
 
+import os
+
+# Tests that run beside each other share the processors, and so do the processes they start. OpenMP
+# reads this when torch is imported.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+
 from jaxtyping import config as shape_checks
 from jaxtyping import install_import_hook
 

@@ -294,6 +294,20 @@ def test_auto_is_logged_once_and_a_named_backend_never_falls_back(caplog):
 X = torch.randn(2, 3, 4)
 PHI, ALPHA, BIAS = (tensor.float() for tensor in parameters(3, 4))
 MISTAKES = {
+    "a norm to rebuild of other channels": (
+        lambda: functional.rebuild(
+            X, [], [torch.randn(2, 3)], [functional.InputNorm(torch.ones(1), 1e-6)]
+        ),
+        ShapeError,
+        r"rebuild: the input norm's weight must be \[4\] .* but is \[1\]",
+    ),
+    "a norm to rebuild in half precision": (
+        lambda: functional.rebuild(
+            X, [], [torch.randn(2, 3)], [functional.InputNorm(torch.ones(4).half(), 1e-6)]
+        ),
+        DtypeError,
+        "rebuild: the input norm's weight must be float32 or float64",
+    ),
     "no streams": (lambda: functional.read(torch.randn(8), torch.randn(3)), ShapeError, "expand"),
     "pre of other streams": (
         lambda: functional.read(X, torch.randn(2, 4)),

@@ -2,7 +2,9 @@
 
 import gc
 import math
+from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,9 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import manifold_hc as mhc
-from manifold_hc import constraints
+from manifold_hc import constraints, recording
 from manifold_hc.connection import ConnectionConfig
-from manifold_hc.diagnostics.monitor import GainMonitor
 from manifold_hc.errors import ConfigError, ShapeError
 from manifold_hc.kernels import backends, refusal
 from manifold_hc.recompute import block_length
@@ -35,6 +36,14 @@ class Attention(nn.Module):
         return scaled_dot_product_attention(q.mT, k.mT, v.mT).mT.squeeze(-2)
 
 
+class Halves(nn.Module):
+    """Saves views of its input, one of them not at its beginning."""
+
+    def forward(self, u):
+        a, b = u.chunk(2, -1)
+        return torch.cat([a.sin() * b, b.sin() * a], -1)
+
+
 class Network(nn.Module):
     """Attention, a gated branch with dropout, one that saves views, in turn."""
 
@@ -47,7 +56,7 @@ class Network(nn.Module):
         kinds = (
             lambda: nn.Sequential(nn.Linear(C, C), nn.SiLU(), nn.Dropout(0.2), nn.Linear(C, C)),
             Attention,
-            lambda: nn.Sequential(nn.Unflatten(-1, (4, C // 4)), nn.Tanh(), nn.Flatten(-2)),
+            Halves,
         )
         self.branches = nn.ModuleList(kinds[sublayer % 3]() for sublayer in range(L))
         self.placing = norms
@@ -105,12 +114,25 @@ def test_the_same_bits(backend, kind, dtype):
             assert_same(results(network.to(dtype), h), plain)
 
 
+class Mixing(nn.RMSNorm):
+    """A norm that says it may run again, and whose result depends on autocast."""
+
+    def forward(self, u):
+        return nn.functional.linear(super().forward(u.float()), torch.eye(C).roll(1, 0) + 0.1)
+
+    def input_norm(self, dtype):
+        return None
+
+
+@pytest.mark.parametrize("norm", ["a kernel knows", "autocast decides on"])
 @pytest.mark.parametrize("kind", ["mhc", "single"])
-def test_autocast_too(kind):
+def test_autocast_too(kind, norm):
     h, found = input_of(), []
     for length in (None, 3):
         for norms in ("inside", "given"):
             network = Network(length, norms, **KINDS[kind])
+            if norm == "autocast decides on":
+                network.norms = nn.ModuleList(Mixing(C, eps=1e-5) for _ in range(L))
             found.append(results(network, h, torch.autocast("cpu", dtype=torch.bfloat16)(network)))
     assert_same(found[0], found[2])
     assert_same(found[1], found[3])
@@ -278,6 +300,22 @@ def test_blocks_are_rebuilt_in_memory_that_is_used_again(monkeypatch):
     assert not mapped
 
 
+def test_one_block_is_held_at_a_time(monkeypatch):
+    from manifold_hc import functional
+
+    rebuild, made = functional.rebuild, []
+
+    def watched(*arguments, **options):
+        assert all(storage.expired() for storage in made)
+        streams, inputs = rebuild(*arguments, **options)
+        made.extend(StorageWeakRef(t.untyped_storage()) for t in (*streams, *inputs))
+        return streams, inputs
+
+    monkeypatch.setattr(functional, "rebuild", watched)
+    results(Network(2), input_of())
+    assert len(made) == (1 + 2) + (1 + 2) + (0 + 1)
+
+
 def test_a_hook_that_replaces_what_is_read():
     """Rebuilding it from the coefficients would give another gradient."""
 
@@ -293,22 +331,25 @@ def test_a_hook_that_replaces_what_is_read():
     assert_same(*found)
 
 
-def test_a_branch_that_changes_its_input():
-    def halved(u):
-        y = u.detach().clone().requires_grad_() if u.grad_fn is None else u
-        y.mul_(0.5)
-        return y * y.sin()
-
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("changing", [0, 1, 4, "all"])
+def test_a_branch_that_changes_its_input(kind, changing):
+    """In a residual network it changes the streams."""
     found = []
     for length in (None, 3):
-        stack = mhc.Stack(C, ConnectionConfig(phi_std=0.3), L, length)
         torch.manual_seed(3)
+        stack = mhc.Stack(C, ConnectionConfig(phi_std=0.3, **KINDS[kind]), L, length)
+        weights = [torch.randn(C, C, requires_grad=True) for _ in range(L)]
+
+        def branch(u, sublayer, weights=weights):
+            if changing in (sublayer, "all"):
+                u.mul_(0.5)
+            return (u @ weights[sublayer]).tanh()
+
         h = torch.randn(5, C, requires_grad=True)
-        torch.manual_seed(4)
-        for connection in stack.connections:
-            nn.init.normal_(connection.maps.phi)
-        stack(h, [halved] * L).square().sum().backward()
-        found.append([h.grad, *(p.grad for p in stack.parameters() if p.grad is not None)])
+        stack(1 * h, [partial(branch, sublayer=k) for k in range(L)]).square().sum().backward()
+        parameters = [*stack.parameters(), *weights]
+        found.append([h.grad, *(p.grad for p in parameters if p.grad is not None)])
     assert_same(*found)
 
 
@@ -334,12 +375,16 @@ def test_nothing_piles_up():
     assert len(set(counts[1:])) == 1
 
 
-def test_no_gradient_no_recording():
+def test_no_gradient_no_recording(monkeypatch):
+    def refused(*_):
+        raise AssertionError("recorded")
+
+    monkeypatch.setattr(recording, "recorded", refused)
     network = Network(3).eval()
     with torch.no_grad():
-        out = network(input_of())
-    assert not out.requires_grad
-    assert out.grad_fn is None
+        network(input_of())
+    with pytest.raises(AssertionError, match="recorded"):
+        network(input_of())
 
 
 def test_an_exception_leaves_no_hooks_behind():
@@ -354,9 +399,15 @@ def test_an_exception_leaves_no_hooks_behind():
     assert a.sin().grad_fn._saved_self is a
 
 
-def test_the_monitor_sees_the_same():
-    probe = input_of()
-    assert GainMonitor(probe)(Network(3)) == GainMonitor(probe)(Network())
+def test_maps_are_seen_as_they_were():
+    """Their hooks, while gradients are taken."""
+    seen = {None: [], 3: []}
+    for length, readings in seen.items():
+        network = Network(length)
+        for connection in network.stack.connections:
+            connection.maps.register_forward_hook(lambda *a, to=readings: to.extend(a[2][:5]))
+        network(input_of()).sum().backward()
+    assert_same(*seen.values())
 
 
 def test_the_best_block_length():
@@ -446,16 +497,111 @@ def test_a_residual_branch_output_that_changes_raises_where_it_would_be_used():
 
 @pytest.mark.parametrize("kind", ["mhc", "single", "hc", "residual"])
 @pytest.mark.parametrize("part", ["pre", "post", "res", "x", "u"])
-def test_hooks_that_replace_anything(kind, part):
-    def changed(maps, arguments, reading):
-        return reading._replace(**{part: 1.5 * getattr(reading, part)})
+@pytest.mark.parametrize("seen", ["maps", "connection"])
+def test_hooks_that_replace_anything(kind, part, seen):
+    def changed(maps, arguments, made):
+        reading = made if seen == "maps" else made.reading
+        reading = reading._replace(**{part: 1.5 * getattr(reading, part)})
+        return reading if seen == "maps" else made._replace(reading=reading)
 
     found = []
     for length in (None, L):
         stack = stack_of(length, **KINDS[kind])
-        stack.connections[2].maps.register_forward_hook(changed)
+        connection = stack.connections[2]
+        (connection.maps if seen == "maps" else connection).register_forward_hook(changed)
         found.append(steps(stack, torch.sin))
     assert_same(*found)
+
+
+@pytest.mark.parametrize("kind", ["mhc", "single", "hc", "residual"])
+@pytest.mark.parametrize("part", ["y", "post", "res", "x"])
+@pytest.mark.parametrize("seen", ["maps", "connection", "everything"])
+def test_hooks_that_replace_what_comes_in(kind, part, seen):
+    def changed(module, arguments):
+        if module not in (stack.connections[2], stack.connections[2].maps):
+            return None
+        source, *rest = arguments
+        if part == "y":
+            return source._replace(y=1.5 * source.y), *rest
+        reading = source.reading._replace(**{part: 1.5 * getattr(source.reading, part)})
+        return source._replace(reading=reading), *rest
+
+    found = []
+    for length in (None, L):
+        stack = stack_of(length, **KINDS[kind])
+        if seen == "everything":
+            handle = nn.modules.module.register_module_forward_pre_hook(changed)
+        else:
+            connection = stack.connections[2]
+            watched = connection.maps if seen == "maps" else connection
+            handle = watched.register_forward_pre_hook(changed)
+        found.append(steps(stack, torch.sin))
+        handle.remove()
+    assert_same(*found)
+
+
+class Conditioned(nn.Module):
+    """A norm that depends on more than its input and its parameters."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, u):
+        return self.scale.cos() * u
+
+
+@pytest.mark.parametrize("norm", ["dropout", "conditioned", "batch", "mode"])
+@pytest.mark.parametrize("kind", ["mhc", "hc", "residual"])
+def test_norms_that_must_not_run_again(kind, norm):
+    """With random numbers, tensors from elsewhere, buffers, or a mode that changes."""
+    found = []
+    for length in (None, 3):
+        network = Network(length, **KINDS[kind])
+        scale = torch.full((C,), 0.3, requires_grad=True)
+        make = {
+            "dropout": lambda: nn.Sequential(nn.LayerNorm(C), nn.Dropout(0.5)),
+            "conditioned": lambda scale=scale: Conditioned(scale),
+            "batch": lambda: nn.BatchNorm1d(5),
+            "mode": lambda: nn.Sequential(nn.LayerNorm(C), nn.Dropout(0.5)),
+        }[norm]
+        network.norms = nn.ModuleList(make() for _ in range(L))
+
+        def run(h, network=network):
+            out = network(h)
+            if norm == "mode":
+                network.eval()
+            return out
+
+        found.append([*results(network, input_of(), run), *network.buffers()])
+        if scale.grad is not None:
+            found[-1].append(scale.grad)
+    assert len(found[0]) > 10
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("length", [None, 3])
+@pytest.mark.parametrize("kind", ["mhc", "hc"])
+def test_every_hook_of_a_norm_fires_once(kind, length):
+    ran, network = Counter(), Network(length, **KINDS[kind])
+    for norm in network.norms:
+        norm.register_full_backward_hook(lambda *_: ran.update(["backward"]))
+    network(input_of().requires_grad_()).sum().backward()
+    assert ran == {"backward": L}
+    everywhere = nn.modules.module.register_module_forward_hook(
+        lambda module, *_: ran.update([type(module)])
+    )
+    network = Network(length, **KINDS[kind])
+    network(input_of().requires_grad_()).sum().backward()
+    everywhere.remove()
+    assert ran[nn.RMSNorm] == L
+
+
+def test_on_the_meta_device():
+    network = Network(3).to("meta")
+    h = torch.empty(2, 5, C, device="meta", requires_grad=True)
+    network(h).sum().backward()
+    assert h.grad.shape == h.shape
 
 
 @pytest.mark.parametrize("kind", ["mhc", "residual"])

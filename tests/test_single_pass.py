@@ -112,8 +112,19 @@ def test_differs_from_the_standard_form_once_the_gates_move():
 def test_every_parameter_but_the_first_res_learns():
     stack = stack_of(4)
     stack(torch.randn(5, C), branches_of(torch.randn(L, C))).square().sum().backward()
-    for parameter in stack.parameters():
-        assert parameter.grad is not None
+    for sublayer, connection in enumerate(stack.connections):
+        maps, rows = connection.maps, 24 if sublayer else 8
+        assert maps.phi.grad[:rows].abs().sum(-1).all()
+        assert maps.bias.grad[:rows].all()
+        assert not maps.phi.grad[rows:].any()
+        assert not maps.bias.grad[rows:].any()
+
+
+def test_the_first_sublayer_reads_stream_0():
+    stack, seen = stack_of(4), []
+    stack.connections[0].maps.register_forward_hook(lambda *a: seen.append(a[2].weights))
+    stack(torch.randn(5, C), branches_of(torch.randn(L, C)))
+    assert torch.equal(seen[0], torch.tensor([1.0, 0, 0, 0]).expand(5, 4))
 
 
 @pytest.mark.parametrize(
@@ -199,6 +210,17 @@ def test_loads_v4_with_its_head_and_transformers_names():
     interop.load_deepseek(other, renamed)
     for a, b in zip(stack.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_heads_of_multi_token_prediction_are_left_alone():
+    config = ConnectionConfig(numerics="deepseek_v4")
+    stack, plain = mhc.Stack(C, config, 2), mhc.Stack(C, config, 2)
+    tensors = checkpoint(1, head=True)
+    interop.load_deepseek(plain, tensors)
+    more = {f"mtp.0.{name}": 9 + torch.zeros_like(t) for name, t in tensors.items()}
+    more |= {f"mtp.layers.0.{name.partition('.0.')[2]}": t for name, t in tensors.items()}
+    interop.load_deepseek(stack, tensors | more)
+    assert all(map(torch.equal, plain.parameters(), stack.parameters()))
 
 
 def test_tensors_that_do_not_fit(unchecked):

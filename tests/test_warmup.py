@@ -1,12 +1,18 @@
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import manifold_hc as mhc
 from manifold_hc.errors import BackendError, ConfigError, DtypeError
+from manifold_hc.kernels import refusal
+from manifold_hc.kernels.fusion import fuse
+from manifold_hc.warmup import MARGIN
 
 FIRST_STEP = """
 import logging, sys
@@ -55,3 +61,79 @@ def test_what_is_not_there_is_named():
         mhc.warmup(8, dtype=torch.int32)
     with pytest.raises(DtypeError, match=r"branch_dtype must be a real .* but is torch.int8"):
         mhc.warmup(8, branch_dtype=torch.int8)
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators of this package."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names[func.__name__.partition(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def boundaries_of(config, channels, dtype):
+    """How many of three boundaries are one pass in a fresh stack; its result and gradients."""
+    torch.manual_seed(0)
+    stack = mhc.Stack(channels, config, 4)
+    h = torch.randn(5, channels).to(dtype).requires_grad_()
+    with Calls() as calls:
+        out = stack(h, [torch.sin] * 4)
+    out.float().square().sum().backward()
+    fused = sum(count for name, count in calls.names.items() if name.endswith("boundary"))
+    return fused, [out, h.grad, *(p.grad for p in stack.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("single_pass", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_forms_of_a_boundary_agree(dtype, single_pass):
+    config = mhc.ConnectionConfig(phi_std=0.3, alpha=0.5, single_pass=single_pass)
+    if refusal("cpu", 4, "cpu", [dtype, torch.float32]):
+        pytest.skip("needs the CPU kernels")
+    size = ("cpu", dtype, 4, 24, single_pass)
+    fused, expected = boundaries_of(config, 24, dtype)
+    fuse(*size, False)
+    try:
+        apart, found = boundaries_of(config, 24, dtype)
+    finally:
+        fuse(*size, True)
+    assert (fused, apart) == (3, 0)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    for a, b in zip(expected, found, strict=True):
+        assert (a - b).norm() <= tolerance * a.norm()
+
+
+@pytest.mark.parametrize("single_pass", [False, True])
+def test_the_faster_form_is_taken_from_then_on(caplog, single_pass):
+    if refusal("cpu", 4, "cpu", [torch.float32]):
+        pytest.skip("needs the CPU kernels")
+    config = mhc.ConnectionConfig(single_pass=single_pass)
+    with caplog.at_level("INFO", "manifold_hc"):
+        mhc.warmup(40, config, tokens=7)
+    (line,) = [record.message for record in caplog.records if "between" in record.message]
+    pattern = (
+        r"between sublayers, 7 tokens of 4 x 40 float32 on cpu: "
+        r"in one pass (\S+) ms, written first (\S+) ms; from now on (.*)"
+    )
+    one_pass, first, choice = re.fullmatch(pattern, line).groups()
+    assert min(float(one_pass), float(first)) > 0
+    if abs(float(one_pass) / float(first) - MARGIN) > 0.01:  # beyond what printing rounds
+        slower = float(one_pass) > MARGIN * float(first)
+        assert choice == ("written first" if slower else "in one pass")
+    fused, _ = boundaries_of(config, 40, torch.float32)
+    fuse("cpu", torch.float32, 4, 40, single_pass, True)
+    assert fused == (3 if choice == "in one pass" else 0)
+
+
+def test_there_is_nothing_to_choose(caplog):
+    """One form only: other constraints, other kinds, and the reference, which writes first."""
+    with caplog.at_level("INFO", "manifold_hc"):
+        mhc.warmup(8, mhc.ConnectionConfig(kind="hc"), tokens=3)
+        mhc.warmup(8, mhc.ConnectionConfig(constraint="permutation"), tokens=3)
+        mhc.warmup(8, mhc.ConnectionConfig(backend="reference"), tokens=3)
+    assert not any("between" in record.message for record in caplog.records)
+    with pytest.raises(ConfigError, match="warmup: tokens must be at least 1 but is 0"):
+        mhc.warmup(8, tokens=0)

@@ -1,7 +1,7 @@
 """What lies between two sublayers, by separate operators and fused: a run of sublayers each."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from manifold_hc import functional
+from manifold_hc.bench.gate import TOLERANCE, judge
 from manifold_hc.bench.measure import measure, thread_counts, timed
-from manifold_hc.bench.problem import Problem
+from manifold_hc.bench.problem import Inputs, Problem
 from manifold_hc.bench.task import Task, leaf
+from manifold_hc.errors import ManifoldError
 from manifold_hc.functional import InputNorm
 
 DEPTH = 4
@@ -20,6 +22,9 @@ DEPTH = 4
 
 SEPARATE, PAIRED, FUSED = "separate operators", "read and write linked", "fused boundary"
 SINGLE, SINGLE_FUSED = "single pass, separate operators", "single pass, fused"
+
+BASELINES = {SINGLE: SINGLE, SINGLE_FUSED: SINGLE}
+"""What a form is compared with, where that is not the standard one by separate operators."""
 
 
 @dataclass
@@ -61,8 +66,13 @@ EPS = 1e-6
 
 
 def bench_boundaries(problem: Problem, backend: str, rounds: int) -> list[BoundaryRow]:
-    """Every form, without and with the input norms; all take turns."""
+    """Every form, without and with the input norms; all take turns.
+
+    Raises ManifoldError for one that is wrong.
+    """
     forms = [(form, norm) for norm in (False, True) for form in FORMS]
+    for norm in (False, True):
+        require_right(problem, backend, norm)
     runs = [timed(task(problem, backend, FORMS[form], norm)) for form, norm in forms]
     timings = measure(runs, [thread_counts(problem.device)] * len(runs), rounds)
     return [
@@ -76,6 +86,27 @@ def bench_boundaries(problem: Problem, backend: str, rounds: int) -> list[Bounda
         )
         for (form, norm), timing in zip(forms, timings, strict=True)
     ]
+
+
+def require_right(problem: Problem, backend: str, norm: bool) -> None:
+    """Compare every form, all outputs and gradients, with separate operators in float64."""
+    exact = replace(problem, dtype="float64")
+    tolerance = DEPTH * TOLERANCE[problem.torch_dtype]
+    for baseline in (SEPARATE, SINGLE):
+        given = task(exact, "reference", FORMS[baseline], norm, like=problem)
+        wanted = given.tensors()
+        names = [f"output {k}" for k in range(len(given.cotangents))]
+        names += [f"gradient of input {k}" for k in range(len(given.leaves))]
+        for form in FORMS:
+            if BASELINES.get(form, SEPARATE) != baseline:
+                continue
+            found = task(problem, backend, FORMS[form], norm).tensors()
+            verdict = judge(found, wanted, names, tolerance)
+            if not verdict.ok:
+                raise ManifoldError(
+                    f"bench ops: {form}, {backend}, is wrong: {verdict.worst} is off by "
+                    f"{verdict.error:.1e}, {tolerance:.1e} is allowed; nothing is printed"
+                )
 
 
 Form = Callable[[Tensor, Sequence[Maps], "Options"], list[Tensor]]
@@ -151,16 +182,21 @@ def _normalised(u: Tensor, own: Maps, options: Options) -> Tensor:
 
 
 def _first_read(x: Tensor) -> Tensor:
-    weights = torch.zeros(x.shape[-2], device=x.device)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weights = torch.zeros(x.shape[-2], dtype=wide, device=x.device)
     weights[0] = 1
     return weights
 
 
-def task(problem: Problem, backend: str, form: Form, norm: bool) -> Task:
-    """A run of DEPTH sublayers in one form."""
+def task(
+    problem: Problem, backend: str, form: Form, norm: bool, like: Problem | None = None
+) -> Task:
+    """A run of DEPTH sublayers in one form; like: whose numbers it gets, in its own dtype."""
     options = Options(backend, problem.numerics, norm)
-    given = [problem.inputs(seed) for seed in range(DEPTH)]
-    ones = torch.ones(problem.channels, device=problem.device)
+    given = [(like or problem).inputs(seed) for seed in range(DEPTH)]
+    if like is not None:
+        given = [Inputs(*(t.to(problem.torch_dtype) for t in inputs)) for inputs in given]
+    ones = torch.ones(problem.channels, dtype=given[0].phi.dtype, device=problem.device)
     sublayers = [Maps(*map(leaf, (i.phi, i.alpha, i.bias, ones, i.y))) for i in given]
     x = leaf(given[0].x)
     used = [t for own in sublayers for t in own if norm or t is not own.weight]

@@ -1,7 +1,8 @@
 """What tensors a pass holds, by what they are."""
 
 from collections import Counter
-from typing import Any
+from itertools import zip_longest
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,13 +45,10 @@ class Ledger(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         made = func(*args, **(kwargs or {}))
+        results = [tensor for tensor in tree_leaves(made) if isinstance(tensor, Tensor)]
         kinds = _kinds(func.overloadpacket.__name__, args)
-        results = made if isinstance(made, (tuple, list)) else [made]
-        for index, result in enumerate(results):
-            kind = kinds[index] if index < len(kinds) else OTHER
-            for tensor in tree_leaves(result):
-                if isinstance(tensor, Tensor):
-                    self._enter(tensor, kind)
+        for tensor, kind in zip_longest(results, kinds[: len(results)], fillvalue=OTHER):
+            self._enter(cast(Tensor, tensor), kind)
         self._look()
         return made
 
@@ -87,7 +85,8 @@ def _kinds(operator: str, args: tuple[Any, ...]) -> tuple[str, ...]:
     if name == "write":
         return (STREAMS,)
     if name == "rebuild":
-        return (STREAMS, NORMALISED if any(w is not None for w in args[5]) else INPUTS)
+        inputs = (INPUTS if weight is None else NORMALISED for weight in args[5])
+        return (*(STREAMS for _ in args[1]), *inputs)
     if name in ("boundary_backward", "coefficients_and_read_backward", "write_backward"):
         return (GRADIENTS,)
     return ()

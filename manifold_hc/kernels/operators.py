@@ -47,7 +47,7 @@ class Settings(NamedTuple):
 class Kernels(Protocol):
     """What a backend implements. N tokens, n streams, C channels, R rows of phi.
 
-    Results are new tensors, written whole. A gradient that `wanted` leaves out is an empty tensor.
+    Results are new tensors, written whole; the gradient of an input that is None is an empty one.
     `transposed`: logits are DeepSeek-V4's `comb[source, target]` and its order of steps and
     epsilons holds; res is `res[o, i]` all the same.
     """

@@ -7,10 +7,10 @@ from typing import NamedTuple
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from manifold_hc.autocast import compute_dtype
 from manifold_hc.connection import Branch, ConnectionConfig
 from manifold_hc.errors import ConfigError, require_at_least_one, require_number
 from manifold_hc.models.attention import AttentionConfig, LatentAttention
-from manifold_hc.models.autocast import compute_dtype
 from manifold_hc.models.experts import Experts, ExpertsConfig, mixtures
 from manifold_hc.models.feed_forward import GatedFeedForward
 from manifold_hc.models.norm import RMSNorm

@@ -8,6 +8,7 @@ import torch
 
 from manifold_hc.bench import boundaries, ops, peers
 from manifold_hc.bench.problem import Problem
+from manifold_hc.errors import ManifoldError
 from tests.cli.test_commands import mhc
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -186,3 +187,20 @@ def test_runs_of_sublayers(capfd, tmp_path):
             for a, b in zip(found[form], found[other], strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
         assert not torch.allclose(found[boundaries.SINGLE][1], found[boundaries.SEPARATE][1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", [boundaries.PAIRED, boundaries.FUSED, boundaries.SINGLE_FUSED])
+def test_no_figure_for_a_wrong_run_of_sublayers(monkeypatch, form, dtype):
+    problem = Problem(tokens=17, channels=24, dtype=dtype)
+    for norm in (False, True):
+        boundaries.require_right(problem, "auto", norm)
+    plain = boundaries.FORMS[form]
+
+    def larger(x, sublayers, options):
+        *inputs, last = plain(x, sublayers, options)
+        return [*inputs, 1.2 * last]
+
+    monkeypatch.setitem(boundaries.FORMS, form, larger)
+    with pytest.raises(ManifoldError, match=f"{form}, auto, is wrong: .* is off by"):
+        boundaries.bench_boundaries(problem, "auto", 1)

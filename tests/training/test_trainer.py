@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from manifold_hc.data import Batches, Corpus
 from manifold_hc.diagnostics import GainMonitor
 from manifold_hc.errors import ConfigError, DataError, DivergedError, RunFolderError
 from manifold_hc.files import write_atomically
 from manifold_hc.models import AttentionConfig, Decoder, DecoderConfig
+from manifold_hc.recompute import block_length
 from manifold_hc.training import OptimizerConfig, RunFolder, TrainingConfig, train
 from manifold_hc.training.folder import locked
 from manifold_hc.training.state import TrainState
@@ -317,3 +319,43 @@ def test_the_first_res_is_not_trained(folder):
             for part, first in (("bias", 8), ("phi", 8), ("alpha", 2))
         ]
         assert unmoved == 3 * [sublayer == 0]
+
+
+@pytest.mark.parametrize("kind", ["mhc", "residual"])
+def test_recompute_changes_no_figure(tmp_path, kind):
+    """Nor need a run that goes on keep it."""
+    plain = runs.with_experts(runs.config(kind, steps=4, accumulate=2))
+    found = []
+    for name, before, after in (
+        ("none", "none", "none"),
+        ("auto", "auto", "auto"),
+        ("three", 3, 3),
+        ("other", "auto", "none"),
+    ):
+        for steps, recompute in ((2, before), (4, after)):
+            training = replace(plain.training, steps=steps, recompute=recompute)
+            constant = OptimizerConfig(schedule="constant")  # which does not look at `steps`
+            config = replace(plain, training=training, optimizer=constant)
+            runs.go_on(config, runs.text(), tmp_path / name)
+        found.append([r["loss"] for r in runs.figures(tmp_path / name) if r["event"] == "step"])
+    assert len(found[0]) == 4
+    assert all(losses == found[0] for losses in found)
+
+
+def test_recompute_holds_less_in_a_decoder():
+    config = runs.config()
+    tokens = torch.randint(256, (2, 32))
+    held = {}
+    for recompute in (None, "auto"):
+        model = Decoder(config.model, config.connection, recompute)
+        alive = []
+        for connection in model.stack.connections:
+            connection.maps.register_forward_hook(
+                lambda *a, to=alive: to.append(StorageWeakRef(a[2].x.untyped_storage()))
+            )
+        logits = model(tokens)
+        held[recompute] = sum(not storage.expired() for storage in alive)
+        del logits
+    sublayers = config.model.sublayers
+    assert held[None] == sublayers
+    assert held["auto"] == -(-sublayers // block_length("auto", sublayers, 4))

@@ -96,9 +96,12 @@ def product_tile(n: int, channels: int, dtype: torch.dtype, normed: bool = False
     """
     tile = stream_tile(n, channels, dtype)
     width = tile.pop("BC")
-    # Two tiles of n streams meet in registers.
-    many = n > (2 if normed else 6)
-    V = min(2 if normed and n > 6 else 4 if many else vector(dtype), width)
+    # Two tiles of n streams meet in registers; rows that wide loads do not divide cost addresses.
+    odd = channels % vector(dtype) != 0
+    many = n > (2 if normed else 4 if odd else 6)
+    V = min(2 if many and (odd or (normed and n > 6)) else 4 if many else vector(dtype), width)
+    if odd:
+        tile |= threads(4, 255)
     return {"L": min(32, width // V), "V": V, **tile}
 
 
@@ -211,7 +214,8 @@ def gradient_tile(
     # Rows that wide loads do not divide cost registers for their addresses.
     own = min(row_blocks, WIDEST_ROWS // RB if rows % 4 == 0 and aligned else 3)
     P = power_of_two(n)
-    BC = min((10240 if half else 5120) // (RB * own * P), (256 if half else 128) // P)
+    room = 10240 if half else 5120 if aligned else 2560
+    BC = min(room // (RB * own * P), (256 if half else 128 if aligned else 64) // P)
     BC = 1 << max(BC, 8, 16 // P).bit_length() - 1
     narrow = normed and n > (4 if half else 6)
     if narrow:
