@@ -151,10 +151,13 @@ class Unwritten(NamedTuple):
         )
 
 
-def crosses(source: Unwritten, config: ConnectionConfig) -> bool:
-    """Whether the streams are written together with the coefficients of the next connection."""
+def crosses(source: Unwritten, config: ConnectionConfig, channels: int) -> bool:
+    """Whether the streams are written together with the coefficients of the next connection.
+
+    channels: those of x, which torch.compile may know as a symbol only.
+    """
     x = source.reading.x
-    size = (x.device.type, x.dtype, config.n, x.shape[-1], config.single_pass)
+    size = (x.device.type, x.dtype, config.n, channels, config.single_pass)
     return config.is_one_pass and is_fused(*size)
 
 
@@ -172,6 +175,7 @@ class Maps(WideModule):
         """Initialise so that a network of these equals the pre-norm residual network."""
         super().__init__()
         self.config = config
+        self.channels = channels
         self.learn_res = learn_res
         n = config.n
         initial = _hc_bias(n, sublayer) if config.kind == "hc" else _mhc_bias(n, config.mixing)
@@ -195,7 +199,7 @@ class Maps(WideModule):
         The norm of what was read is computed with it, if the streams are `Unwritten`.
         """
         config = self.config
-        if isinstance(source, Unwritten) and crosses(source, config):
+        if isinstance(source, Unwritten) and crosses(source, config, self.channels):
             return self._without_disabled(self._boundary(source, input_norm))
         x = source.write() if isinstance(source, Unwritten) else source
         if config.is_one_pass and not config.single_pass:
@@ -402,7 +406,9 @@ class Connection(nn.Module):
 
     def fused(self, x: Tensor | Unwritten, norm: Branch | None) -> InputNorm | None:
         """The norm as it is computed with the streams, if it is."""
-        if norm is None or not isinstance(x, Unwritten) or not crosses(x, self.config):
+        if norm is None or not isinstance(x, Unwritten):
+            return None
+        if not crosses(x, self.config, self.channels):
             return None
         return known_norm(norm, x.reading.x)
 
