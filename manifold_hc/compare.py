@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from manifold_hc.connection import ConnectionConfig
+from manifold_hc.config import ConnectionConfig
 from manifold_hc.data import Corpus
 from manifold_hc.diagnostics import GainMonitor
 from manifold_hc.errors import DivergedError, RunFolderError

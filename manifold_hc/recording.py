@@ -21,8 +21,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
 from manifold_hc import functional
-from manifold_hc.connection import Branch, Connection, Unwritten, is_watched
+from manifold_hc.connection import Branch, Connection, is_watched
 from manifold_hc.functional import InputNorm, Reading
+from manifold_hc.maps import Unwritten
 
 Kind = Literal["streams", "input", "normalised"]
 

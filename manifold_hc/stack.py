@@ -15,8 +15,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from manifold_hc import functional
-from manifold_hc.connection import Branch, Connection, ConnectionConfig, LearnedExit, Unwritten
+from manifold_hc.config import ConnectionConfig
+from manifold_hc.connection import Branch, Connection
 from manifold_hc.errors import ConfigError, ShapeError
+from manifold_hc.maps import LearnedExit, Unwritten
 from manifold_hc.recompute import Recompute, block_length
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from manifold_hc.connection import Branch, ConnectionConfig
+from manifold_hc.config import ConnectionConfig
+from manifold_hc.connection import Branch
 from manifold_hc.errors import ConfigError, DtypeError
 from manifold_hc.kernels import OPERATORS, pick
 from manifold_hc.kernels.fusion import fuse

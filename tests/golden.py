@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from manifold_hc.connection import ConnectionConfig
+from manifold_hc.config import ConnectionConfig
 from manifold_hc.data import Corpus, DataConfig
 from manifold_hc.models import AttentionConfig, DecoderConfig
 from manifold_hc.training import (

@@ -1,6 +1,6 @@
 """The claim of the demo, on its own configuration but fewer steps."""
 
-from manifold_hc.connection import ConnectionConfig
+from manifold_hc.config import ConnectionConfig
 from manifold_hc.data import DataConfig, load
 from manifold_hc.diagnostics import GainMonitor
 from manifold_hc.training import OptimizerConfig, RunConfig, RunFolder, TrainingConfig, train

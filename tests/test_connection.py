@@ -6,9 +6,10 @@ from torch import nn
 
 import manifold_hc as mhc
 from manifold_hc import functional
-from manifold_hc.connection import ConnectionConfig, LearnedExit
+from manifold_hc.config import ConnectionConfig
 from manifold_hc.constraints import CONSTRAINTS
 from manifold_hc.errors import ConfigError, ShapeError
+from manifold_hc.maps import LearnedExit
 
 L, C = 24, 32
 

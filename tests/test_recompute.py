@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import manifold_hc as mhc
 from manifold_hc import constraints, recording
-from manifold_hc.connection import ConnectionConfig
+from manifold_hc.config import ConnectionConfig
 from manifold_hc.errors import ConfigError, ShapeError
 from manifold_hc.kernels import backends, refusal
 from manifold_hc.recompute import block_length

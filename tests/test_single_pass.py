@@ -5,7 +5,7 @@ import torch
 
 import manifold_hc as mhc
 from manifold_hc import functional, interop
-from manifold_hc.connection import ConnectionConfig
+from manifold_hc.config import ConnectionConfig
 from manifold_hc.errors import ConfigError, ShapeError
 from manifold_hc.kernels import backends, refusal
 from tests import oracle

@@ -13,7 +13,8 @@ from manifold_hc.bench import peers
 from manifold_hc.bench.candidates import Connect
 from manifold_hc.bench.problem import Problem
 from manifold_hc.bench.task import Task, leaf
-from manifold_hc.connection import Branch, Connection, ConnectionConfig
+from manifold_hc.config import ConnectionConfig
+from manifold_hc.connection import Branch, Connection
 from manifold_hc.models import DecoderConfig, Experts, GatedFeedForward, LatentAttention
 from manifold_hc.models.norm import RMSNorm
 

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from manifold_hc import reference
-from manifold_hc.connection import ConnectionConfig
+from manifold_hc.config import ConnectionConfig
 from manifold_hc.errors import ConfigError, require_at_least_one
 from manifold_hc.numerics import NumericsName, preset
 

@@ -12,7 +12,7 @@ from manifold_hc.bench import parts
 from manifold_hc.bench.measure import Run, Sample, alternate, timed
 from manifold_hc.bench.problem import Problem
 from manifold_hc.bench.task import Task
-from manifold_hc.connection import ConnectionConfig
+from manifold_hc.config import ConnectionConfig
 from manifold_hc.models import Decoder, DecoderConfig, count_parameters
 from manifold_hc.training import RunConfig
 from manifold_hc.training.optimizer import build as build_optimizer

@@ -14,7 +14,8 @@ from manifold_hc.bench.candidates import quiet
 from manifold_hc.bench.gate import TOLERANCE, check, relative_error
 from manifold_hc.bench.problem import DTYPES, Problem, reference_step
 from manifold_hc.bench.task import Task, leaf
-from manifold_hc.connection import Connection, ConnectionConfig
+from manifold_hc.config import ConnectionConfig
+from manifold_hc.connection import Connection
 from manifold_hc.errors import BackendError
 from manifold_hc.kernels import backends
 from manifold_hc.numerics import PRESETS, preset

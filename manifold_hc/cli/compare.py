@@ -12,7 +12,7 @@ from manifold_hc.cli.options import RunCommand, Wanted, json_option, run_options
 from manifold_hc.cli.report import check_outputs, publish
 from manifold_hc.cli.terminal import console
 from manifold_hc.compare import Variant
-from manifold_hc.connection import ConnectionConfig
+from manifold_hc.config import ConnectionConfig
 from manifold_hc.errors import ConfigError, StoppedError
 from manifold_hc.training import check
 

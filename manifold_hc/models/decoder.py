@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from manifold_hc.autocast import compute_dtype
-from manifold_hc.connection import Branch, ConnectionConfig
+from manifold_hc.config import ConnectionConfig
+from manifold_hc.connection import Branch
 from manifold_hc.errors import ConfigError, require_at_least_one, require_number
 from manifold_hc.models.attention import AttentionConfig, LatentAttention
 from manifold_hc.models.experts import Experts, ExpertsConfig, mixtures

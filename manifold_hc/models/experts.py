@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.functional import grouped_mm, linear, silu
 
 from manifold_hc.autocast import compute_dtype
-from manifold_hc.connection import WideModule
 from manifold_hc.errors import ConfigError, require_at_least_one, require_number
+from manifold_hc.maps import WideModule
 from manifold_hc.models.feed_forward import GatedFeedForward
 
 ALIGNMENT = 16

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
-from manifold_hc.connection import ConnectionConfig
+from manifold_hc.config import ConnectionConfig
 from manifold_hc.data import DataConfig
 from manifold_hc.errors import ConfigError, require_at_least_one, require_number
 from manifold_hc.models import DecoderConfig

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from manifold_hc.connection import LearnedExit, Maps
+from manifold_hc.maps import LearnedExit, Maps
 from manifold_hc.models.experts import Experts, Router
 from manifold_hc.training.config import OptimizerConfig
 

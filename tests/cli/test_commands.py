@@ -9,7 +9,7 @@ import pytest
 from manifold_hc import cli
 from manifold_hc.cli import keys, main
 from manifold_hc.cli.compare import parse_variant
-from manifold_hc.connection import ConnectionConfig
+from manifold_hc.config import ConnectionConfig
 from manifold_hc.errors import ConfigError
 from manifold_hc.training import RunConfig
 from manifold_hc.training.folder import locked

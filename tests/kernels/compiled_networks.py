@@ -5,7 +5,7 @@ import sys
 import torch
 
 import manifold_hc as mhc
-from manifold_hc.connection import ConnectionConfig
+from manifold_hc.config import ConnectionConfig
 
 
 def network(backend, **options):

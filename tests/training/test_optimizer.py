@@ -1,6 +1,6 @@
 import pytest
 
-from manifold_hc.connection import ConnectionConfig
+from manifold_hc.config import ConnectionConfig
 from manifold_hc.models import Decoder, DecoderConfig, ExpertsConfig
 from manifold_hc.training import OptimizerConfig
 from manifold_hc.training.optimizer import build, learning_rate

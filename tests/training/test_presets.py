@@ -3,7 +3,7 @@ import resource
 import pytest
 import torch
 
-from manifold_hc.connection import ConnectionConfig
+from manifold_hc.config import ConnectionConfig
 from manifold_hc.errors import ConfigError
 from manifold_hc.models import Decoder, count_parameters
 from manifold_hc.training import PRESETS, RunConfig, preset

@@ -1,0 +1,278 @@
+"""The learned maps of a connection: streams, written or not, to coefficients and what is read."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from manifold_hc import constraints, functional
+from manifold_hc.config import ConnectionConfig
+from manifold_hc.functional import InputNorm, Reading
+from manifold_hc.kernels.fusion import is_fused
+
+POST_SPREAD = 0.2
+"""Half the range of mHC's initial write logits: different values, so that streams separate."""
+
+SATURATED = 40.0
+"""A logit whose sigmoid is 1 in float64."""
+
+
+class WideModule(nn.Module):
+    """A module whose own parameters never fall below float32.
+
+    `.to(bfloat16)`, `.half()` and a checkpoint in half precision leave them in float32,
+    `.double()` converts them.
+    """
+
+    def __init__(self) -> None:
+        """Parameters are made by the subclasses, in `_wide()`."""
+        super().__init__()
+        self.register_load_state_dict_pre_hook(_widen_entries)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "WideModule":
+        return cast("WideModule", super()._apply(lambda t: _at_least_float32(fn, t), recurse))
+
+
+class Unwritten(NamedTuple):
+    """A sublayer whose output is not in the streams yet.
+
+    What a connection of a Stack hands to the next one, which makes the streams together with its
+    own coefficients.
+    """
+
+    reading: Reading
+    """The streams, and the coefficients that mix and write them."""
+    y: Float[Tensor, "*batch C"]
+    """The branch's output."""
+    config: ConnectionConfig
+
+    def write(self) -> Float[Tensor, "*batch n C"]:
+        """The next streams [..., n, C]."""
+        x, y, reading = self.reading.x, self.y, self.reading
+        if self.config.kind == "residual":
+            return (x + y.unsqueeze(-2)).to(x.dtype)
+        return functional.write(
+            x, y, reading.post, reading.res, self.config.backend, link=reading.link
+        )
+
+
+def crosses(source: Unwritten, config: ConnectionConfig, channels: int) -> bool:
+    """Whether the streams are written together with the coefficients of the next connection.
+
+    channels: those of x, which torch.compile may know as a symbol only.
+    """
+    x = source.reading.x
+    size = (x.device.type, x.dtype, config.n, channels, config.single_pass)
+    return config.is_one_pass and is_fused(*size)
+
+
+class Maps(WideModule):
+    """The learned maps of one connection: streams, written or not -> `functional.Reading`.
+
+    Parameters `phi`, `alpha` and `bias`, packed as `functional.coefficients` and
+    `functional.hc_coefficients` say. A forward hook here sees the streams and the coefficients that
+    the forward pass uses; one that returns others replaces them, `u` included.
+    """
+
+    def __init__(
+        self, channels: int, config: ConnectionConfig, sublayer: int, learn_res: bool = True
+    ) -> None:
+        """Initialise so that a network of these equals the pre-norm residual network."""
+        super().__init__()
+        self.config = config
+        self.channels = channels
+        self.learn_res = learn_res
+        n = config.n
+        initial = _hc_bias(n, sublayer) if config.kind == "hc" else _mhc_bias(n, config.mixing)
+        self.bias = nn.Parameter(initial.to(_wide()))
+        if config.dynamic:
+            shape = (2 + n, channels) if config.kind == "hc" else (len(initial), n * channels)
+            self.phi = nn.Parameter(torch.empty(shape, dtype=_wide()))
+            self.alpha = nn.Parameter(torch.full((3,), config.alpha, dtype=_wide()))
+            _fill(self.phi, config.phi_std)
+        else:
+            self.register_parameter("phi", None)
+            self.register_parameter("alpha", None)
+
+    def forward(
+        self,
+        source: Float[Tensor, "*batch n C"] | Unwritten,
+        input_norm: InputNorm | None = None,
+    ) -> Reading:
+        """The coefficients of every token, and what is read from its streams.
+
+        The norm of what was read is computed with it, if the streams are `Unwritten`.
+        """
+        config = self.config
+        if isinstance(source, Unwritten) and crosses(source, config, self.channels):
+            return self._without_disabled(self._boundary(source, input_norm))
+        x = source.write() if isinstance(source, Unwritten) else source
+        if config.is_one_pass and not config.single_pass:
+            made = self._mhc(functional.coefficients_and_read, x, learn_res=self.learn_res)
+            return self._without_disabled(made)
+        if config.kind == "hc":
+            pre, post, res = functional.hc_coefficients(
+                x,
+                self.phi,
+                self.alpha,
+                self.bias,
+                norm_eps=1e-20 if config.norm_eps is None else config.norm_eps,
+                backend=config.backend,
+            )
+        else:
+            pre, post, res = self._mhc(functional.coefficients, x)
+            res = res if self.learn_res else res.detach()
+        if "pre" in config.disable:
+            pre = torch.full_like(pre, 1 / config.n)
+        weights = pre
+        if config.single_pass:
+            weights = source.reading.pre if isinstance(source, Unwritten) else first_read(pre)
+        u = functional.read(x, weights, config.backend)
+        return self._without_disabled(Reading(pre, post, res, u, x, weights, None))
+
+    def _boundary(self, source: Unwritten, input_norm: InputNorm | None) -> Reading:
+        before = source.reading
+        return cast(
+            Reading,
+            self._mhc(
+                functional.boundary,
+                *(before.x, source.y, before.post, before.res),
+                pre=before.pre if self.config.single_pass else None,
+                input_norm=input_norm,
+                link=before.link,
+                learn_res=self.learn_res,
+            ),
+        )
+
+    def _mhc(self, compute: Callable[..., Any], *streams: Any, **options: Any) -> Any:
+        config = self.config
+        return compute(
+            *streams,
+            self.phi,
+            self.alpha,
+            self.bias,
+            iterations=config.iterations,
+            constraint=config.mixing,
+            numerics=config.numerics,
+            norm_eps=config.norm_eps,
+            hc_eps=config.hc_eps,
+            backend=config.backend,
+            **options,
+        )
+
+    def _without_disabled(self, reading: Reading) -> Reading:
+        """post and res by their constants where they are disabled."""
+        if "post" in self.config.disable:
+            reading = reading._replace(post=torch.ones_like(reading.post))
+        if "res" in self.config.disable and self.config.kind == "hc":
+            reading = reading._replace(res=constraints.identity(self.config.n, reading.pre))
+        return reading
+
+
+def first_read(pre: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+    """What the first sublayer reads with where each reads with the one before it: stream 0."""
+    weights = torch.zeros_like(pre)
+    weights[..., 0] = 1
+    return weights
+
+
+class ResidualMaps(nn.Module):
+    """The maps of a plain residual connection: one stream, every coefficient 1."""
+
+    def forward(
+        self,
+        source: Float[Tensor, "*batch 1 C"] | Unwritten,
+        input_norm: InputNorm | None = None,
+    ) -> Reading:
+        """Ones, as views of a single number, and the stream itself; no norm is computed with it."""
+        x = source.write() if isinstance(source, Unwritten) else source
+        wide = torch.promote_types(x.dtype, torch.float32)
+        one = torch.ones((), dtype=wide, device=x.device)
+        batch = x.shape[:-2]
+        weight, res = one.expand(*batch, 1), one.expand(*batch, 1, 1)
+        return Reading(weight, weight, res, x.squeeze(-2), x, weight, None)
+
+
+class LearnedExit(WideModule):
+    """DeepSeek-V4's exit: the streams summed with weights computed from them (`hc_head`).
+
+    Starts as the mean.
+    """
+
+    def __init__(self, channels: int, config: ConnectionConfig) -> None:
+        """`phi` [n, nC], `alpha` [1], `bias` [n]."""
+        super().__init__()
+        self.config = config
+        n = config.n
+        self.phi = nn.Parameter(torch.empty(n, n * channels, dtype=_wide()))
+        self.alpha = nn.Parameter(torch.full((1,), config.alpha, dtype=_wide()))
+        self.bias = nn.Parameter(torch.full((n,), _logit_of_mean(n), dtype=_wide()))
+        _fill(self.phi, config.phi_std)
+
+    def forward(self, x: Float[Tensor, "*batch n C"]) -> Float[Tensor, "*batch C"]:
+        """[..., n, C] -> [..., C]."""
+        config = self.config
+        weights = functional.exit_coefficients(
+            x,
+            self.phi,
+            self.alpha,
+            self.bias,
+            numerics=config.numerics,
+            norm_eps=config.norm_eps,
+            hc_eps=config.hc_eps,
+            backend=config.backend,
+        )
+        return functional.collapse(x, weights, config.backend)
+
+
+def _logit_of_mean(n: int) -> float:
+    """The logit of 1/n."""
+    return -math.log(max(n - 1, math.exp(-SATURATED)))
+
+
+def _mhc_bias(n: int, constraint: str) -> Tensor:
+    """pre = 1/n, post different for every stream with mean 1, res near the identity.
+
+    The mean of the streams then moves exactly as the residual network's state.
+    """
+    pre = torch.full((n,), _logit_of_mean(n))
+    position = (2 * torch.arange(n) - (n - 1)) / max(n - 1, 1)
+    return torch.cat([pre, POST_SPREAD * position, constraints.CONSTRAINTS[constraint].initial(n)])
+
+
+def _hc_bias(n: int, sublayer: int) -> Tensor:
+    """Read stream `sublayer % n`, write to all, mix nothing (arXiv 2409.19606, equation 14)."""
+    pre = torch.zeros(n)
+    pre[sublayer % n] = 1
+    return torch.cat([pre, torch.ones(n), torch.eye(n).flatten()])
+
+
+def _fill(phi: Tensor, std: float) -> None:
+    # Zero draws nothing, so that all kinds of connection leave the branches the same random state.
+    with torch.no_grad():
+        phi.normal_(0, std) if std else phi.zero_()
+
+
+def _wide() -> torch.dtype:
+    """float32, or float64 where that is torch's default."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
+def _at_least_float32(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """`fn`, the conversion that a module passes down, without its fall below float32."""
+    result: Any = fn(tensor)
+    if result.is_floating_point() and result.dtype.itemsize < 4:
+        return tensor.to(device=result.device, dtype=torch.float32)
+    return cast(Tensor, result)
+
+
+def _widen_entries(
+    module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *rest: object
+) -> None:
+    """Half-precision entries of a checkpoint, which `assign=True` would put in as they are."""
+    for name, _ in module.named_parameters(prefix=prefix.removesuffix("."), recurse=False):
+        if name in state_dict:
+            state_dict[name] = _at_least_float32(lambda tensor: tensor, state_dict[name])
