@@ -28,6 +28,9 @@ test: .venv/ready-to-develop  ## run the tests, on up to eight processors
 kernels: .venv/ready-to-develop  ## compile every GPU kernel for every target: some minutes
 	$(BIN)/pytest tests/kernels/test_triton_compiles.py --every-kernel $(ARGS)
 
+drill: .venv/ready-to-develop  ## kill the processes of a run at random, 24 times, and compare
+	$(BIN)/python -m tests.parallel.drill $(ARGS)
+
 check: .venv/ready-to-develop  ## lint, formatting, types, order of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -54,4 +57,4 @@ clean:  ## remove .venv and caches; runs stay
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@ .venv/ready
 
-.PHONY: help demo test kernels check golden clean
+.PHONY: help demo test kernels drill check golden clean

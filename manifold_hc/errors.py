@@ -46,6 +46,10 @@ class DivergedError(ManifoldError, ArithmeticError):
         self.what = what
         self.where = where
 
+    def __reduce__(self) -> tuple[type, tuple[int, str, str]]:
+        """As it was made: another process may raise it."""
+        return type(self), (self.step, self.what, self.where)
+
 
 class StoppedError(ManifoldError):
     """A run that was asked to stop, by a signal."""
@@ -57,6 +61,14 @@ class StoppedError(ManifoldError):
         self.step = step
         self.signal = signal
         self.saved = saved
+
+    def __reduce__(self) -> tuple[type, tuple[int, Signals, bool]]:
+        """As it was made: another process may raise it."""
+        return type(self), (self.step, self.signal, self.saved)
+
+
+class LostProcessError(ManifoldError, RuntimeError):
+    """A process of a run of several that has gone away, or does not answer."""
 
 
 def require_number(config: object, *names: str, positive: bool = False) -> None:

@@ -25,6 +25,7 @@ from manifold_hc.errors import (
     RunFolderError,
     StoppedError,
 )
+from manifold_hc.parallel import is_first
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -74,5 +75,6 @@ def _with_notes(error: ManifoldError) -> str:
 
 def _fail(message: str, status: int) -> None:
     line = " ".join(message.split()).encode(errors="backslashreplace").decode()
-    print(f"mhc: error: {line}", file=sys.stderr)
+    who = "mhc" if is_first() else f"mhc, process {os.environ['RANK']}"
+    print(f"{who}: error: {line}", file=sys.stderr)
     sys.exit(status)

@@ -67,6 +67,8 @@ def compare(
     from manifold_hc.training.folder import locked, refuse_if_in_use
 
     config = wanted.config()
+    if config.parallel.size > 1:
+        raise ConfigError("compare: trains in one process; leave the keys of parallel alone")
     chosen = [parse_variant(text, config.connection) for text in dict.fromkeys(variants)]
     corpus = load(config.data)
     check(config, corpus)

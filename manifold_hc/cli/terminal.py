@@ -7,6 +7,8 @@ from functools import cache
 
 from rich.console import Console
 
+from manifold_hc.parallel import is_first
+
 WIDE = 130
 """Columns that the table of a comparison needs."""
 
@@ -37,7 +39,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 def log_to_stderr() -> None:
-    """Show the library's messages."""
+    """Show the library's messages; of several processes the first one speaks for all."""
     logger = logging.getLogger("manifold_hc")
     logger.handlers = [_ConsoleHandler()]
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if is_first() else logging.CRITICAL)

@@ -3,8 +3,10 @@
 import logging
 import shlex
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,8 +14,12 @@ from manifold_hc.cli.dry_run import show_plan
 from manifold_hc.cli.options import RunCommand, Wanted, run_options
 from manifold_hc.cli.terminal import WIDE, console
 from manifold_hc.errors import ConfigError, DivergedError, RunFolderError, StoppedError
+from manifold_hc.parallel import Processes, job, joined, require_started, restarted_job
 from manifold_hc.training import Checkpoints, RunConfig, RunFolder
 from manifold_hc.training.config import fixed_differences
+
+if TYPE_CHECKING:
+    from manifold_hc.data import Corpus
 
 logger = logging.getLogger("manifold_hc")
 
@@ -57,8 +63,9 @@ def train(
     if dry_run:
         show_plan(config)
         return
-    kind = config.connection.kind
-    path = out or Path("runs") / f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"
+    if out is None and config.parallel.size > 1:
+        raise ConfigError("--out: a run of several processes needs one, the same for all")
+    path = out or Path("runs") / f"{config.connection.kind}-{datetime.now():%Y%m%d-%H%M%S}"
     _run(config, RunFolder(path))
 
 
@@ -74,7 +81,8 @@ def _resume(wanted: Wanted, path: Path, out: Path | None, step: int | None) -> N
     config = wanted.config(before)
     if changed := fixed_differences(before, config):
         raise ConfigError(f"--resume: {', '.join(changed)} cannot change in a run; start another")
-    if folder.is_complete() and config.training.steps <= before.training.steps:
+    complete = folder.is_complete() and config.training.steps <= before.training.steps
+    if complete and not folder.is_of(restarted_job()):
         raise RunFolderError(
             f"run folder: {path} holds a complete run of {before.training.steps} steps; "
             "give more training.steps to go on"
@@ -90,38 +98,69 @@ def _run(
     """Train in `folder`, which must be empty, or go on from the checkpoint that `find` gives."""
     from manifold_hc import training
     from manifold_hc.data import load
-    from manifold_hc.diagnostics import GainMonitor
     from manifold_hc.report import as_table, load_runs, summarise
-    from manifold_hc.training.folder import is_empty, locked, refuse_if_in_use
 
     path = folder.path
+    require_started(config.parallel)
     corpus = load(config.data)
-    training.check(config, corpus)
-    refuse_if_in_use(path)
-    if find is None and not is_empty(path):
+    device = training.check(config, corpus).device
+    with joined(config.parallel, device) as processes, ExitStack() as held:
+        again = processes.by_first(lambda: _take(folder, held, new=find is None))
+        if not (again and processes.by_first(folder.is_complete)):
+            _train(config, corpus, folder, processes, Checkpoints.find if again else find)
+        if processes.is_first:
+            rows = summarise(load_runs(path))
+            console().print(as_table(rows, upright=console().width < WIDE))
+            click.echo(f"run folder: {path}")
+
+
+def _take(folder: RunFolder, held: ExitStack, *, new: bool) -> bool:
+    """Lock the folder until `held` ends; whether torchrun has started its own run again.
+
+    Raises RunFolderError for a folder in use, and for one that is not empty where a `new` run
+    starts.
+    """
+    from manifold_hc.training.folder import is_empty, locked, refuse_if_in_use
+
+    refuse_if_in_use(folder.path)
+    again = folder.is_of(restarted_job())
+    if new and not again and not is_empty(folder.path):
         raise RunFolderError(
-            f"run folder: {path} is not empty; choose another with --out, or go on with "
-            f"--resume {shlex.quote(str(path))}"
+            f"run folder: {folder.path} is not empty; choose another with --out, or go on with "
+            f"--resume {shlex.quote(str(folder.path))}"
         )
-    with locked(path):
-        at = None
-        if find is not None:
-            at = find(Checkpoints(folder.checkpoints, config.checkpoint, corpus.digest))
-            if at is None and folder.is_complete():
-                raise RunFolderError(
-                    f"run folder: {path} holds a complete run without a checkpoint to go on from"
-                )
-            if at is None:
-                logger.info("going on from the first step: there is no checkpoint yet")
-        kind, again = config.connection.kind, shlex.quote(str(path))
-        try:
-            training.train(config, corpus, folder, [GainMonitor], console(stderr=True), kind, at)
-        except DivergedError as error:
-            error.add_note(f"lower the rate: mhc train --resume {again} optimizer.lr=R")
-            raise
-        except StoppedError as error:
-            error.add_note(f"go on with: mhc train --resume {again}")
-            raise
-        rows = summarise(load_runs(path))
-        console().print(as_table(rows, upright=console().width < WIDE))
-    click.echo(f"run folder: {path}")
+    held.enter_context(locked(folder.path))
+    return again
+
+
+def _train(
+    config: RunConfig,
+    corpus: "Corpus",
+    folder: RunFolder,
+    processes: Processes,
+    find: Callable[[Checkpoints], Path | None] | None,
+) -> None:
+    from manifold_hc import training
+    from manifold_hc.diagnostics import GainMonitor
+
+    at, path = None, folder.path
+    if find is not None:
+        at = find(Checkpoints(folder.checkpoints, config.checkpoint, corpus.digest, processes))
+        if at is None and processes.by_first(folder.is_complete):
+            raise RunFolderError(
+                f"run folder: {path} holds a complete run without a checkpoint to go on from"
+            )
+        if at is None:
+            logger.info("going on from the first step: there is no checkpoint yet")
+    if processes.size > 1:
+        processes.by_first(lambda: folder.belong_to(job()))
+    kind, again = config.connection.kind, shlex.quote(str(path))
+    screen = console(stderr=True)
+    try:
+        training.train(config, corpus, folder, [GainMonitor], screen, kind, at, processes)
+    except DivergedError as error:
+        error.add_note(f"lower the rate: mhc train --resume {again} optimizer.lr=R")
+        raise
+    except StoppedError as error:
+        error.add_note(f"go on with: mhc train --resume {again}")
+        raise

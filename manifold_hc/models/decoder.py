@@ -128,7 +128,7 @@ def count_parameters(model: Decoder) -> ParameterCount:
     total = sum(parameter.numel() for parameter in model.parameters())
     embedding = model.embedding.weight.numel()
     idle = sum(
-        (mixture.gate_up.numel() + mixture.down.numel())
+        sum(weight.numel() for weight in mixture.routed.parameters())
         // mixture.config.routed
         * (mixture.config.routed - mixture.config.active)
         for mixture in mixtures(model).values()

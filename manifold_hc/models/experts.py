@@ -1,10 +1,12 @@
 """Mixture of experts without drops (DeepSeekMoE, arXiv 2401.06066; routing of arXiv 2412.19437)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import grouped_mm, linear, silu
 
 from manifold_hc.autocast import compute_dtype
@@ -71,39 +73,54 @@ class Router(WideModule):
         return gates / (gates.sum(-1, keepdim=True) + 1e-20), chosen
 
     @torch.no_grad()
-    def balance(self, step: float) -> Int[Tensor, " E"]:
+    def balance(
+        self, step: float, total: Callable[[Tensor], Tensor] = lambda load: load
+    ) -> Int[Tensor, " E"]:
         """Move `bias` by `step` towards even load; returns the load since the last call.
 
         b_e += step * sign(mean load - load_e), once for every optimizer step.
         """
-        load = self.load.clone()
+        load = total(self.load.clone())
         self.bias += step * torch.sign(load.to(self.bias.dtype).mean() - load)
         self.load.zero_()
         return load
+
+
+class RoutedExperts(nn.Module):
+    """E gated feed-forward layers, each for its own rows."""
+
+    def __init__(self, channels: int, config: ExpertsConfig) -> None:
+        """channels: C; weights are stacked: gate_up [E, C, 2 width], down [E, width, C]."""
+        super().__init__()
+        E, width = config.routed, config.width
+        self.gate_up = nn.Parameter(torch.empty(E, channels, 2 * width))
+        self.down = nn.Parameter(torch.empty(E, width, channels))
+
+    def forward(self, rows: Float[Tensor, "R C"], load: Int[Tensor, " E"]) -> Float[Tensor, "R C"]:
+        """Rows in the order of experts, `load` of them for each."""
+        gate, up = grouped_product(rows, _here(self.gate_up).to(rows.dtype), load).chunk(2, -1)
+        return grouped_product(silu(gate) * up, _here(self.down).to(rows.dtype), load)
 
 
 class Experts(nn.Module):
     """K of E routed experts, and shared ones, for every token; no token is ever dropped."""
 
     def __init__(self, channels: int, config: ExpertsConfig) -> None:
-        """channels: C; weights are stacked: gate_up [E, C, 2 width], down [E, width, C]."""
+        """channels: C."""
         super().__init__()
         self.config = config
-        E, width = config.routed, config.width
-        self.router = Router(channels, E, config.active)
-        self.gate_up = nn.Parameter(torch.empty(E, channels, 2 * width))
-        self.down = nn.Parameter(torch.empty(E, width, channels))
-        self.shared = GatedFeedForward(channels, config.shared * width) if config.shared else None
+        self.routed = RoutedExperts(channels, config)
+        self.router = Router(channels, config.routed, config.active)
+        shared = config.shared * config.width
+        self.shared = GatedFeedForward(channels, shared) if shared else None
 
     def forward(self, u: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
         """[..., C] -> [..., C]."""
         tokens = u.flatten(0, -2)
         gates, chosen = self.router(tokens)
-        out = (self._visit(tokens, chosen) * gates.unsqueeze(-1)).sum(-2)
-        out = out.to(compute_dtype(u))
-        if self.shared is not None:
-            out = out + self.shared(tokens)
-        return out.view(u.shape)
+        visits = self._visit(tokens, chosen) * gates.unsqueeze(-1)
+        out = visits.unflatten(0, u.shape[:-1]).sum(-2).to(compute_dtype(u))
+        return out if self.shared is None else out + self.shared(u)
 
     def _visit(self, tokens: Float[Tensor, "N C"], chosen: Tensor) -> Float[Tensor, "N K C"]:
         """What each chosen expert makes of its tokens, in the order of `chosen`."""
@@ -112,14 +129,17 @@ class Experts(nn.Module):
         load = torch.zeros_like(self.router.load).scatter_add_(0, slots, torch.ones_like(slots))
         if self.training and torch.is_grad_enabled():
             self.router.load += load
-        dtype = compute_dtype(tokens)
-        rows = tokens.to(dtype)[order // self.config.active]
-        gate, up = grouped_product(rows, self.gate_up.to(dtype), load).chunk(2, -1)
-        out = grouped_product(silu(gate) * up, self.down.to(dtype), load)
+        rows = tokens.to(compute_dtype(tokens))[order // self.config.active]
+        out = self.routed(rows, load)
         back = torch.empty_like(order).scatter_(
             0, order, torch.arange(len(order), device=order.device)
         )
         return out[back].unflatten(0, chosen.shape)
+
+
+def _here(weight: Tensor) -> Tensor:
+    """What this process has of a weight, where several share it."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def grouped_product(
@@ -139,12 +159,16 @@ def mixtures(model: nn.Module) -> dict[str, Experts]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
 
 
-def balance(model: nn.Module) -> list[Int[Tensor, " E"]]:
+def balance(
+    model: nn.Module, total: Callable[[Tensor], Tensor] = lambda load: load
+) -> list[Int[Tensor, " E"]]:
     """Balance every mixture of `model`; returns tokens by expert since the last call, by depth.
 
-    To be called once after every optimizer step.
+    To be called once after every optimizer step. total: makes of the load that this process has
+    seen that of all.
     """
-    return [found.router.balance(found.config.balancing) for found in mixtures(model).values()]
+    found = mixtures(model).values()
+    return [each.router.balance(each.config.balancing, total) for each in found]
 
 
 def _torch_can(rows: Tensor, weights: Tensor) -> bool:

@@ -3,10 +3,13 @@
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
+import torch
+
 from manifold_hc.config import ConnectionConfig
 from manifold_hc.data import DataConfig
 from manifold_hc.errors import ConfigError, require_at_least_one, require_number
 from manifold_hc.models import DecoderConfig
+from manifold_hc.parallel.config import ParallelConfig
 
 LARGEST_SEED = 2**32 - 1
 
@@ -86,6 +89,11 @@ class TrainingConfig:
         if self.device not in ("auto", "cpu", "cuda", "mps"):
             raise ConfigError(f"device: must be auto, cpu, cuda or mps but is {self.device!r}")
 
+    @property
+    def torch_precision(self) -> torch.dtype:
+        """What matrix products and streams are computed in."""
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
@@ -97,6 +105,8 @@ class CheckpointConfig:
     """Newest checkpoints that are kept."""
     best: bool = True
     """Whether the one with the lowest validation loss is made and kept too."""
+    asynchronous: bool = False
+    """Whether they are written while training goes on; takes a second copy of the state."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values that cannot be used."""
@@ -119,6 +129,22 @@ class RunConfig:
     """The budget of the run."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """How much of it a crash can take."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How many processes share it."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for sections that do not go together."""
+        experts, sharing = self.model.experts.routed, self.parallel.experts
+        if sharing > 1 and (experts == 0 or experts % sharing):
+            raise ConfigError(
+                f"parallel.experts: must divide model.experts.routed={experts} but is {sharing}"
+            )
+        pieces = self.parallel.parts * self.training.accumulate
+        if self.training.batch % pieces:
+            raise ConfigError(
+                f"training.batch: must be a multiple of {pieces}, parallel.replicate x "
+                f"parallel.shard x training.accumulate, but is {self.training.batch}"
+            )
 
 
 FIXED = ("model", "connection", "data", "training.seed")

@@ -95,6 +95,16 @@ class RunFolder:
         self.metrics_file = path / "metrics.jsonl"
         self.model_file = path / "model.safetensors"
         self.summary_file = path / "summary.json"
+        self._job_file = path / ".job"
+
+    def belong_to(self, job: str) -> None:
+        """Remember which job of torchrun's trains here."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._job_file, job)
+
+    def is_of(self, job: str | None) -> bool:
+        """Whether it belongs to that job."""
+        return self._job_file.exists() and self._job_file.read_text() == job
 
     def is_complete(self) -> bool:
         """Whether the run reached its end."""

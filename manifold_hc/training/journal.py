@@ -41,19 +41,24 @@ class Journal:
 
     def __init__(
         self,
-        folder: RunFolder,
+        folder: RunFolder | None,
         config: TrainingConfig,
         observers: Sequence[Observer],
         console: Console,
         title: str,
         done: int,
     ) -> None:
-        """done: steps that lie behind; what TensorBoard has from there on is replaced."""
+        """done: steps that lie behind; what TensorBoard has from there on is replaced.
+
+        folder: None for a process that looks on, with observers, and tells nothing.
+        """
         self._folder = folder
         self._observers = observers
         self._shown: dict[str, float] = {}
-        self._view = ProgressView(console, title, config.steps, done)
-        self._writer = _writer(folder.path / "tensorboard", done) if config.tensorboard else None
+        self._view = ProgressView(console, title, config.steps, done) if folder else None
+        self._writer = (
+            _writer(folder.path / "tensorboard", done) if folder and config.tensorboard else None
+        )
 
     def step(self, step: int, figures: Mapping[str, float]) -> None:
         """The record of a step, counted from 0."""
@@ -80,9 +85,12 @@ class Journal:
 
     def show(self, step: int) -> None:
         """Put the newest figures on the screen; once a step."""
-        self._view.update(step, self._shown)
+        if self._view is not None:
+            self._view.update(step, self._shown)
 
     def _record(self, event: str, step: int, figures: Mapping[str, Any]) -> None:
+        if self._folder is None:
+            return
         self._folder.append({"event": event, "step": step, **figures})
         if self._writer is None:
             return
@@ -96,11 +104,13 @@ class Journal:
 
     def open(self) -> None:
         """Start the progress view."""
-        self._view.start()
+        if self._view is not None:
+            self._view.start()
 
     def close(self) -> None:
         """Hand over what is held back."""
-        self._view.stop()
+        if self._view is not None:
+            self._view.stop()
         if self._writer is not None:
             with suppress(OSError):
                 self._writer.close()

@@ -6,14 +6,14 @@ import torch
 from torch import nn
 
 from manifold_hc.maps import LearnedExit, Maps
-from manifold_hc.models.experts import Experts, Router
+from manifold_hc.models.experts import RoutedExperts, Router
 from manifold_hc.training.config import OptimizerConfig
 
 GROUPS = {
     "embedding": (nn.Embedding,),
     "connections": (Maps, LearnedExit),
     "router": (Router,),
-    "experts": (Experts,),
+    "experts": (RoutedExperts,),
     "norms": (nn.RMSNorm, nn.LayerNorm),
 }
 """Parameter groups by the module that holds the parameter; all others are "layers"."""

@@ -1,12 +1,18 @@
 """Everything that a run needs to go on."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 
 from manifold_hc.models import Decoder
+from manifold_hc.parallel import Processes, distribute, local
 from manifold_hc.training import optimizer as optimizers
 from manifold_hc.training.config import RunConfig
 
@@ -14,12 +20,16 @@ from manifold_hc.training.config import RunConfig
 class TrainState:
     """Model, optimizer, random numbers, and how far they are."""
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
-        """The state before the first step, drawn from `training.seed`."""
+    def __init__(
+        self, config: RunConfig, device: torch.device, processes: Processes | None = None
+    ) -> None:
+        """Draw the state before the first step from `training.seed`; this process's part of it."""
         torch.manual_seed(config.training.seed)
         self.config = config
         self.device = device
+        self.processes = processes or Processes()
         self.model = Decoder(config.model, config.connection, config.training.recompute).to(device)
+        distribute(self.model, self.processes, config.training.torch_precision)
         self.optimizer = optimizers.build(self.model, config.optimizer)
         self.step = 0
         """Optimizer steps taken."""
@@ -53,8 +63,14 @@ class TrainState:
         return True
 
     def is_finite(self) -> bool:
-        """Whether every weight is."""
-        return all(bool(p.isfinite().all()) for p in self.model.parameters())
+        """Whether every weight is; every process must ask."""
+        here = all(bool(local(p).isfinite().all()) for p in self.model.parameters())
+        return all(self.processes.gathered(here))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """All weights whole, in the first process; every process must ask."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return cast(dict[str, torch.Tensor], get_model_state_dict(self.model, options=options))
 
     @property
     def _accelerator(self) -> Any:

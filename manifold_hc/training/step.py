@@ -1,6 +1,7 @@
 """One optimizer step, and what to say when a number in it is not finite."""
 
 import math
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from manifold_hc.data import Batch
 from manifold_hc.data.batches import NO_TARGET
 from manifold_hc.errors import DivergedError
+from manifold_hc.parallel import by_mesh, local, whole
 from manifold_hc.training.config import RunConfig
 from manifold_hc.training.optimizer import learning_rate
 from manifold_hc.training.state import TrainState
@@ -26,52 +28,79 @@ class StepFigures(NamedTuple):
 
 
 def take_step(state: TrainState, batch: Batch, config: RunConfig) -> StepFigures:
-    """Forward, backward and update for one batch; counts it in `state`.
+    """Forward, backward and update for one batch, of which each process has its part.
 
-    Raises DivergedError at a loss or gradient that is not finite, before any weight has moved.
+    Counts it in `state`. Raises DivergedError at a loss or gradient that is not finite, before any
+    weight has moved.
     """
     model, rate = state.model, learning_rate(state.step, config.training.steps, config.optimizer)
-    targets = max(1, int((batch.targets != NO_TARGET).sum()))
+    processes = state.processes
+    processes.at(f"step {state.step}, forward and backward")
+    targets = max(1, int(processes.sum_parts(count_targets(batch))))
     loss = torch.zeros((), device=state.device)
     for piece in batch.pieces(config.training.accumulate):
-        share = int((piece.targets != NO_TARGET).sum()) / targets
-        if share:
-            part = loss_of(model, piece, config.training.precision) * share
-            part.backward()
-            loss += part.detach()
+        share = int(count_targets(piece)) / targets
+        part = loss_of(model, piece, config.training.precision) * share
+        part.backward()
+        loss += part.detach()
+    loss = processes.sum_parts(loss)
     if not math.isfinite(loss.item()):
         raise DivergedError(state.step, "loss", _first_infinite_layer(state, batch, config))
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
+    processes.at(f"step {state.step}, update")
+    norm = gradient_norm(model)
     # Before clipping, which spreads one gradient's NaN over all of them.
     if not math.isfinite(norm.item()):
         raise DivergedError(state.step, "gradient norm", _first_infinite_gradient(state))
-    nn.utils.clip_grads_with_norm_(model.parameters(), config.optimizer.clip or math.inf, norm)
+    for parameters in by_mesh(model):
+        nn.utils.clip_grads_with_norm_(parameters, config.optimizer.clip or math.inf, norm)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     state.optimizer.step()
     state.optimizer.zero_grad()
     state.step += 1
-    state.sequences += len(batch.inputs)
+    state.sequences += len(batch.inputs) * processes.parts
     return StepFigures(loss.item(), norm.item(), rate)
 
 
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Norm of the gradient of all processes' parameters."""
+    norms = [
+        whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        for parameters in by_mesh(model)
+    ]
+    return nn.utils.get_total_norm(norms)
+
+
+def count_targets(batch: Batch) -> Tensor:
+    """How many tokens of a batch count."""
+    return (batch.targets != NO_TARGET).sum()
+
+
 def loss_of(model: nn.Module, batch: Batch, precision: str = "float32") -> Tensor:
-    """Mean cross-entropy over the targets of a batch in nats a token, in float32."""
+    """Mean cross-entropy over the targets of a batch in nats a token, in float32.
+
+    0 for a batch that has none.
+    """
     bfloat16 = precision == "bfloat16"
     with torch.autocast(batch.inputs.device.type, dtype=torch.bfloat16, enabled=bfloat16):
         logits = model(batch.inputs, batch.documents)
-    return cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten())
+    total = cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), reduction="sum")
+    return total / count_targets(batch).clamp(min=1)
 
 
 def _first_infinite_gradient(state: TrainState) -> str:
     names = {parameter: name for name, parameter in state.model.named_parameters()}
     for group in state.optimizer.param_groups:
-        bad = [p for p in group["params"] if p.grad is not None and not p.grad.isfinite().all()]
-        if bad:
+        found = [
+            names[p]
+            for p in group["params"]
+            if p.grad is not None and not local(p.grad).isfinite().all()
+        ]
+        anywhere = set(chain.from_iterable(state.processes.gathered(found)))
+        if bad := [names[p] for p in group["params"] if names[p] in anywhere]:
             return (
                 f"parameter group {group['name']!r} "
-                f"({names[bad[0]]}, {len(bad)} of {len(group['params'])} tensors)"
+                f"({bad[0]}, {len(bad)} of {len(group['params'])} tensors)"
             )
     return "the norm over all groups, while every gradient is finite"
 
@@ -79,24 +108,33 @@ def _first_infinite_gradient(state: TrainState) -> str:
 @torch.no_grad()
 def _first_infinite_layer(state: TrainState, batch: Batch, config: RunConfig) -> str:
     """Runs the batch again and watches every layer that has parameters of its own."""
-    names = {module: name for name, module in state.model.named_modules()}
+    own = {
+        name: [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
+        for name, module in state.model.named_modules()
+    }
+    parameters = dict(state.model.named_parameters())
     groups = {p: group["name"] for group in state.optimizer.param_groups for p in group["params"]}
-    found: list[nn.Module] = []
+    group_of = {name: groups[parameters[held[0]]] for name, held in own.items() if held}
+    found: list[str] = []
 
-    def watch(module: nn.Module, _: object, output: object) -> None:
+    def watch(name: str, output: object) -> None:
         tensors = output if isinstance(output, tuple) else (output,)
         if not all(bool(t.isfinite().all()) for t in tensors if isinstance(t, Tensor)):
-            found.append(module)
+            found.append(name)
 
-    own = [m for m in state.model.modules() if next(m.parameters(recurse=False), None) is not None]
-    handles = [module.register_forward_hook(watch) for module in own]
+    handles = [
+        state.model.get_submodule(name).register_forward_hook(
+            lambda _module, _inputs, output, name=name: watch(name, output)
+        )
+        for name in group_of
+    ]
     try:
         for piece in batch.pieces(config.training.accumulate):
             loss_of(state.model, piece, config.training.precision)
     finally:
         for handle in handles:
             handle.remove()
-    if not found:
+    seen = [names for names in state.processes.gathered(found) if names]
+    if not seen:
         return "the loss itself, while every layer's output is finite"
-    group = groups[next(found[0].parameters(recurse=False))]
-    return f"parameter group {group!r} (output of {names[found[0]]})"
+    return f"parameter group {group_of[seen[0][0]]!r} (output of {seen[0][0]})"

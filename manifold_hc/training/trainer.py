@@ -1,4 +1,4 @@
-"""The training loop, one process."""
+"""The training loop, the same in every process of a run."""
 
 import logging
 import os
@@ -22,13 +22,14 @@ from manifold_hc.errors import (
 )
 from manifold_hc.files import insist
 from manifold_hc.models import balance, mixtures
+from manifold_hc.parallel import Processes
 from manifold_hc.training import checkpoint
 from manifold_hc.training.checkpoint import Checkpoints
 from manifold_hc.training.config import RunConfig
 from manifold_hc.training.folder import RunFolder
 from manifold_hc.training.journal import Journal, ObserverFactory, require_tensorboard
 from manifold_hc.training.state import TrainState
-from manifold_hc.training.step import loss_of, take_step
+from manifold_hc.training.step import count_targets, loss_of, take_step
 from manifold_hc.training.stopping import StopRequest, stop_requests
 
 logger = logging.getLogger("manifold_hc")
@@ -50,61 +51,74 @@ def train(
     console: Console | None = None,
     title: str = "train",
     resume: Path | None = None,
+    processes: Processes | None = None,
 ) -> dict[str, Any]:
     """Train one model on `corpus` and leave metrics, checkpoints, weights and a summary.
 
     resume: a checkpoint of the same run, as `Checkpoints.find` gives it, to go on from; losses are
     then those of a run never interrupted, to the bit on the same device, threads and torch.
+    processes: those that share the run, all of which call this; the first one writes.
 
     Returns the summary. Raises what `check` raises, and CheckpointError for a checkpoint of another
     model or other data, before anything is written; DivergedError at the first loss or gradient
     that is not finite and StoppedError after Ctrl-C or SIGTERM, both when the state is saved.
     """
     ready = check(config, corpus)
-    state = TrainState(config, ready.device)
+    processes = processes or Processes()
+    if processes.size != config.parallel.size:
+        raise ConfigError(
+            f"parallel: this run needs {config.parallel.size} processes but has {processes.size}; "
+            "meet them with manifold_hc.parallel.joined"
+        )
+    state = TrainState(config, ready.device, processes)
     digest = corpus.digest
-    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, digest)
+    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, digest, processes)
     if resume is not None:
         _go_on(state, resume, digest, folder)
         logger.info("going on from %s", resume)
-    folder.begin(config, state.step)
-    checkpoints.clean()
-    checkpoints.abandon_after(state.step)
+    processes.by_first(lambda: _begin(config, folder, checkpoints, state.step))
     budget = config.training
     probe = ready.validation[0].inputs.to(ready.device)
     watching = [make(probe) for make in observers]
     screen = console or Console(stderr=True)
-    journal = Journal(folder, budget, watching, screen, title, state.step)
+    records = folder if processes.is_first else None
+    journal = Journal(records, budget, watching, screen, title, state.step)
+    size = budget.batch // processes.parts
     with closing(journal), _deterministic(ready.device), stop_requests() as stop:
         journal.open()
         while state.step < budget.steps:
             start = time.perf_counter()
             step = state.step
-            batch = ready.training.take(state.sequences, budget.batch).to(ready.device)
+            processes.at(f"step {step}, data")
+            checkpoints.settle()
+            first = state.sequences + size * processes.part
+            batch = ready.training.take(first, size).to(ready.device)
             try:
                 figures = take_step(state, batch, config)._asdict()
             except DivergedError as error:
                 _save_last_finite(state, checkpoints, error)
                 raise
-            loads = balance(state.model)
-            seconds = time.perf_counter() - start
-            figures |= {"seconds": seconds, "tokens_per_second": batch.inputs.numel() / seconds}
+            loads = balance(state.model, processes.sum_parts)
+            seconds, tokens = time.perf_counter() - start, batch.inputs.numel() * processes.parts
+            figures |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
             journal.step(step, figures)
 
             last = state.step == budget.steps
             validation = None
             if last or state.step % budget.validate_every == 0:
-                validation = validate(state.model, ready.validation, config)
+                validation = validate(state, ready.validation)
                 journal.validation(step, validation)
             if last or step % budget.probe_every == 0:
+                processes.at(f"step {step}, stability figures")
                 if loads:
-                    journal.experts(step, load_figures(loads, state.model, batch.inputs.numel()))
+                    journal.experts(step, load_figures(loads, state.model, tokens))
                 journal.observe(step, state.model)
             journal.show(step)
 
-            asked, best = stop.signal, state.improves(validation)
+            asked, best = processes.asked(stop.signal), state.improves(validation)
             due = checkpoints.is_due(state.step, best=best)
-            saved = (due or asked or last) and checkpoints.save(state, validation)
+            end = bool(asked or last)
+            saved = (due or end) and checkpoints.save(state, validation, wait=end)
             if asked and not last:
                 raise StoppedError(state.step, asked, bool(saved))
         return _finish(state, folder, checkpoints, stop)
@@ -114,20 +128,21 @@ def _finish(
     state: TrainState, folder: RunFolder, checkpoints: Checkpoints, stop: StopRequest
 ) -> dict[str, Any]:
     """Write what a run ends with, waiting for room on the disk; returns the summary."""
-    weights = state.model.state_dict()
-    summary = folder.figures() | {"parameters": sum(p.numel() for p in state.model.parameters())}
+    weights, processes = state.weights(), state.processes
+    size = sum(p.numel() for p in state.model.parameters())
+    summary = processes.by_first(lambda: folder.figures() | {"parameters": size})
     files = {
-        "the metrics": folder.flush,
-        "the weights": lambda: folder.save_model(weights),
+        "the metrics": lambda: processes.by_first(folder.flush),
+        "the weights": lambda: processes.by_first(lambda: folder.save_model(weights)),
         "the last checkpoint": lambda: checkpoints.write(state),
-        "the summary": lambda: folder.finish(summary),
+        "the summary": lambda: processes.by_first(lambda: folder.finish(summary)),
     }
     try:
         for what, write in files.items():
-            insist(write, what, lambda: stop.signal)
+            insist(write, what, lambda: processes.asked(stop.signal))
     except OSError:
-        if stop.signal:
-            raise StoppedError(state.step, stop.signal, saved=False) from None
+        if asked := processes.asked(stop.signal):
+            raise StoppedError(state.step, asked, saved=False) from None
         raise
     return summary
 
@@ -155,18 +170,23 @@ def check(config: RunConfig, corpus: Corpus) -> Ready:
 
 
 @torch.no_grad()
-def validate(model: nn.Module, batches: Batches, config: RunConfig) -> float:
+def validate(state: TrainState, batches: Batches) -> float:
     """Mean loss over `training.validation_batches`, or over one epoch where that is fewer."""
-    device = next(model.parameters()).device
+    model, processes, training = state.model, state.processes, state.config.training
     model.eval()
     most = max(1, batches.count // batches.batch)
-    losses = [
-        loss_of(model, piece, config.training.precision).item()
-        for number in range(min(config.training.validation_batches, most))
-        for piece in batches[number].to(device).pieces(config.training.accumulate)
-    ]
+    size = batches.batch // processes.parts
+    totals = torch.zeros(2, dtype=torch.float64, device=state.device)
+    for number in range(min(training.validation_batches, most)):
+        processes.at(f"step {state.step}, validation batch {number}")
+        part = batches.take(number * batches.batch + size * processes.part, size)
+        for piece in part.to(state.device).pieces(training.accumulate):
+            targets = count_targets(piece)
+            loss = loss_of(model, piece, training.precision)
+            totals += torch.stack([loss.double() * targets, targets])
     model.train()
-    return sum(losses) / len(losses)
+    total, targets = processes.sum_parts(totals).tolist()
+    return total / max(1, targets)
 
 
 def load_figures(loads: list[Tensor], model: nn.Module, tokens: int) -> dict[str, Any]:
@@ -202,6 +222,12 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def _begin(config: RunConfig, folder: RunFolder, checkpoints: Checkpoints, step: int) -> None:
+    folder.begin(config, step)
+    checkpoints.clean()
+    checkpoints.abandon_after(step)
+
+
 def _go_on(state: TrainState, path: Path, digest: str, folder: RunFolder) -> None:
     found = checkpoint.read_manifest(path).data_sha256
     if found != digest:
@@ -222,13 +248,14 @@ def _save_last_finite(state: TrainState, checkpoints: Checkpoints, error: Diverg
 
     Before the first step there is nothing to save: the seed gives that state again.
     """
-    before = checkpoints.paths()
+    processes = state.processes
+    before = processes.by_first(checkpoints.paths)
     try:
         if state.step and state.is_finite():
             checkpoints.write(state)  # drops none: what made it fail may be in its weights already
     except OSError as failed:
         logger.error("CHECKPOINT NOT SAVED at step %d: %s", state.step, failed.strerror)
-    there = [checkpoint.path_step(path) for path in checkpoints.paths()]
+    there = [checkpoint.path_step(path) for path in processes.by_first(checkpoints.paths)]
     saved = f"saved as step {there[-1]}" if there else "not saved"
     error.add_note(f"the last finite state is {saved}")
     if older := [step for path in before if (step := checkpoint.path_step(path)) < there[-1]]:

@@ -37,8 +37,8 @@ def test_a_block_has_the_presets_shapes():
     with torch.device("meta"):
         branches = parts.block(preset("3b").model, True, "meta")
     shapes = {name: tuple(p.shape) for name, p in branches.named_parameters()}
-    assert shapes["1.1.gate_up"] == (64, 1280, 2 * 896)
-    assert shapes["1.1.down"] == (64, 896, 1280)
+    assert shapes["1.1.routed.gate_up"] == (64, 1280, 2 * 896)
+    assert shapes["1.1.routed.down"] == (64, 896, 1280)
     assert shapes["1.1.shared.down.weight"] == (1280, 2 * 896)
 
 

@@ -39,8 +39,8 @@ def by_hand(experts, token, bias=None):
     total = sum(scores[e] for e in chosen)
     out = torch.zeros_like(token)
     for e in chosen:
-        gate, up = (token @ experts.gate_up[e]).chunk(2)
-        out = out + scores[e] / total * ((silu(gate) * up) @ experts.down[e])
+        gate, up = (token @ experts.routed.gate_up[e]).chunk(2)
+        out = out + scores[e] / total * ((silu(gate) * up) @ experts.routed.down[e])
     for index in range(config.shared):
         rows = slice(index * config.width, (index + 1) * config.width)
         gate, up = experts.shared.gate_up.weight.chunk(2)
@@ -83,8 +83,8 @@ def test_no_token_is_dropped_even_if_all_want_the_same_expert():
     u = torch.randn(50, C, dtype=torch.float64)
     out = experts(u)
     assert experts.router.load.tolist() == [0, 0, 0, 50, 0]
-    gate, up = (u @ experts.gate_up[3]).chunk(2, -1)
-    torch.testing.assert_close(out, (silu(gate) * up) @ experts.down[3])
+    gate, up = (u @ experts.routed.gate_up[3]).chunk(2, -1)
+    torch.testing.assert_close(out, (silu(gate) * up) @ experts.routed.down[3])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

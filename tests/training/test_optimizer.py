@@ -29,7 +29,7 @@ def test_only_matrices_decay(kind):
     assert all(name.endswith(".phi") for name in by_name["connections"])
     assert all("norm" in name for name in by_name["norms"])
     assert by_name["router"] == {"branches.3.router.weight"}
-    assert "branches.3.gate_up" in by_name["experts"]
+    assert "branches.3.routed.gate_up" in by_name["experts"]
     assert {"head.weight", "branches.3.shared.down.weight"} <= by_name["layers"]
 
 

@@ -1,0 +1,25 @@
+"""Runs of several processes: who they are, what each has, what they tell each other."""
+
+from manifold_hc.parallel.apply import distribute
+from manifold_hc.parallel.config import (
+    ParallelConfig,
+    is_first,
+    job,
+    require_started,
+    restarted_job,
+)
+from manifold_hc.parallel.processes import Processes, by_mesh, joined, local, whole
+
+__all__ = [
+    "ParallelConfig",
+    "Processes",
+    "by_mesh",
+    "distribute",
+    "is_first",
+    "job",
+    "joined",
+    "local",
+    "require_started",
+    "restarted_job",
+    "whole",
+]

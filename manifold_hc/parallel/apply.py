@@ -1,0 +1,86 @@
+"""What is done to a model that several processes share, in this order."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from manifold_hc.maps import WideModule
+from manifold_hc.models import Decoder
+from manifold_hc.models.experts import RoutedExperts, mixtures
+from manifold_hc.parallel.experts import share_experts
+from manifold_hc.parallel.processes import Processes
+
+FLOAT32 = MixedPrecisionPolicy()
+"""Weights are gathered as they are kept."""
+
+
+def distribute(model: Decoder, processes: Processes, precision: torch.dtype) -> None:
+    """Spread `model` over the processes, in place; every one must have the same weights.
+
+    precision: what the branches compute in. Weights are kept in float32.
+    """
+    if processes.mesh is None:
+        return
+    degrees = processes.config
+    everyone = processes.mesh
+    dense = everyone._unflatten(0, (degrees.replicate, degrees.shard), ("replicate", "shard"))
+    sparse = dense
+    if degrees.experts > 1:
+        sizes = (degrees.replicate, degrees.shard // degrees.experts, degrees.experts)
+        sparse = everyone._unflatten(0, sizes, ("replicate", "shard", "experts"))
+        for mixture in mixtures(model).values():
+            share_experts(mixture.routed, sparse["experts"])
+    _shard(model, _copied(dense), _copied(sparse), precision)
+    _tell_progress(model, processes)
+
+
+def _copied(mesh: DeviceMesh) -> DeviceMesh:
+    """The axes that FSDP sees: hybrid where there are copies."""
+    return mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"]
+
+
+def _shard(model: Decoder, dense: DeviceMesh, sparse: DeviceMesh, precision: torch.dtype) -> None:
+    """FSDP2: every branch a unit, gathered in `precision` when it runs; its router in float32.
+
+    What is left makes one unit in float32, gathered for the whole of a step: connections and norms,
+    less than a thousandth of a large model. Connections see no hooks of FSDP that way, and hand
+    their streams on as they are.
+    """
+    narrow = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
+    for branch in model.branches:
+        for module in branch.modules():
+            if isinstance(module, WideModule):
+                _unit(module, dense)
+            elif isinstance(module, RoutedExperts):
+                _unit(module, sparse, narrow)
+        _unit(branch, dense, narrow)
+    _unit(model.head, dense, narrow)
+    # The gradients of a token's rows are summed in the dtype that the embedding is gathered in.
+    _unit(model.embedding, dense)
+    _unit(model, dense)
+
+
+def _unit(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy = FLOAT32) -> None:
+    """The loss is a sum over all processes' tokens, and so is every gradient: FSDP would average.
+
+    How many processes share a weight differs from unit to unit.
+    """
+    unit = fully_shard(module, mesh=mesh, mp_policy=policy)
+    unit.set_gradient_divide_factor(1.0)
+    unit.set_force_sum_reduction_for_comms(True)
+
+
+def _tell_progress(model: Decoder, processes: Processes) -> None:
+    for name, branch in model.branches.named_children():
+        branch.register_forward_pre_hook(_begins(f"sublayer {name}", processes))
+
+
+def _begins(operation: str, processes: Processes) -> Callable[[nn.Module, Any], None]:
+    def tell(module: nn.Module, arguments: Any) -> None:
+        processes.at(operation)
+
+    return tell

@@ -1,0 +1,80 @@
+"""How many processes share a run, and how."""
+
+import os
+from dataclasses import dataclass
+from math import prod
+
+from manifold_hc.errors import ConfigError, require_at_least_one, require_number
+
+AXES = ("replicate", "shard")
+"""The axes of the mesh of processes, the slowest one first."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Degrees of parallelism, whose product is the number of processes; 1 leaves an axis out."""
+
+    replicate: int = 1
+    """Copies of the whole model, each with its own part of every batch."""
+    shard: int = 1
+    """Processes that share a copy's weights and optimizer state (FSDP2); each has its own part."""
+    experts: int = 1
+    """Processes among those of `shard` that share the experts: tokens travel to them and back."""
+    timeout: float = 600.0
+    """Seconds without progress after which several processes end and name who hangs."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for degrees that there are not."""
+        require_at_least_one(self, *AXES, "experts")
+        if self.shard % self.experts:
+            raise ConfigError(f"experts: must divide shard={self.shard} but is {self.experts}")
+        require_number(self, "timeout", positive=True)
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """Of every axis."""
+        return tuple(getattr(self, axis) for axis in AXES)
+
+    @property
+    def size(self) -> int:
+        """Processes in all."""
+        return prod(self.degrees)
+
+    @property
+    def parts(self) -> int:
+        """Parts of a batch that are computed at once."""
+        return self.replicate * self.shard
+
+
+def require_started(config: ParallelConfig) -> None:
+    """Raise ConfigError unless as many processes were started as the axes need."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started == config.size:
+        return
+    product = " x ".join(f"{axis} {getattr(config, axis)}" for axis in AXES)
+    raise ConfigError(
+        f"parallel: {product} needs {config.size} process{'es' * (config.size > 1)} but {started} "
+        f"{'was' if started == 1 else 'were'} started; start them with "
+        f"torchrun --nproc-per-node {config.size} -m manifold_hc train ..."
+    )
+
+
+def is_first() -> bool:
+    """Whether this process is the one that speaks, by what torchrun has told it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def attempt() -> int:
+    """How often torchrun has started this process again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def restarted_job() -> str | None:
+    """The job of torchrun's that has started this process again, if one has."""
+    return job() if attempt() else None
+
+
+def job() -> str:
+    """What tells this job of torchrun's from others, the same after a restart."""
+    known = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
+    return " ".join(os.environ.get(name, "-") for name in known)

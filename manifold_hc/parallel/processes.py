@@ -1,0 +1,191 @@
+"""The processes of a run and what they tell each other; a run of one process has no one to ask."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import count
+from signal import Signals
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
+
+from manifold_hc.errors import LostProcessError
+from manifold_hc.parallel.config import ParallelConfig, attempt, require_started
+from manifold_hc.parallel.watchdog import Watchdog
+
+Result = TypeVar("Result")
+
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+"""What carries tensors between processes, by the device of the model."""
+
+GRACE = 30.0
+"""Seconds by which the watchdog speaks before a collective operation gives up."""
+
+
+_meetings = count()
+"""What tells the processes' first meeting in the store from a later one."""
+
+
+class Processes:
+    """One process among the others of its run.
+
+    Methods that ask the others must be called by all of them, in the same order.
+    """
+
+    def __init__(
+        self,
+        config: ParallelConfig | None = None,
+        mesh: DeviceMesh | None = None,
+        watchdog: Watchdog | None = None,
+    ) -> None:
+        """mesh: all of them in a row; None for a process on its own."""
+        self.config = config or ParallelConfig()
+        self.mesh = mesh
+        self._watchdog = watchdog
+        self.background = None if mesh is None else dist.new_group(backend="gloo")
+        """The same processes, for a thread that asks while the main one does."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that writes and speaks."""
+        return self.rank == 0
+
+    @property
+    def rank(self) -> int:
+        """Number of this one among all."""
+        return 0 if self.mesh is None else dist.get_rank()
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return 1 if self.mesh is None else dist.get_world_size()
+
+    @property
+    def part(self) -> int:
+        """Which part of every batch is this one's."""
+        return self.rank
+
+    @property
+    def parts(self) -> int:
+        """In how many parts a batch is computed at once."""
+        return self.size
+
+    def at(self, operation: str) -> None:
+        """Tell the watchdog what comes next."""
+        if self._watchdog is not None:
+            self._watchdog.at(operation)
+
+    def _wait(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.waits()
+
+    def sum_parts(self, tensor: Tensor) -> Tensor:
+        """The sum over all parts of a batch, on every process."""
+        if self.mesh is None:
+            return tensor
+        self._wait()
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    def largest(self, number: int) -> int:
+        """The largest of all processes' numbers."""
+        return max(self.gathered(number))
+
+    def asked(self, seen: Signals | None) -> Signals | None:
+        """The signal that some process has seen, the same for all."""
+        number = self.largest(seen or 0)
+        return Signals(number) if number else None
+
+    def gathered(self, value: Result) -> list[Result]:
+        """The values of all processes, by rank."""
+        if self.mesh is None:
+            return [value]
+        self._wait()
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def by_first(self, run: Callable[[], Result]) -> Result:
+        """What `run` returns in the first process, or the error that it raises there, in all."""
+        return self.each(lambda: run() if self.is_first else cast(Result, None))[0]
+
+    def each(self, run: Callable[[], Result]) -> list[Result]:
+        """What `run` returns in every process, or the first error that it raises in one, in all."""
+        if self.mesh is None:
+            return [run()]
+        result, failed = None, None
+        try:
+            result = run()
+        except Exception as error:
+            failed = error
+        outcomes = self.gathered((result, failed))
+        for _, reason in outcomes:
+            if reason is not None:
+                raise reason
+        return [cast(Result, result) for result, _ in outcomes]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def by_mesh(model: nn.Module) -> list[list[nn.Parameter]]:
+    """The parameters by the processes that share them: torch takes those of one mesh at once."""
+    meshes: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        meshes.setdefault(mesh, []).append(parameter)
+    return list(meshes.values())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which every process may have a part; every process must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def joined(config: ParallelConfig, device: torch.device) -> Iterator[Processes]:
+    """Meet the other processes that torchrun has started; alone where there are none.
+
+    Raises ConfigError where other than `config.size` processes were started, and LostProcessError
+    when one of them goes away.
+    """
+    require_started(config)
+    if config.size == 1:
+        yield Processes()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(dist.get_node_local_rank())
+    patience = timedelta(seconds=config.timeout + GRACE)
+    known, rank, size = next(rendezvous("env://", timeout=patience))
+    store = PrefixStore(f"{attempt()}, meeting {next(_meetings)}", known)
+    watchdog = Watchdog(store, rank, size, config.timeout)
+    try:
+        dist.init_process_group(
+            BACKENDS[device.type],
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=patience,
+        )
+        mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("all",))
+        yield Processes(config, mesh, watchdog)
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
+            reason = str(error).partition("] ")[2].partition(". This is typically")[0]
+            raise LostProcessError(
+                f"parallel: another process is gone: {reason or error}"
+            ) from error
+        raise
+    finally:
+        watchdog.end()
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,193 @@
+"""Checkpoints that any number of processes writes and any other goes on from."""
+
+import logging
+import os
+import resource
+import signal
+
+import pytest
+import torch.distributed as dist
+
+from manifold_hc.errors import CheckpointError, StoppedError
+from manifold_hc.parallel import joined
+from manifold_hc.training import CheckpointConfig, Checkpoints
+from manifold_hc.training.checkpoint import verify
+from tests.parallel.groups import together
+from tests.parallel.sharing import CPU, figures, in_pieces, run, shared
+from tests.training import runs
+from tests.training.runs import at
+
+EXPERTS = runs.with_experts(runs.config(probe_every=1))
+ROUNDS = {
+    "shard 2": {"shard": 2},
+    "hybrid": {"replicate": 2, "shard": 2},
+    "alone": {},
+    "shard 4": {"shard": 4},
+}
+
+
+def first_process_gets(number):
+    def send(model):
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            os.kill(os.getpid(), number)
+
+    return send
+
+
+def stopped_after(step, config, folder):
+    """Ctrl-C in the first process during that step; whether everybody stopped there and saved."""
+    try:
+        run(config, folder, [at(step - first_step(folder), first_process_gets(signal.SIGINT))])
+    except StoppedError as stopped:
+        return stopped.step, stopped.saved
+
+
+def first_step(folder):
+    paths = Checkpoints(folder / "checkpoints", CheckpointConfig(), "").paths()
+    return int(paths[-1].name[5:]) if paths else 0
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["waited for", "asynchronous"])
+def test_every_layout_goes_on_from_every_other(asynchronous, tmp_path):
+    """Stopped after every fourth step, the run goes on in another layout."""
+    saving = CheckpointConfig(every=2, keep=3, asynchronous=asynchronous)
+    config = runs.with_experts(runs.config(probe_every=1, checkpoint=saving))
+    order = ["shard 2", "hybrid", "alone", "shard 4", "shard 2"]
+    for number, layout in enumerate(order, start=1):
+        degrees = ROUNDS[layout]
+        here = shared(config, **degrees) if degrees else in_pieces(config, 4)
+        size = here.parallel.size
+        if number < len(order):
+            stops = together(size, stopped_after, 4 * number - 1, here, tmp_path / "moving")
+            assert stops == [(4 * number, True)] * size
+        else:
+            together(size, run, here, tmp_path / "moving")
+    run(in_pieces(config, 4), tmp_path / "calm")
+    found, wanted = figures(tmp_path / "moving"), figures(tmp_path / "calm")
+    assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
+    assert found["validation"] == pytest.approx(wanted["validation"], rel=1e-5)
+    for path in Checkpoints(tmp_path / "moving" / "checkpoints", saving, "").paths():
+        verify(path)
+    assert not list((tmp_path / "moving" / "checkpoints").glob(".*"))
+
+
+def test_a_run_of_two_is_the_same_to_the_bit_when_it_goes_on(tmp_path):
+    config = shared(EXPERTS, shard=2)
+    together(2, stopped_after, 6, config, tmp_path / "stopped")
+    together(2, run, config, tmp_path / "stopped")
+    together(2, run, config, tmp_path / "calm")
+    assert figures(tmp_path / "stopped") == figures(tmp_path / "calm")
+    weights = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("stopped", "calm")]
+    assert weights[0] == weights[1]
+
+
+def test_a_checkpoint_of_the_first_moment(tmp_path):
+    """Moments that no step has filled yet are saved and read like all others."""
+    config = shared(EXPERTS, shard=2)
+    assert together(2, saved_at_once, config, tmp_path) == [True, True]
+
+
+def saved_at_once(config, folder):
+    from manifold_hc.training.checkpoint import load
+    from manifold_hc.training.state import TrainState
+
+    with joined(config.parallel, CPU) as processes:
+        saved = Checkpoints(folder, config.checkpoint, "", processes)
+        saved.write(TrainState(config, CPU, processes))
+        other = TrainState(config, CPU, processes)
+        load(saved.find(), other)
+        return other.step == 0 and all(
+            not state["exp_avg"].to_local().any() for state in other.optimizer.state.values()
+        )
+
+
+def damaged(folder, how, which=-1):
+    path = Checkpoints(folder / "checkpoints", CheckpointConfig(), "").paths()[which]
+    file = path / "__1_0.distcp"
+    content = bytearray(file.read_bytes())
+    if how == "truncated":
+        file.write_bytes(content[:-1])
+    elif how == "altered":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif how == "gone":
+        file.unlink()
+    elif how == "one too many":
+        (path / "__2_0.distcp").write_bytes(content)
+    return path
+
+
+def found_by(config, folder, step=None):
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("manifold_hc").addHandler(handler)
+    with joined(config.parallel, CPU) as processes:
+        saved = Checkpoints(folder / "checkpoints", config.checkpoint, "", processes)
+        try:
+            return saved.find(step), messages
+        except CheckpointError as error:
+            return str(error), messages
+
+
+@pytest.mark.parametrize("how", ["truncated", "altered", "gone", "one too many"])
+def test_a_damaged_checkpoint_is_passed_over_loudly(how, tmp_path):
+    config = shared(
+        runs.config(steps=4, checkpoint=CheckpointConfig(every=2, keep=3, best=False)), shard=2
+    )
+    together(2, run, config, tmp_path)
+    path = damaged(tmp_path, how)
+    (first, said), (second, _) = together(2, found_by, config, tmp_path)
+    assert first == second == path.with_name("step-00000002")
+    assert "DAMAGED, the one before it is used" in said[0]
+    assert str(path) in said[0]
+    errors = together(2, found_by, config, tmp_path, 4)
+    assert errors[0][0] == errors[1][0]
+    assert str(path) in errors[0][0]
+    damaged(tmp_path, "truncated", 0)
+    errors = together(2, found_by, config, tmp_path)
+    assert "every one in" in errors[0][0]
+    assert errors[0][0] == errors[1][0]
+
+
+def limit(size):
+    """No file of this process may grow beyond so many bytes, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most if size is None else size, most))
+
+
+def last_process_may_write(size):
+    return lambda model: limit(size) if dist.get_rank() == dist.get_world_size() - 1 else None
+
+
+def without_room(config, folder):
+    observers = [at(5, last_process_may_write(50_000)), at(9, last_process_may_write(None))]
+    run(config, folder, observers)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["waited for", "asynchronous"])
+def test_a_full_disk_stops_nothing_but_the_save(asynchronous, tmp_path):
+    """The second process's disk is full from step 5 to step 9."""
+    saving = CheckpointConfig(every=4, keep=9, best=False, asynchronous=asynchronous)
+    config = shared(runs.config(probe_every=1, checkpoint=saving), shard=2)
+    together(2, without_room, config, tmp_path / "full")
+    together(2, run, config, tmp_path / "calm")
+    assert figures(tmp_path / "full") == figures(tmp_path / "calm")
+    saved = Checkpoints(tmp_path / "full" / "checkpoints", saving, "")
+    steps = [int(path.name[5:]) for path in saved.paths()]
+    assert steps == [4, 12, 16, 20]
+    for path in saved.paths():
+        verify(path)
+    assert not list(saved.folder.glob(".*"))
+
+
+def test_an_asynchronous_save_holds_the_step_it_is_of(tmp_path):
+    """Training goes on while the checkpoint is written; what is written does not change."""
+    for asynchronous in (False, True):
+        saving = CheckpointConfig(every=1, keep=99, asynchronous=asynchronous)
+        config = runs.config(steps=6, checkpoint=saving)
+        run(config, tmp_path / str(asynchronous))
+    for step in range(1, 7):
+        name = f"checkpoints/step-{step:08}/__0_0.distcp"
+        assert (tmp_path / "True" / name).read_bytes() == (tmp_path / "False" / name).read_bytes()

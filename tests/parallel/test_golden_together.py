@@ -1,0 +1,61 @@
+"""Shared by several processes, the golden run is that of one with the same microbatches."""
+
+from dataclasses import replace
+
+import pytest
+from safetensors.torch import load_file
+
+from manifold_hc.config import ConnectionConfig
+from tests.parallel.groups import together
+from tests.parallel.sharing import figures, in_pieces, run, run_all, shared
+from tests.training import runs
+
+RUNS = {
+    "mhc": runs.config(),
+    "hc": runs.config("hc"),
+    "residual": runs.config("residual"),
+    "bfloat16": runs.config(precision="bfloat16"),
+    "recompute": runs.config(recompute=2),
+    "experts": runs.with_experts(runs.config()),
+    "single-pass": replace(runs.config(), connection=ConnectionConfig(single_pass=True)),
+    "deepseek_v4": replace(runs.config(), connection=ConnectionConfig(numerics="deepseek_v4")),
+}
+LAYOUTS = {
+    "shard 2": {"shard": 2},
+    "replicate 2": {"replicate": 2},
+    "shard 4": {"shard": 4},
+    "replicate 2 x shard 2": {"replicate": 2, "shard": 2},
+}
+
+
+def compare(folder, reference, rel=1e-5):
+    wanted, found = figures(reference), figures(folder)
+    assert len(found["losses"]) == 20
+    for what, numbers in found.items():
+        assert numbers == pytest.approx(wanted[what], rel=rel if what != "norms" else 20 * rel)
+    names = ("model.safetensors", "checkpoints/step-00000020/model.safetensors")
+    assert not (folder / names[1]).exists()
+    weights, known = load_file(folder / names[0]), load_file(reference / names[0])
+    assert weights.keys() == known.keys()
+    # Adam makes full steps of a gradient that is rounding noise: single numbers may part.
+    apart = sum((weight - known[name]).square().sum() for name, weight in weights.items())
+    assert apart < 1e-3 * sum(weight.square().sum() for weight in known.values())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout(layout, tmp_path):
+    degrees = LAYOUTS[layout]
+    config = shared(runs.config(), **degrees)
+    together(config.parallel.size, run, config, tmp_path / "together")
+    run(in_pieces(runs.config(), config.parallel.size), tmp_path / "alone")
+    compare(tmp_path / "together", tmp_path / "alone")
+
+
+def test_every_kind_of_network(tmp_path):
+    together(
+        2, run_all, [(shared(config, shard=2), tmp_path / kind) for kind, config in RUNS.items()]
+    )
+    for kind, config in RUNS.items():
+        run(in_pieces(config, 2), tmp_path / f"{kind} alone")
+        narrow = config.training.precision == "bfloat16"
+        compare(tmp_path / kind, tmp_path / f"{kind} alone", rel=1e-3 if narrow else 1e-5)
