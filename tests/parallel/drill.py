@@ -99,9 +99,9 @@ def drill(text: Path, folder: Path, steps: int, moments: list[str], draw: random
             wait_until(lambda target=target: steps_of(run) > target, agent, log)
             if moment == "saving":
                 wait_until(lambda: is_saving(run), agent, log)
-        saving = is_saving(run)
+        met = moment if moment == "starting" else "saving" if is_saving(run) else "running"
         os.kill(draw.choice(before), signal.SIGKILL)
-        done["saving" if saving else "running" if moment == "saving" else moment] += 1
+        done[met] += 1
         print(f"kill {number + 1}: {moment}, after {steps_of(run)} steps", flush=True)
     if agent.wait(PATIENCE):
         raise SystemExit(log.read_text()[-4000:])
@@ -127,7 +127,8 @@ def main() -> None:
         text.write_text(generated_text(40_000))
         found = drill(text, Path(folder), given.steps, moments, draw)
     print(found)
-    if not found["same"] or found["kills"]["saving"] < 5 * given.kills // 20:
+    kills = found["kills"]
+    if not found["same"] or kills["saving"] < given.kills // 4 or kills["starting"] < 2:
         raise SystemExit("the drill has failed")
 
 
