@@ -17,13 +17,16 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/ready  ## train residual, HC and mHC on Python's own documentation, make a page
 	$(BIN)/mhc compare --out runs/demo $(ARGS)
 
 test: .venv/ready-to-develop  ## run the tests, on up to eight processors
 	$(BIN)/pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal $(if $(TEST_DATA),--test-data=$(TEST_DATA)) $(ARGS)
+
+test-distributed: .venv/ready-to-develop  ## run the tests of several processes, the widest too
+	$(BIN)/pytest tests/parallel --wide $(ARGS)
 
 kernels: .venv/ready-to-develop  ## compile every GPU kernel for every target: some minutes
 	$(BIN)/pytest tests/kernels/test_triton_compiles.py --every-kernel $(ARGS)
@@ -57,4 +60,4 @@ clean:  ## remove .venv and caches; runs stay
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@ .venv/ready
 
-.PHONY: help demo test kernels drill check golden clean
+.PHONY: help demo test test-distributed kernels drill check golden clean

@@ -23,6 +23,17 @@ def pytest_addoption(parser):
     parser.addoption(
         "--every-kernel", action="store_true", help="compile GPU kernels at every n: some minutes"
     )
+    parser.addoption(
+        "--wide", action="store_true", help="share runs among four processes too: some minutes"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--wide"):
+        return
+    for item in items:
+        if item.get_closest_marker("wide"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: make test-distributed"))
 
 
 @pytest.fixture

@@ -21,12 +21,20 @@ class Batch(NamedTuple):
     targets: Int[Tensor, "B T"]
     """The next tokens; NO_TARGET behind the end of a source."""
     documents: Int[Tensor, "B T"] | None
-    """A number for each token's document; None where no sequence holds two."""
+    """A number for each token's document, of whole sequences; None where no sequence holds two."""
 
     def to(self, device: torch.device) -> "Batch":
         """On another device."""
         documents = None if self.documents is None else self.documents.to(device)
         return Batch(self.inputs.to(device), self.targets.to(device), documents)
+
+    def span(self, part: int, parts: int) -> "Batch":
+        """One of `parts` equal parts of every sequence, with the documents of the whole."""
+        if parts == 1:
+            return self
+        return Batch(
+            self.inputs.chunk(parts, 1)[part], self.targets.chunk(parts, 1)[part], self.documents
+        )
 
     def pieces(self, count: int) -> list["Batch"]:
         """`count` batches of equal size, one after the other."""

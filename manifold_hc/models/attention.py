@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from manifold_hc.errors import ConfigError, require_at_least_one, require_number
+from manifold_hc.models.linear import Linear
 from manifold_hc.models.norm import RMSNorm
 
 
@@ -42,11 +43,11 @@ class LatentAttention(nn.Module):
         super().__init__()
         self.config = config
         heads, size, rotary = config.heads, config.head_size, config.rotary_size
-        self.query = nn.Linear(channels, heads * (size + rotary), bias=False)
-        self.compress = nn.Linear(channels, config.latent_size + rotary, bias=False)
+        self.query = Linear(channels, heads * (size + rotary))
+        self.compress = Linear(channels, config.latent_size + rotary)
         self.latent_norm = RMSNorm(config.latent_size, eps=norm_eps)
-        self.decompress = nn.Linear(config.latent_size, heads * 2 * size, bias=False)
-        self.output = nn.Linear(heads * size, channels, bias=False)
+        self.decompress = Linear(config.latent_size, heads * 2 * size)
+        self.output = Linear(heads * size, channels)
 
     def forward(
         self, u: Float[Tensor, "B T C"], mask: Bool[Tensor, "B 1 T T"] | None = None
@@ -55,13 +56,16 @@ class LatentAttention(nn.Module):
         config = self.config
         rotation = _rotation(u.shape[1], config.rotary_size, config.theta, u.device)
 
-        query = self.query(u).unflatten(-1, (config.heads, -1)).transpose(1, 2)  # B H T D+R
+        # H: the heads of this process.
+        both = config.head_size + config.rotary_size
+        query = self.query(u).unflatten(-1, (-1, both)).transpose(1, 2)  # B H T D+R
         query, query_rotary = query.split([config.head_size, config.rotary_size], -1)
 
         latent, key_rotary = self.compress(u).split([config.latent_size, config.rotary_size], -1)
         key_value = self.decompress(self.latent_norm(latent))
-        key, value = key_value.unflatten(-1, (config.heads, -1)).transpose(1, 2).chunk(2, -1)
-        key_rotary = _rotate(key_rotary.unsqueeze(1), rotation).expand(-1, config.heads, -1, -1)
+        key_value = key_value.unflatten(-1, (-1, 2 * config.head_size)).transpose(1, 2)
+        key, value = key_value.chunk(2, -1)
+        key_rotary = _rotate(key_rotary.unsqueeze(1), rotation).expand(-1, len(query[0]), -1, -1)
 
         attended = scaled_dot_product_attention(
             torch.cat([query, _rotate(query_rotary, rotation)], -1),

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import grouped_mm, linear, silu
 
 from manifold_hc.autocast import compute_dtype
 from manifold_hc.errors import ConfigError, require_at_least_one, require_number
 from manifold_hc.maps import WideModule
 from manifold_hc.models.feed_forward import GatedFeedForward
+from manifold_hc.models.linear import here
 
 ALIGNMENT = 16
 """Bytes that torch's grouped product wants every row to be a multiple of."""
@@ -98,8 +98,8 @@ class RoutedExperts(nn.Module):
 
     def forward(self, rows: Float[Tensor, "R C"], load: Int[Tensor, " E"]) -> Float[Tensor, "R C"]:
         """Rows in the order of experts, `load` of them for each."""
-        gate, up = grouped_product(rows, _here(self.gate_up).to(rows.dtype), load).chunk(2, -1)
-        return grouped_product(silu(gate) * up, _here(self.down).to(rows.dtype), load)
+        gate, up = grouped_product(rows, here(self.gate_up).to(rows.dtype), load).chunk(2, -1)
+        return grouped_product(silu(gate) * up, here(self.down).to(rows.dtype), load)
 
 
 class Experts(nn.Module):
@@ -135,11 +135,6 @@ class Experts(nn.Module):
             0, order, torch.arange(len(order), device=order.device)
         )
         return out[back].unflatten(0, chosen.shape)
-
-
-def _here(weight: Tensor) -> Tensor:
-    """What this process has of a weight, where several share it."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def grouped_product(

@@ -1,20 +1,26 @@
 """Gated feed-forward layer (SwiGLU, arXiv 2002.05202)."""
 
+import math
+
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import linear, silu
+
+from manifold_hc.models.linear import Linear, here
 
 
 class GatedFeedForward(nn.Module):
     """`(silu(u W_gate) * u W_up) W_down`."""
 
     def __init__(self, channels: int, width: int) -> None:
-        """channels: C; width: hidden size."""
+        """channels: C; width: hidden size. gate_up: both matrices, [2, width, C]."""
         super().__init__()
-        self.gate_up = nn.Linear(channels, 2 * width, bias=False)
-        self.down = nn.Linear(width, channels, bias=False)
+        self.gate_up = nn.Parameter(torch.empty(2, width, channels))
+        nn.init.uniform_(self.gate_up, -1 / math.sqrt(channels), 1 / math.sqrt(channels))
+        self.down = Linear(width, channels)
 
     def forward(self, u: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
         """[..., C] -> [..., C]."""
-        gate, up = self.gate_up(u).chunk(2, -1)
+        gate, up = linear(u, here(self.gate_up).flatten(0, 1)).chunk(2, -1)
         return self.down(silu(gate) * up)

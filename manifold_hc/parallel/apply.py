@@ -10,9 +10,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from manifold_hc.maps import WideModule
 from manifold_hc.models import Decoder
-from manifold_hc.models.experts import RoutedExperts, mixtures
+from manifold_hc.models.experts import mixtures
 from manifold_hc.parallel.experts import share_experts
 from manifold_hc.parallel.processes import Processes
+from manifold_hc.parallel.tensor import SHARDED, share_branch
 
 FLOAT32 = MixedPrecisionPolicy()
 """Weights are gathered as they are kept."""
@@ -25,16 +26,25 @@ def distribute(model: Decoder, processes: Processes, precision: torch.dtype) -> 
     """
     if processes.mesh is None:
         return
-    degrees = processes.config
-    everyone = processes.mesh
-    dense = everyone._unflatten(0, (degrees.replicate, degrees.shard), ("replicate", "shard"))
-    sparse = dense
+    degrees, everyone = processes.config, processes.mesh
+    # All processes of a copy have other tokens: what is computed token by token, they share alike.
+    copy = degrees.shard * degrees.tensor
+    dense = everyone._unflatten(0, (degrees.replicate, copy), ("replicate", "shard"))
+    special: dict[nn.Module, DeviceMesh] = {}
+    if degrees.tensor > 1:
+        sizes = (degrees.replicate, degrees.shard, degrees.tensor)
+        heads = everyone._unflatten(0, sizes, ("replicate", "shard", "tensor"))
+        for branch in model.branches:
+            if type(branch) in SHARDED:
+                special |= dict.fromkeys(share_branch(branch, heads["tensor"]), _copied(dense))
+                special[branch] = _copied(heads)
     if degrees.experts > 1:
-        sizes = (degrees.replicate, degrees.shard // degrees.experts, degrees.experts)
+        sizes = (degrees.replicate, copy // degrees.experts, degrees.experts)
         sparse = everyone._unflatten(0, sizes, ("replicate", "shard", "experts"))
         for mixture in mixtures(model).values():
             share_experts(mixture.routed, sparse["experts"])
-    _shard(model, _copied(dense), _copied(sparse), precision)
+            special[mixture.routed] = _copied(sparse)
+    _shard(model, _copied(dense), special, precision)
     _tell_progress(model, processes)
 
 
@@ -43,25 +53,32 @@ def _copied(mesh: DeviceMesh) -> DeviceMesh:
     return mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"]
 
 
-def _shard(model: Decoder, dense: DeviceMesh, sparse: DeviceMesh, precision: torch.dtype) -> None:
+def _shard(
+    model: Decoder,
+    mesh: DeviceMesh,
+    special: dict[nn.Module, DeviceMesh],
+    precision: torch.dtype,
+) -> None:
     """FSDP2: every branch a unit, gathered in `precision` when it runs; its router in float32.
 
     What is left makes one unit in float32, gathered for the whole of a step: connections and norms,
     less than a thousandth of a large model. Connections see no hooks of FSDP that way, and hand
     their streams on as they are.
+
+    special: modules that other processes share than the rest.
     """
     narrow = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
     for branch in model.branches:
         for module in branch.modules():
             if isinstance(module, WideModule):
-                _unit(module, dense)
-            elif isinstance(module, RoutedExperts):
-                _unit(module, sparse, narrow)
-        _unit(branch, dense, narrow)
-    _unit(model.head, dense, narrow)
+                _unit(module, mesh)
+            elif module in special and module is not branch:
+                _unit(module, special[module], narrow)
+        _unit(branch, special.get(branch, mesh), narrow)
+    _unit(model.head, mesh, narrow)
     # The gradients of a token's rows are summed in the dtype that the embedding is gathered in.
-    _unit(model.embedding, dense)
-    _unit(model, dense)
+    _unit(model.embedding, mesh)
+    _unit(model, mesh)
 
 
 def _unit(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy = FLOAT32) -> None:

@@ -6,7 +6,7 @@ from math import prod
 
 from manifold_hc.errors import ConfigError, require_at_least_one, require_number
 
-AXES = ("replicate", "shard")
+AXES = ("replicate", "shard", "tensor")
 """The axes of the mesh of processes, the slowest one first."""
 
 
@@ -18,16 +18,21 @@ class ParallelConfig:
     """Copies of the whole model, each with its own part of every batch."""
     shard: int = 1
     """Processes that share a copy's weights and optimizer state (FSDP2); each has its own part."""
+    tensor: int = 1
+    """Processes that share every branch's heads and hidden units, and every sequence."""
     experts: int = 1
-    """Processes among those of `shard` that share the experts: tokens travel to them and back."""
+    """Processes among `shard` x `tensor` that share the experts: tokens travel there and back."""
     timeout: float = 600.0
     """Seconds without progress after which several processes end and name who hangs."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for degrees that there are not."""
         require_at_least_one(self, *AXES, "experts")
-        if self.shard % self.experts:
-            raise ConfigError(f"experts: must divide shard={self.shard} but is {self.experts}")
+        if self.shard * self.tensor % self.experts:
+            raise ConfigError(
+                f"experts: must divide shard x tensor = {self.shard * self.tensor} "
+                f"but is {self.experts}"
+            )
         require_number(self, "timeout", positive=True)
 
     @property
@@ -51,11 +56,13 @@ def require_started(config: ParallelConfig) -> None:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started == config.size:
         return
-    product = " x ".join(f"{axis} {getattr(config, axis)}" for axis in AXES)
+    known = zip(AXES, config.degrees, strict=True)
+    product = " x ".join(f"{axis} {degree}" for axis, degree in known if degree > 1)
     raise ConfigError(
-        f"parallel: {product} needs {config.size} process{'es' * (config.size > 1)} but {started} "
-        f"{'was' if started == 1 else 'were'} started; start them with "
-        f"torchrun --nproc-per-node {config.size} -m manifold_hc train ..."
+        f"parallel: {product or 'no axis'} needs {config.size} process{'es' * (config.size > 1)} "
+        f"but {started} {'was' if started == 1 else 'were'} started; start {config.size} with "
+        f"torchrun --nproc-per-node {config.size} -m manifold_hc train ..., "
+        f"or give degrees that multiply to {started}"
     )
 
 

@@ -69,12 +69,22 @@ class Processes:
     @property
     def part(self) -> int:
         """Which part of every batch is this one's."""
-        return self.rank
+        return self.rank // self.config.tensor
 
     @property
     def parts(self) -> int:
         """In how many parts a batch is computed at once."""
-        return self.size
+        return self.config.parts
+
+    @property
+    def place(self) -> int:
+        """Which part of every sequence is this one's."""
+        return self.rank % self.config.tensor
+
+    @property
+    def places(self) -> int:
+        """In how many parts a sequence is computed at once."""
+        return self.config.tensor
 
     def at(self, operation: str) -> None:
         """Tell the watchdog what comes next."""
@@ -86,7 +96,7 @@ class Processes:
             self._watchdog.waits()
 
     def sum_parts(self, tensor: Tensor) -> Tensor:
-        """The sum over all parts of a batch, on every process."""
+        """The sum over all processes' tokens, on every process."""
         if self.mesh is None:
             return tensor
         self._wait()

@@ -139,6 +139,16 @@ class RunConfig:
             raise ConfigError(
                 f"parallel.experts: must divide model.experts.routed={experts} but is {sharing}"
             )
+        sizes = {
+            "data.sequence": self.data.sequence,
+            "model.attention.heads": self.model.attention.heads,
+            "model.feed_forward": self.model.feed_forward,
+        }
+        for name, size in sizes.items():
+            if size % self.parallel.tensor:
+                raise ConfigError(
+                    f"parallel.tensor: must divide {name}={size} but is {self.parallel.tensor}"
+                )
         pieces = self.parallel.parts * self.training.accumulate
         if self.training.batch % pieces:
             raise ConfigError(

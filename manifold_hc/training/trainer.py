@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from manifold_hc.data import Batches, Corpus
+from manifold_hc.data import Batch, Batches, Corpus
 from manifold_hc.errors import (
     CheckpointError,
     ConfigError,
@@ -78,12 +78,11 @@ def train(
         logger.info("going on from %s", resume)
     processes.by_first(lambda: _begin(config, folder, checkpoints, state.step))
     budget = config.training
-    probe = ready.validation[0].inputs.to(ready.device)
+    probe = own_part(ready.validation, 0, processes).inputs.to(ready.device)
     watching = [make(probe) for make in observers]
     screen = console or Console(stderr=True)
     records = folder if processes.is_first else None
     journal = Journal(records, budget, watching, screen, title, state.step)
-    size = budget.batch // processes.parts
     with closing(journal), _deterministic(ready.device), stop_requests() as stop:
         journal.open()
         while state.step < budget.steps:
@@ -91,15 +90,14 @@ def train(
             step = state.step
             processes.at(f"step {step}, data")
             checkpoints.settle()
-            first = state.sequences + size * processes.part
-            batch = ready.training.take(first, size).to(ready.device)
+            batch = own_part(ready.training, state.sequences, processes).to(ready.device)
             try:
                 figures = take_step(state, batch, config)._asdict()
             except DivergedError as error:
                 _save_last_finite(state, checkpoints, error)
                 raise
             loads = balance(state.model, processes.sum_parts)
-            seconds, tokens = time.perf_counter() - start, batch.inputs.numel() * processes.parts
+            seconds, tokens = time.perf_counter() - start, batch.inputs.numel() * processes.size
             figures |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
             journal.step(step, figures)
 
@@ -169,17 +167,22 @@ def check(config: RunConfig, corpus: Corpus) -> Ready:
     return Ready(seen, held_out, find_device(training.device))
 
 
+def own_part(batches: Batches, first: int, processes: Processes) -> Batch:
+    """What this process has of the batch that begins with sequence `first`."""
+    size = batches.batch // processes.parts
+    return batches.take(first + size * processes.part, size).span(processes.place, processes.places)
+
+
 @torch.no_grad()
 def validate(state: TrainState, batches: Batches) -> float:
     """Mean loss over `training.validation_batches`, or over one epoch where that is fewer."""
     model, processes, training = state.model, state.processes, state.config.training
     model.eval()
     most = max(1, batches.count // batches.batch)
-    size = batches.batch // processes.parts
     totals = torch.zeros(2, dtype=torch.float64, device=state.device)
     for number in range(min(training.validation_batches, most)):
         processes.at(f"step {state.step}, validation batch {number}")
-        part = batches.take(number * batches.batch + size * processes.part, size)
+        part = own_part(batches, number * batches.batch, processes)
         for piece in part.to(state.device).pieces(training.accumulate):
             targets = count_targets(piece)
             loss = loss_of(model, piece, training.precision)

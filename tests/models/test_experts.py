@@ -43,7 +43,7 @@ def by_hand(experts, token, bias=None):
         out = out + scores[e] / total * ((silu(gate) * up) @ experts.routed.down[e])
     for index in range(config.shared):
         rows = slice(index * config.width, (index + 1) * config.width)
-        gate, up = experts.shared.gate_up.weight.chunk(2)
+        gate, up = experts.shared.gate_up
         hidden = silu(gate[rows] @ token) * (up[rows] @ token)
         out = out + experts.shared.down.weight[:, rows] @ hidden
     return out, chosen

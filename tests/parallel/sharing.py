@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -12,6 +13,17 @@ from manifold_hc.training import Checkpoints, RunConfig, RunFolder, train
 from tests.training.runs import text
 
 CPU = torch.device("cpu")
+
+
+def layouts(narrow: list[dict[str, int]], wide: list[dict[str, int]]) -> list:
+    """As pytest's parameters, by their degrees; the wide ones are tested with --wide."""
+
+    def name(degrees):
+        return " x ".join(f"{axis} {degree}" for axis, degree in degrees.items()) or "alone"
+
+    return [pytest.param(degrees, id=name(degrees)) for degrees in narrow] + [
+        pytest.param(degrees, id=name(degrees), marks=pytest.mark.wide) for degrees in wide
+    ]
 
 
 def shared(config: RunConfig, **parallel) -> RunConfig:

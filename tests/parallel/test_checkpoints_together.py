@@ -18,12 +18,8 @@ from tests.training import runs
 from tests.training.runs import at
 
 EXPERTS = runs.with_experts(runs.config(probe_every=1))
-ROUNDS = {
-    "shard 2": {"shard": 2},
-    "hybrid": {"replicate": 2, "shard": 2},
-    "alone": {},
-    "shard 4": {"shard": 4},
-}
+NARROW = [{"shard": 2}, {}, {"tensor": 2}]
+WIDE = [{"shard": 2}, {"replicate": 2, "shard": 2}, {}, {"shard": 2, "tensor": 2}, {"shard": 4}]
 
 
 def first_process_gets(number):
@@ -48,14 +44,14 @@ def first_step(folder):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["waited for", "asynchronous"])
-def test_every_layout_goes_on_from_every_other(asynchronous, tmp_path):
+@pytest.mark.parametrize("order", [NARROW, pytest.param(WIDE, marks=pytest.mark.wide)])
+def test_every_layout_goes_on_from_every_other(asynchronous, order, tmp_path):
     """Stopped after every fourth step, the run goes on in another layout."""
     saving = CheckpointConfig(every=2, keep=3, asynchronous=asynchronous)
     config = runs.with_experts(runs.config(probe_every=1, checkpoint=saving))
-    order = ["shard 2", "hybrid", "alone", "shard 4", "shard 2"]
-    for number, layout in enumerate(order, start=1):
-        degrees = ROUNDS[layout]
-        here = shared(config, **degrees) if degrees else in_pieces(config, 4)
+    for number, degrees in enumerate(order, start=1):
+        here = shared(config, **degrees)
+        here = in_pieces(here, 4 // here.parallel.parts)
         size = here.parallel.size
         if number < len(order):
             stops = together(size, stopped_after, 4 * number - 1, here, tmp_path / "moving")

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from manifold_hc.config import ConnectionConfig
 from tests.parallel.groups import together
-from tests.parallel.sharing import figures, in_pieces, run, run_all, shared
+from tests.parallel.sharing import figures, in_pieces, layouts, run, run_all, shared
 from tests.training import runs
 
 RUNS = {
@@ -20,12 +20,13 @@ RUNS = {
     "single-pass": replace(runs.config(), connection=ConnectionConfig(single_pass=True)),
     "deepseek_v4": replace(runs.config(), connection=ConnectionConfig(numerics="deepseek_v4")),
 }
-LAYOUTS = {
-    "shard 2": {"shard": 2},
-    "replicate 2": {"replicate": 2},
-    "shard 4": {"shard": 4},
-    "replicate 2 x shard 2": {"replicate": 2, "shard": 2},
-}
+NARROW = [{"shard": 2}, {"replicate": 2}, {"tensor": 2}]
+WIDE = [
+    {"shard": 4},
+    {"replicate": 2, "shard": 2},
+    {"shard": 2, "tensor": 2},
+    {"replicate": 2, "tensor": 2},
+]
 
 
 def compare(folder, reference, rel=1e-5):
@@ -42,20 +43,20 @@ def compare(folder, reference, rel=1e-5):
     assert apart < 1e-3 * sum(weight.square().sum() for weight in known.values())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout(layout, tmp_path):
-    degrees = LAYOUTS[layout]
+@pytest.mark.parametrize("degrees", layouts(NARROW, WIDE))
+def test_every_layout(degrees, tmp_path):
     config = shared(runs.config(), **degrees)
     together(config.parallel.size, run, config, tmp_path / "together")
-    run(in_pieces(runs.config(), config.parallel.size), tmp_path / "alone")
+    run(in_pieces(runs.config(), config.parallel.parts), tmp_path / "alone")
     compare(tmp_path / "together", tmp_path / "alone")
 
 
-def test_every_kind_of_network(tmp_path):
-    together(
-        2, run_all, [(shared(config, shard=2), tmp_path / kind) for kind, config in RUNS.items()]
-    )
-    for kind, config in RUNS.items():
-        run(in_pieces(config, 2), tmp_path / f"{kind} alone")
+@pytest.mark.parametrize("degrees", layouts([{"shard": 2}], [{"tensor": 2}]))
+def test_every_kind_of_network(degrees, tmp_path):
+    planned = {kind: shared(config, **degrees) for kind, config in RUNS.items()}
+    together(2, run_all, [(config, tmp_path / kind) for kind, config in planned.items()])
+    for kind, config in planned.items():
+        alone = in_pieces(RUNS[kind], config.parallel.parts)
+        run(alone, tmp_path / f"{kind} alone")
         narrow = config.training.precision == "bfloat16"
         compare(tmp_path / kind, tmp_path / f"{kind} alone", rel=1e-3 if narrow else 1e-5)

@@ -27,15 +27,28 @@ def test_degrees_that_there_are_not(parallel, message):
 @pytest.mark.parametrize(
     ("started", "degrees", "message"),
     [
-        ("1", {"shard": 2}, r"replicate 1 x shard 2 needs 2 processes but 1 was started"),
+        ("1", {"shard": 2}, r"parallel: shard 2 needs 2 processes but 1 was started"),
         ("3", {"shard": 2, "replicate": 2}, r"replicate 2 x shard 2 needs 4 processes but 3 were"),
-        ("2", {}, r"replicate 1 x shard 1 needs 1 process but 2 were started"),
+        ("4", {"shard": 2, "tensor": 4}, r"shard 2 x tensor 4 needs 8 processes but 4 were"),
+        ("2", {}, r"parallel: no axis needs 1 process but 2 were started"),
     ],
 )
 def test_as_many_processes_as_the_degrees_say(started, degrees, message, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", started)
     with pytest.raises(ConfigError, match=message):
         require_started(ParallelConfig(**degrees))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (3, r"^parallel.tensor: must divide data.sequence=32 but is 3$"),
+        (4, r"^parallel.tensor: must divide model.attention.heads=2 but is 4$"),
+    ],
+)
+def test_what_the_tensor_axis_divides(tensor, message):
+    with pytest.raises(ConfigError, match=message):
+        replace(runs.config(), parallel=ParallelConfig(tensor=tensor))
 
 
 def test_every_process_has_a_part_of_the_batch():

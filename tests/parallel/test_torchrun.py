@@ -44,7 +44,7 @@ def mhc(*arguments, processes=None):
 def test_without_torchrun_nothing_starts(tmp_path):
     done = mhc("train", "parallel.shard=2", "--out", str(tmp_path / "run"))
     assert done.returncode == 2
-    assert done.stderr.startswith("mhc: error: parallel: replicate 1 x shard 2 needs 2 processes")
+    assert done.stderr.startswith("mhc: error: parallel: shard 2 needs 2 processes")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
     compared = mhc("compare", "parallel.shard=2", "--out", str(tmp_path / "run"))
