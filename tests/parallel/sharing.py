@@ -37,9 +37,9 @@ def in_pieces(config: RunConfig, pieces: int) -> RunConfig:
     return replace(config, training=replace(config.training, accumulate=pieces))
 
 
-def run(config: RunConfig, folder: Path, observers=()) -> dict:
+def run(config: RunConfig, folder: Path, observers=(), documents: int = 1) -> dict:
     """Start the run, or go on from its last checkpoint; returns the summary."""
-    corpus, there = text(), RunFolder(folder)
+    corpus, there = text(documents), RunFolder(folder)
     with joined(config.parallel, CPU) as processes:
         saved = Checkpoints(there.checkpoints, config.checkpoint, corpus.digest, processes)
         return train(config, corpus, there, observers, resume=saved.find(), processes=processes)

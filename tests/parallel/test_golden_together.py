@@ -51,6 +51,12 @@ def test_every_layout(degrees, tmp_path):
     compare(tmp_path / "together", tmp_path / "alone")
 
 
+def test_attention_keeps_documents_apart_in_shared_sequences(tmp_path):
+    together(2, run, shared(runs.config(), tensor=2), tmp_path / "together", (), 900)
+    run(runs.config(), tmp_path / "alone", (), 900)
+    compare(tmp_path / "together", tmp_path / "alone")
+
+
 @pytest.mark.parametrize("degrees", layouts([{"shard": 2}], [{"tensor": 2}]))
 def test_every_kind_of_network(degrees, tmp_path):
     planned = {kind: shared(config, **degrees) for kind, config in RUNS.items()}
