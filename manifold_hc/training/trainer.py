@@ -2,9 +2,11 @@
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,7 +130,9 @@ def _finish(
     """Write what a run ends with, waiting for room on the disk; returns the summary."""
     weights, processes = state.weights(), state.processes
     size = sum(p.numel() for p in state.model.parameters())
-    summary = processes.by_first(lambda: folder.figures() | {"parameters": size})
+    peak = max(processes.gathered(peak_memory(state.device)))
+    known = {"parameters": size, "peak_memory": peak}
+    summary = processes.by_first(lambda: folder.figures() | known)
     files = {
         "the metrics": lambda: processes.by_first(folder.flush),
         "the weights": lambda: processes.by_first(lambda: folder.save_model(weights)),
@@ -206,6 +210,18 @@ def load_figures(loads: list[Tensor], model: nn.Module, tokens: int) -> dict[str
         "smallest_load": min(float(share.min()) for share in shares),
         "dropped_tokens": wanted - sum(int(load.sum()) for load in loads),
     }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has had on the device so far; 0 where nobody counts them."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu" or find_spec("resource") is None:
+        return 0
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def find_device(name: str) -> torch.device:

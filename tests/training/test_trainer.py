@@ -49,6 +49,7 @@ def test_a_run_leaves_everything_it_measured(folder):
     assert set(steps[0]) >= {"loss", "gradient_norm", "lr", "seconds", "tokens_per_second"}
     assert [r["step"] for r in records if r["event"] == "validation"] == [9, 19, 24]
     assert [r["step"] for r in records if r["event"] == "gain"] == [0, 10, 20, 24]
+    assert 10**7 < summary["peak_memory"] < 10**11
     assert summary["largest_gradient_norm"] == max(r["gradient_norm"] for r in steps)
     assert summary["validation_loss"] == records[-1 - 1]["loss"]
     assert records[-1]["composite_log_column_sum"]
