@@ -34,7 +34,6 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as Written
-from torch.utils._pytree import tree_map_only
 
 from manifold_hc.errors import CheckpointError
 from manifold_hc.parallel import Processes
@@ -156,10 +155,11 @@ class Checkpoints:
         tensors = state.tensors()
         manifest = self._manifest(state, tensors, validation_loss)
         alone = self.processes.mesh is None
-        if not wait and state.device.type == "cpu":
-            # Where nothing is copied off a device, nothing is copied at all.
-            tensors = tree_map_only(Tensor, Tensor.clone, tensors)
-        writer = _Writer(path, manifest, tensors["model"] if alone else None)
+        weights = tensors["model"] if alone else None
+        if weights is not None and not wait:
+            # torch copies what it writes itself.
+            weights = {name: weight.clone() for name, weight in weights.items()}
+        writer = _Writer(path, manifest, weights)
         self.processes.by_first(writer.clear)
         if wait:
             with _one_process():

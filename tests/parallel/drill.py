@@ -85,7 +85,7 @@ def drill(text: Path, folder: Path, steps: int, moments: list[str], draw: random
     if agent.wait(PATIENCE):
         raise SystemExit((folder / "log of the calm run").read_text())
     run = folder / "run"
-    agent = start(text, run, steps, len(moments) + 3, log)
+    agent = start(text, run, steps, len(moments), log)
     done = {"running": 0, "saving": 0, "starting": 0}
     before: list[int] = []
     for number, moment in enumerate(moments):

@@ -98,8 +98,9 @@ def saved_at_once(config, folder):
 
 
 def damaged(folder, how, which=-1):
+    """The first file of the checkpoint is truncated, another one altered."""
     path = Checkpoints(folder / "checkpoints", CheckpointConfig(), "").paths()[which]
-    file = path / "__1_0.distcp"
+    file = path / ("__0_0.distcp" if how == "truncated" else "__1_0.distcp")
     content = bytearray(file.read_bytes())
     if how == "truncated":
         file.write_bytes(content[:-1])
@@ -185,5 +186,7 @@ def test_an_asynchronous_save_holds_the_step_it_is_of(tmp_path):
         config = runs.config(steps=6, checkpoint=saving)
         run(config, tmp_path / str(asynchronous))
     for step in range(1, 7):
-        name = f"checkpoints/step-{step:08}/__0_0.distcp"
-        assert (tmp_path / "True" / name).read_bytes() == (tmp_path / "False" / name).read_bytes()
+        for file in ("__0_0.distcp", "model.safetensors"):
+            name = f"checkpoints/step-{step:08}/{file}"
+            one, other = (tmp_path / str(asynchronous) / name for asynchronous in (False, True))
+            assert one.read_bytes() == other.read_bytes()

@@ -60,6 +60,7 @@ def test_a_folder_of_another_run_is_refused_after_a_restart_too(tmp_path):
     text.write_text(generated_text(40_000))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")
+    (tmp_path / "run" / ".job").write_text("another one's")
     command = drill.command(text, tmp_path / "run", 4, restarts=1)
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
