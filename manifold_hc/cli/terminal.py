@@ -42,4 +42,6 @@ def log_to_stderr() -> None:
     """Show the library's messages; of several processes the first one speaks for all."""
     logger = logging.getLogger("manifold_hc")
     logger.handlers = [_ConsoleHandler()]
+    # How torch moves the parts of a tensor is nothing that a user can change.
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
     logger.setLevel(logging.INFO if is_first() else logging.CRITICAL)

@@ -14,7 +14,7 @@ from manifold_hc.cli.dry_run import show_plan
 from manifold_hc.cli.options import RunCommand, Wanted, run_options
 from manifold_hc.cli.terminal import WIDE, console
 from manifold_hc.errors import ConfigError, DivergedError, RunFolderError, StoppedError
-from manifold_hc.parallel import Processes, job, joined, require_started, restarted_job
+from manifold_hc.parallel import Processes, is_restarted, job, joined, require_started
 from manifold_hc.training import Checkpoints, RunConfig, RunFolder
 from manifold_hc.training.config import fixed_differences
 
@@ -81,12 +81,6 @@ def _resume(wanted: Wanted, path: Path, out: Path | None, step: int | None) -> N
     config = wanted.config(before)
     if changed := fixed_differences(before, config):
         raise ConfigError(f"--resume: {', '.join(changed)} cannot change in a run; start another")
-    complete = folder.is_complete() and config.training.steps <= before.training.steps
-    if complete and not folder.is_of(restarted_job()):
-        raise RunFolderError(
-            f"run folder: {path} holds a complete run of {before.training.steps} steps; "
-            "give more training.steps to go on"
-        )
     _run(config, folder, lambda checkpoints: checkpoints.find(step))
 
 
@@ -105,7 +99,10 @@ def _run(
     corpus = load(config.data)
     device = training.check(config, corpus).device
     with joined(config.parallel, device) as processes, ExitStack() as held:
-        again = processes.by_first(lambda: _take(folder, held, new=find is None))
+        restarted = any(processes.gathered(is_restarted()))
+        again = processes.by_first(
+            lambda: _take(folder, held, config, new=find is None, restarted=restarted)
+        )
         if not (again and processes.by_first(folder.is_complete)):
             _train(config, corpus, folder, processes, Checkpoints.find if again else find)
         if processes.is_first:
@@ -114,21 +111,30 @@ def _run(
             click.echo(f"run folder: {path}")
 
 
-def _take(folder: RunFolder, held: ExitStack, *, new: bool) -> bool:
+def _take(
+    folder: RunFolder, held: ExitStack, config: RunConfig, *, new: bool, restarted: bool
+) -> bool:
     """Lock the folder until `held` ends; whether torchrun has started its own run again.
 
-    Raises RunFolderError for a folder in use, and for one that is not empty where a `new` run
-    starts.
+    Raises RunFolderError for a folder in use, for one that is not empty where a `new` run starts,
+    and for a complete run.
     """
     from manifold_hc.training.folder import is_empty, locked, refuse_if_in_use
 
     refuse_if_in_use(folder.path)
-    again = folder.is_of(restarted_job())
+    again = restarted and folder.is_of(job())
     if new and not again and not is_empty(folder.path):
         raise RunFolderError(
             f"run folder: {folder.path} is not empty; choose another with --out, or go on with "
             f"--resume {shlex.quote(str(folder.path))}"
         )
+    if not new and not again and folder.is_complete():
+        before = folder.config().training.steps
+        if config.training.steps <= before:
+            raise RunFolderError(
+                f"run folder: {folder.path} holds a complete run of {before} steps; "
+                "give more training.steps to go on"
+            )
     held.enter_context(locked(folder.path))
     return again
 
@@ -152,15 +158,15 @@ def _train(
             )
         if at is None:
             logger.info("going on from the first step: there is no checkpoint yet")
-    if processes.size > 1:
-        processes.by_first(lambda: folder.belong_to(job()))
-    kind, again = config.connection.kind, shlex.quote(str(path))
+    kind, size = config.connection.kind, processes.size
+    command = f"torchrun --nproc-per-node {size} -m manifold_hc" if size > 1 else "mhc"
+    again = f"{command} train --resume {shlex.quote(str(path))}"
     screen = console(stderr=True)
     try:
         training.train(config, corpus, folder, [GainMonitor], screen, kind, at, processes)
     except DivergedError as error:
-        error.add_note(f"lower the rate: mhc train --resume {again} optimizer.lr=R")
+        error.add_note(f"lower the rate: {again} optimizer.lr=R")
         raise
     except StoppedError as error:
-        error.add_note(f"go on with: mhc train --resume {again}")
+        error.add_note(f"go on with: {again}")
         raise

@@ -4,11 +4,11 @@ from manifold_hc.parallel.apply import distribute
 from manifold_hc.parallel.config import (
     ParallelConfig,
     is_first,
+    is_restarted,
     job,
     require_started,
-    restarted_job,
 )
-from manifold_hc.parallel.processes import Processes, by_mesh, joined, local, whole
+from manifold_hc.parallel.processes import Processes, by_mesh, joined, local
 
 __all__ = [
     "ParallelConfig",
@@ -16,10 +16,9 @@ __all__ = [
     "by_mesh",
     "distribute",
     "is_first",
+    "is_restarted",
     "job",
     "joined",
     "local",
     "require_started",
-    "restarted_job",
-    "whole",
 ]

@@ -56,11 +56,16 @@ def require_started(config: ParallelConfig) -> None:
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started == config.size:
         return
+    if config.size == 1:
+        raise ConfigError(
+            f"parallel: {started} processes were started but nothing says how they share the run; "
+            f"give degrees that multiply to {started}, such as parallel.shard={started}"
+        )
     known = zip(AXES, config.degrees, strict=True)
     product = " x ".join(f"{axis} {degree}" for axis, degree in known if degree > 1)
     raise ConfigError(
-        f"parallel: {product or 'no axis'} needs {config.size} process{'es' * (config.size > 1)} "
-        f"but {started} {'was' if started == 1 else 'were'} started; start {config.size} with "
+        f"parallel: {product} needs {config.size} processes but {started} "
+        f"{'was' if started == 1 else 'were'} started; start {config.size} with "
         f"torchrun --nproc-per-node {config.size} -m manifold_hc train ..., "
         f"or give degrees that multiply to {started}"
     )
@@ -71,17 +76,12 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def attempt() -> int:
-    """How often torchrun has started this process again after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
-def restarted_job() -> str | None:
-    """The job of torchrun's that has started this process again, if one has."""
-    return job() if attempt() else None
+def is_restarted() -> bool:
+    """Whether torchrun has started this process again after a failure of its own node's."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def job() -> str:
     """What tells this job of torchrun's from others, the same after a restart."""
-    known = ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")
-    return " ".join(os.environ.get(name, "-") for name in known)
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return name if name != "none" else f"child of {os.getppid()}"

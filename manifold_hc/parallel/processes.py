@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import count
 from signal import Signals
 from typing import Any, TypeVar, cast
 
@@ -15,8 +14,9 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
-from manifold_hc.errors import LostProcessError
-from manifold_hc.parallel.config import ParallelConfig, attempt, require_started
+from manifold_hc.errors import ConfigError, LostProcessError
+from manifold_hc.parallel.config import ParallelConfig, require_started
+from manifold_hc.parallel.meeting import agreed_name
 from manifold_hc.parallel.watchdog import Watchdog
 
 Result = TypeVar("Result")
@@ -26,10 +26,6 @@ BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 GRACE = 30.0
 """Seconds by which the watchdog speaks before a collective operation gives up."""
-
-
-_meetings = count()
-"""What tells the processes' first meeting in the store from a later one."""
 
 
 class Processes:
@@ -156,11 +152,6 @@ def by_mesh(model: nn.Module) -> list[list[nn.Parameter]]:
     return list(meshes.values())
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor of which every process may have a part; every process must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 @contextmanager
 def joined(config: ParallelConfig, device: torch.device) -> Iterator[Processes]:
     """Meet the other processes that torchrun has started; alone where there are none.
@@ -172,11 +163,15 @@ def joined(config: ParallelConfig, device: torch.device) -> Iterator[Processes]:
     if config.size == 1:
         yield Processes()
         return
+    if device.type not in BACKENDS:
+        raise ConfigError(
+            f"training.device: several processes run on cpu or cuda, not on {device.type}"
+        )
     if device.type == "cuda":
         torch.cuda.set_device(dist.get_node_local_rank())
     patience = timedelta(seconds=config.timeout + GRACE)
     known, rank, size = next(rendezvous("env://", timeout=patience))
-    store = PrefixStore(f"{attempt()}, meeting {next(_meetings)}", known)
+    store = PrefixStore(agreed_name(known, rank, size, config.timeout), known)
     watchdog = Watchdog(store, rank, size, config.timeout)
     try:
         dist.init_process_group(

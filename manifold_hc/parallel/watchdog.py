@@ -7,6 +7,7 @@ least far is the one that the others wait for.
 
 import logging
 import os
+import signal
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -73,18 +74,22 @@ class Watchdog:
         self._thread.join()
 
     def _watch(self) -> None:
+        answered = time.monotonic()
         while not self._ended.wait(min(self._timeout / BEATS, MOST)):
             stands = time.monotonic() - self._since > self._timeout
             try:
                 told = replace(self._progress, told=time.time())
                 self._store.set(_key(self._rank), msgspec.json.encode(told).decode())
                 found = self._all() if stands else []
+                answered = time.monotonic()
             except (DistError, RuntimeError):
-                found = [self._progress]
-                if not stands:
-                    continue
+                found = []
             if stands:
                 self._give_up(found)
+            if time.monotonic() - answered > self._timeout:
+                logger.critical("TORCHRUN IS GONE: the run is saved and ends")
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
 
     def _all(self) -> list[Progress | None]:
         keys = [_key(rank) for rank in range(self._size)]

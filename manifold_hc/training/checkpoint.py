@@ -158,7 +158,7 @@ class Checkpoints:
         weights = tensors["model"] if alone else None
         if weights is not None and not wait:
             # torch copies what it writes itself.
-            weights = {name: weight.clone() for name, weight in weights.items()}
+            weights = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
         writer = _Writer(path, manifest, weights)
         self.processes.by_first(writer.clear)
         if wait:
@@ -218,7 +218,7 @@ class Checkpoints:
                 verify(path, self.processes)
             except CheckpointError as error:
                 if self.processes.is_first:
-                    logger.error("CHECKPOINT DAMAGED, the one before it is used: %s", error)
+                    logger.error("CHECKPOINT DAMAGED AND PASSED OVER: %s", error)
                 continue
             return path
         if paths:
@@ -409,6 +409,14 @@ class _Writer(FileSystemWriter):
         (self.temporary / MANIFEST).write_bytes(content)
         parts = sorted(self.temporary.glob(f"*{PART_OF_SUMS}"))
         sums = "".join(part.read_text() for part in parts)
+        wanted = {info.relative_path for info in metadata.storage_data.values()}
+        if missing := wanted - {line.split("  ", 1)[1] for line in sums.splitlines()}:
+            raise OSError(
+                errno.ENOENT,
+                f"{min(missing)} of another process is not there: "
+                "all must see the run folder, on a file system that they share",
+                str(self.temporary),
+            )
         for part in parts:
             part.unlink()
         rest = sorted(set(self.temporary.iterdir()) - set(self.temporary.glob("*.distcp")))

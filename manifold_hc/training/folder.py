@@ -9,6 +9,7 @@ summary.json       the run's figures; its presence means that the run is complet
 
 import logging
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +30,9 @@ logger = logging.getLogger("manifold_hc")
 RECORDS = {"step": ("loss", "gradient_norm", "seconds"), "validation": ("loss",)}
 """What the trainer's own records always hold; observers' records are their own."""
 
+LOOKS, PAUSE = 20, 0.5
+"""How often, and how many seconds apart, a process looks for what another one has written."""
+
 SUMMARY = {
     "validation_loss",
     "seconds_per_step",
@@ -48,7 +52,8 @@ def locked(path: Path) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout:
         raise RunFolderError(
-            f"run folder: {path} is in use by another process; choose another with --out"
+            f"run folder: {path} is in use by another process; "
+            "end that one, or choose another with --out"
         ) from None
     except OSError as error:
         raise RunFolderError(
@@ -105,6 +110,17 @@ class RunFolder:
     def is_of(self, job: str | None) -> bool:
         """Whether it belongs to that job."""
         return self._job_file.exists() and self._job_file.read_text() == job
+
+    def require_shared(self, config: RunConfig) -> None:
+        """Raise RunFolderError where this process does not see what the first one has begun."""
+        for _ in range(LOOKS):
+            if self.config_file.exists() and self.config() == config:
+                return
+            time.sleep(PAUSE)
+        raise RunFolderError(
+            f"run folder: process {os.environ.get('RANK')} does not see {self.path} as the first "
+            "one does; --out must be on a file system that all processes share"
+        )
 
     def is_complete(self) -> bool:
         """Whether the run reached its end."""

@@ -28,8 +28,10 @@ class TrainState:
         self.config = config
         self.device = device
         self.processes = processes or Processes()
-        self.model = Decoder(config.model, config.connection, config.training.recompute).to(device)
+        self.model = Decoder(config.model, config.connection, config.training.recompute)
+        # First, so that no device ever holds more than its part and one unit.
         distribute(self.model, self.processes, config.training.torch_precision)
+        self.model.to(device)
         self.optimizer = optimizers.build(self.model, config.optimizer)
         self.step = 0
         """Optimizer steps taken."""

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from manifold_hc.data import Batch
 from manifold_hc.data.batches import NO_TARGET
 from manifold_hc.errors import DivergedError
-from manifold_hc.parallel import by_mesh, local, whole
+from manifold_hc.parallel import Processes, by_mesh, local
 from manifold_hc.training.config import RunConfig
 from manifold_hc.training.optimizer import learning_rate
 from manifold_hc.training.state import TrainState
@@ -47,7 +47,7 @@ def take_step(state: TrainState, batch: Batch, config: RunConfig) -> StepFigures
     if not math.isfinite(loss.item()):
         raise DivergedError(state.step, "loss", _first_infinite_layer(state, batch, config))
     processes.at(f"step {state.step}, update")
-    norm = gradient_norm(model)
+    norm = gradient_norm(model, processes)
     # Before clipping, which spreads one gradient's NaN over all of them.
     if not math.isfinite(norm.item()):
         raise DivergedError(state.step, "gradient norm", _first_infinite_gradient(state))
@@ -62,13 +62,18 @@ def take_step(state: TrainState, batch: Batch, config: RunConfig) -> StepFigures
     return StepFigures(loss.item(), norm.item(), rate)
 
 
-def gradient_norm(model: nn.Module) -> Tensor:
-    """Norm of the gradient of all processes' parameters."""
-    norms = [
-        whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-        for parameters in by_mesh(model)
-    ]
-    return nn.utils.get_total_norm(norms)
+def gradient_norm(model: nn.Module, processes: Processes) -> Tensor:
+    """Norm of the whole gradient, the same to the bit for all processes.
+
+    Those of a copy have different parts of it, and all copies have the same.
+    """
+    norm = nn.utils.get_total_norm(
+        [local(p.grad) for p in model.parameters() if p.grad is not None]
+    )
+    if processes.size == 1:
+        return norm
+    squares = processes.sum_parts(norm.double().square()) / processes.config.replicate
+    return squares.sqrt().to(norm.dtype)
 
 
 def count_targets(batch: Batch) -> Tensor:

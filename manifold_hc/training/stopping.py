@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM as a request that the loop answers between two steps."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -18,7 +19,10 @@ class StopRequest:
         self._before: dict[signal.Signals, signal._HANDLER] = {}
 
     def listen(self) -> None:
-        """Hold back the first signal; a second one has its usual effect."""
+        """Hold back the first signal; a second one has its usual effect.
+
+        Under torchrun a second SIGTERM has none: it sends one to whom a cluster has sent one.
+        """
         self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
 
     def end(self) -> None:
@@ -30,6 +34,8 @@ class StopRequest:
     def _ask(self, number: int, _: FrameType | None) -> None:
         self.signal = signal.Signals(number)
         self.end()
+        if self.signal == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ:
+            self._before = {self.signal: signal.signal(self.signal, signal.SIG_IGN)}
 
 
 @contextmanager

@@ -6,8 +6,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from signal import Signals
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +26,7 @@ from manifold_hc.errors import (
 )
 from manifold_hc.files import insist
 from manifold_hc.models import balance, mixtures
-from manifold_hc.parallel import Processes
+from manifold_hc.parallel import Processes, job
 from manifold_hc.training import checkpoint
 from manifold_hc.training.checkpoint import Checkpoints
 from manifold_hc.training.config import RunConfig
@@ -78,7 +80,9 @@ def train(
     if resume is not None:
         _go_on(state, resume, digest, folder)
         logger.info("going on from %s", resume)
-    processes.by_first(lambda: _begin(config, folder, checkpoints, state.step))
+    processes.by_first(lambda: _begin(config, folder, checkpoints, state))
+    if processes.size > 1:
+        processes.each(lambda: folder.require_shared(config))
     budget = config.training
     probe = own_part(ready.validation, 0, processes).inputs.to(ready.device)
     watching = [make(probe) for make in observers]
@@ -139,9 +143,15 @@ def _finish(
         "the last checkpoint": lambda: checkpoints.write(state),
         "the summary": lambda: processes.by_first(lambda: folder.finish(summary)),
     }
+
+    def is_asked(what: str) -> Signals | None:
+        processes.at(f"end, {what}")
+        return processes.asked(stop.signal)
+
     try:
         for what, write in files.items():
-            insist(write, what, lambda: processes.asked(stop.signal))
+            processes.at(f"end, {what}")
+            insist(write, what, partial(is_asked, what))
     except OSError:
         if asked := processes.asked(stop.signal):
             raise StoppedError(state.step, asked, saved=False) from None
@@ -241,10 +251,18 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _begin(config: RunConfig, folder: RunFolder, checkpoints: Checkpoints, step: int) -> None:
-    folder.begin(config, step)
+def _begin(
+    config: RunConfig, folder: RunFolder, checkpoints: Checkpoints, state: TrainState
+) -> None:
+    # From here on the same job, started again, takes the newest checkpoint.
+    several = state.processes.size > 1
+    if several and not state.step:
+        folder.belong_to(job())
+    folder.begin(config, state.step)
     checkpoints.clean()
-    checkpoints.abandon_after(step)
+    checkpoints.abandon_after(state.step)
+    if several:
+        folder.belong_to(job())
 
 
 def _go_on(state: TrainState, path: Path, digest: str, folder: RunFolder) -> None:
@@ -268,6 +286,7 @@ def _save_last_finite(state: TrainState, checkpoints: Checkpoints, error: Diverg
     Before the first step there is nothing to save: the seed gives that state again.
     """
     processes = state.processes
+    checkpoints.settle(wait=True)
     before = processes.by_first(checkpoints.paths)
     try:
         if state.step and state.is_finite():

@@ -78,7 +78,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(capfd, tmp_path,
     assert files(run) == before
     status, _, err = mhc(capfd, "train", "--resume", run, "training.steps=5")
     assert status == 0
-    assert "CHECKPOINT DAMAGED, the one before it is used" in err
+    assert "CHECKPOINT DAMAGED AND PASSED OVER" in err
     assert len(losses(run)) == 5
     assert (run / "checkpoints" / "step-00000003.abandoned").exists()
 

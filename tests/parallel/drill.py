@@ -9,6 +9,7 @@ import argparse
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,31 +23,44 @@ PATIENCE = 300.0
 """Seconds from one kill to the next."""
 
 
-def command(text: Path, folder: Path, steps: int, restarts: int) -> list[str]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+def training(text: Path, folder: Path, steps: int, *more: str) -> list[str]:
+    """What torchrun runs."""
     return [
-        *torchrun,
-        f"--nproc-per-node={SIZE}",
-        f"--max-restarts={restarts}",
         *("-m", "manifold_hc", "train", "--data", str(text), "--out", str(folder)),
         *(f"parallel.shard={SIZE}", f"training.steps={steps}", "training.batch=4"),
         *("model.blocks=2", "model.channels=32", "data.sequence=32", "data.validation=0.2"),
         *("checkpoint.every=2", "training.validate_every=50", "training.probe_every=50"),
+        *more,
     ]
 
 
-def start(text: Path, folder: Path, steps: int, restarts: int, log: Path) -> subprocess.Popen:
+def torchrun(log: Path, options: list[str], program: list[str]) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", *options, *program]
     with log.open("a") as said:
-        return subprocess.Popen(
-            command(text, folder, steps, restarts),
-            stdout=said,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
+        return subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment)
 
 
-def workers(agent: subprocess.Popen) -> list[int]:
+def start(
+    text: Path, folder: Path, steps: int, restarts: int, log: Path, *more: str
+) -> subprocess.Popen:
+    """The run on one node."""
+    options = ["--standalone", f"--nproc-per-node={SIZE}", f"--max-restarts={restarts}"]
+    return torchrun(log, options, training(text, folder, steps, *more))
+
+
+def nodes(text: Path, folder: Path, steps: int, logs: Path) -> list[subprocess.Popen]:
+    """The run on as many nodes of one process each, which meet on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=drill"]
+    options = [f"--nnodes={SIZE}", "--nproc-per-node=1", "--max-restarts=1", *meeting]
+    program = training(text, folder, steps)
+    return [torchrun(logs / f"log of node {node}", options, program) for node in range(SIZE)]
+
+
+def workers(agent: subprocess.Popen) -> dict[int, int]:
     """The processes that torchrun has started, by rank."""
     found = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
     ranks = {}
@@ -58,7 +72,7 @@ def workers(agent: subprocess.Popen) -> list[int]:
         for entry in environment:
             if entry.startswith(b"RANK="):
                 ranks[int(entry[5:])] = pid
-    return [ranks[rank] for rank in sorted(ranks)]
+    return ranks
 
 
 def steps_of(folder: Path) -> int:
@@ -90,7 +104,7 @@ def drill(text: Path, folder: Path, steps: int, moments: list[str], draw: random
     before: list[int] = []
     for number, moment in enumerate(moments):
         wait_until(lambda known=before: len(set(workers(agent)) - set(known)) == SIZE, agent, log)
-        before = workers(agent)
+        before = list(workers(agent).values())
         if moment == "starting":
             time.sleep(draw.uniform(0, 2))
         else:

@@ -136,7 +136,7 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(how, tmp_path):
     path = damaged(tmp_path, how)
     (first, said), (second, _) = together(2, found_by, config, tmp_path)
     assert first == second == path.with_name("step-00000002")
-    assert "DAMAGED, the one before it is used" in said[0]
+    assert "DAMAGED AND PASSED OVER" in said[0]
     assert str(path) in said[0]
     errors = together(2, found_by, config, tmp_path, 4)
     assert errors[0][0] == errors[1][0]

@@ -30,7 +30,7 @@ def test_degrees_that_there_are_not(parallel, message):
         ("1", {"shard": 2}, r"parallel: shard 2 needs 2 processes but 1 was started"),
         ("3", {"shard": 2, "replicate": 2}, r"replicate 2 x shard 2 needs 4 processes but 3 were"),
         ("4", {"shard": 2, "tensor": 4}, r"shard 2 x tensor 4 needs 8 processes but 4 were"),
-        ("2", {}, r"parallel: no axis needs 1 process but 2 were started"),
+        ("2", {}, r"parallel: 2 processes were started but nothing says how they share"),
     ],
 )
 def test_as_many_processes_as_the_degrees_say(started, degrees, message, monkeypatch):

@@ -95,7 +95,7 @@ def test_damage_is_recognised_and_the_one_before_used(copy, file, damage, caplog
         path.write_bytes(content[: len(content) * 2 // 3] if damage == "truncated" else b"")
     assert copy.find().name == "step-00000004"
     (said,) = caplog.messages
-    start = "CHECKPOINT DAMAGED, the one before it is used: checkpoint: "
+    start = "CHECKPOINT DAMAGED AND PASSED OVER: checkpoint: "
     assert said.startswith(f"{start}{path.parent}")
     with pytest.raises(CheckpointError, match=rf"^checkpoint: {path.parent}"):
         copy.find(6)
