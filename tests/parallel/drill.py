@@ -75,6 +75,10 @@ def workers(agent: subprocess.Popen) -> dict[int, int]:
     return ranks
 
 
+def pids(agent: subprocess.Popen) -> set[int]:
+    return set(workers(agent).values())
+
+
 def steps_of(folder: Path) -> int:
     file = folder / "metrics.jsonl"
     return file.read_bytes().count(b'"event":"step"') if file.exists() else 0
@@ -101,20 +105,21 @@ def drill(text: Path, folder: Path, steps: int, moments: list[str], draw: random
     run = folder / "run"
     agent = start(text, run, steps, len(moments), log)
     done = {"running": 0, "saving": 0, "starting": 0}
-    before: list[int] = []
+    before: set[int] = set()
     for number, moment in enumerate(moments):
-        wait_until(lambda known=before: len(set(workers(agent)) - set(known)) == SIZE, agent, log)
-        before = list(workers(agent).values())
+        wait_until(lambda known=before: len(pids(agent) - known) == SIZE, agent, log)
+        before = pids(agent)
         if moment == "starting":
             time.sleep(draw.uniform(0, 2))
         else:
-            # The run must come as far as to a checkpoint, or it would never end.
-            target = 1 + number * (steps - 2) // len(moments)
+            # The run must come as far as to a checkpoint, or it would never end; and it must not
+            # end by itself, however late this process is.
+            target = 1 + number * steps // (2 * len(moments))
             wait_until(lambda target=target: steps_of(run) > target, agent, log)
             if moment == "saving":
                 wait_until(lambda: is_saving(run), agent, log)
         met = moment if moment == "starting" else "saving" if is_saving(run) else "running"
-        os.kill(draw.choice(before), signal.SIGKILL)
+        os.kill(draw.choice(sorted(before)), signal.SIGKILL)
         done[met] += 1
         print(f"kill {number + 1}: {moment}, after {steps_of(run)} steps", flush=True)
     if agent.wait(PATIENCE):

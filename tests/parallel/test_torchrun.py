@@ -22,7 +22,7 @@ def test_a_short_drill(tmp_path):
     """One kill while a checkpoint is written, one at any time, one at the start."""
     text = tmp_path / "text.txt"
     text.write_text(generated_text(40_000))
-    found = drill.drill(text, tmp_path, 30, ["starting", "running", "saving"], random.Random(0))
+    found = drill.drill(text, tmp_path, 100, ["starting", "running", "saving"], random.Random(0))
     assert found["same"]
     assert sum(found["kills"].values()) == 3
     assert RunFolder(tmp_path / "run").is_complete()
@@ -38,7 +38,7 @@ def test_processes_that_torchrun_has_left_save_and_end(tmp_path):
     text.write_text(generated_text(40_000))
     agent = drill.start(text, folder, 100_000, 0, log, "parallel.timeout=4")
     drill.wait_until(lambda: drill.steps_of(folder) > 5, agent, log)
-    left = list(drill.workers(agent).values())
+    left = drill.pids(agent)
     agent.kill()
     agent.wait()
     limit = time.monotonic() + 60
