@@ -43,9 +43,16 @@ def first_step(folder):
     return int(paths[-1].name[5:]) if paths else 0
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["waited for", "asynchronous"])
-@pytest.mark.parametrize("order", [NARROW, pytest.param(WIDE, marks=pytest.mark.wide)])
-def test_every_layout_goes_on_from_every_other(asynchronous, order, tmp_path):
+@pytest.mark.parametrize(
+    ("order", "asynchronous"),
+    [
+        (NARROW, True),
+        pytest.param(NARROW, False, marks=pytest.mark.wide),
+        pytest.param(WIDE, True, marks=pytest.mark.wide),
+        pytest.param(WIDE, False, marks=pytest.mark.wide),
+    ],
+)
+def test_every_layout_goes_on_from_every_other(order, asynchronous, tmp_path):
     """Stopped after every fourth step, the run goes on in another layout."""
     saving = CheckpointConfig(every=2, keep=3, asynchronous=asynchronous)
     config = runs.with_experts(runs.config(probe_every=1, checkpoint=saving))

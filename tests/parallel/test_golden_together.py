@@ -57,9 +57,17 @@ def test_attention_keeps_documents_apart_in_shared_sequences(tmp_path):
     compare(tmp_path / "together", tmp_path / "alone")
 
 
-@pytest.mark.parametrize("degrees", layouts([{"shard": 2}], [{"tensor": 2}]))
-def test_every_kind_of_network(degrees, tmp_path):
-    planned = {kind: shared(config, **degrees) for kind, config in RUNS.items()}
+@pytest.mark.parametrize(
+    ("degrees", "kinds"),
+    [
+        ({"shard": 2}, ("bfloat16", "recompute", "experts")),
+        pytest.param({"shard": 2}, tuple(RUNS), marks=pytest.mark.wide),
+        pytest.param({"tensor": 2}, tuple(RUNS), marks=pytest.mark.wide),
+    ],
+    ids=["some, shard 2", "all, shard 2", "all, tensor 2"],
+)
+def test_every_kind_of_network(degrees, kinds, tmp_path):
+    planned = {kind: shared(RUNS[kind], **degrees) for kind in kinds}
     together(2, run_all, [(config, tmp_path / kind) for kind, config in planned.items()])
     for kind, config in planned.items():
         alone = in_pieces(RUNS[kind], config.parallel.parts)
