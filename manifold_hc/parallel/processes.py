@@ -91,7 +91,7 @@ class Processes:
         if self._watchdog is not None:
             self._watchdog.waits()
 
-    def sum_parts(self, tensor: Tensor) -> Tensor:
+    def summed(self, tensor: Tensor) -> Tensor:
         """The sum over all processes' tokens, on every process."""
         if self.mesh is None:
             return tensor

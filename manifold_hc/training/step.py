@@ -36,14 +36,14 @@ def take_step(state: TrainState, batch: Batch, config: RunConfig) -> StepFigures
     model, rate = state.model, learning_rate(state.step, config.training.steps, config.optimizer)
     processes = state.processes
     processes.at(f"step {state.step}, forward and backward")
-    targets = max(1, int(processes.sum_parts(count_targets(batch))))
+    targets = max(1, int(processes.summed(count_targets(batch))))
     loss = torch.zeros((), device=state.device)
     for piece in batch.pieces(config.training.accumulate):
         share = int(count_targets(piece)) / targets
         part = loss_of(model, piece, config.training.precision) * share
         part.backward()
         loss += part.detach()
-    loss = processes.sum_parts(loss)
+    loss = processes.summed(loss)
     if not math.isfinite(loss.item()):
         raise DivergedError(state.step, "loss", _first_infinite_layer(state, batch, config))
     processes.at(f"step {state.step}, update")
@@ -72,7 +72,7 @@ def gradient_norm(model: nn.Module, processes: Processes) -> Tensor:
     )
     if processes.size == 1:
         return norm
-    squares = processes.sum_parts(norm.double().square()) / processes.config.replicate
+    squares = processes.summed(norm.double().square()) / processes.config.replicate
     return squares.sqrt().to(norm.dtype)
 
 

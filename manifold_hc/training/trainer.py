@@ -102,7 +102,7 @@ def train(
             except DivergedError as error:
                 _save_last_finite(state, checkpoints, error)
                 raise
-            loads = balance(state.model, processes.sum_parts)
+            loads = balance(state.model, processes.summed)
             seconds, tokens = time.perf_counter() - start, batch.inputs.numel() * processes.size
             figures |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
             journal.step(step, figures)
@@ -202,7 +202,7 @@ def validate(state: TrainState, batches: Batches) -> float:
             loss = loss_of(model, piece, training.precision)
             totals += torch.stack([loss.double() * targets, targets])
     model.train()
-    total, targets = processes.sum_parts(totals).tolist()
+    total, targets = processes.summed(totals).tolist()
     return total / max(1, targets)
 
 
