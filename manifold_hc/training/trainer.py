@@ -27,7 +27,7 @@ from manifold_hc.errors import (
 from manifold_hc.files import insist
 from manifold_hc.models import balance, mixtures
 from manifold_hc.parallel import Processes, job
-from manifold_hc.training import checkpoint
+from manifold_hc.training import checkpoint_files
 from manifold_hc.training.checkpoint import Checkpoints
 from manifold_hc.training.config import RunConfig
 from manifold_hc.training.folder import RunFolder
@@ -266,13 +266,13 @@ def _begin(
 
 
 def _go_on(state: TrainState, path: Path, digest: str, folder: RunFolder) -> None:
-    found = checkpoint.read_manifest(path).data_sha256
+    found = checkpoint_files.read_manifest(path).data_sha256
     if found != digest:
         raise CheckpointError(
             f"checkpoint: {path} was made on other data; "
             "the text has changed since, or data.paths names another"
         )
-    checkpoint.load(path, state)
+    checkpoint_files.load(path, state)
     steps = state.config.training.steps
     if state.step > steps or (state.step == steps and not folder.has_validation(steps - 1)):
         raise ConfigError(
@@ -293,10 +293,10 @@ def _save_last_finite(state: TrainState, checkpoints: Checkpoints, error: Diverg
             checkpoints.write(state)  # drops none: what made it fail may be in its weights already
     except OSError as failed:
         logger.error("CHECKPOINT NOT SAVED at step %d: %s", state.step, failed.strerror)
-    there = [checkpoint.path_step(path) for path in processes.by_first(checkpoints.paths)]
+    there = [checkpoint_files.path_step(path) for path in processes.by_first(checkpoints.paths)]
     saved = f"saved as step {there[-1]}" if there else "not saved"
     error.add_note(f"the last finite state is {saved}")
-    if older := [step for path in before if (step := checkpoint.path_step(path)) < there[-1]]:
+    if older := [step for path in before if (step := checkpoint_files.path_step(path)) < there[-1]]:
         error.add_note(f"before it there is step {older[-1]}")
 
 

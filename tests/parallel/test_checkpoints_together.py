@@ -8,10 +8,11 @@ import signal
 import pytest
 import torch.distributed as dist
 
-from manifold_hc.errors import CheckpointError, StoppedError
+from manifold_hc.errors import CheckpointError, RunFolderError, StoppedError
 from manifold_hc.parallel import joined
-from manifold_hc.training import CheckpointConfig, Checkpoints
-from manifold_hc.training.checkpoint import verify
+from manifold_hc.training import CheckpointConfig, Checkpoints, RunFolder, checkpoint_files
+from manifold_hc.training.checkpoint_files import load, verify
+from manifold_hc.training.state import TrainState
 from tests.parallel.groups import together
 from tests.parallel.sharing import CPU, figures, in_pieces, run, shared
 from tests.training import runs
@@ -91,9 +92,6 @@ def test_a_checkpoint_of_the_first_moment(tmp_path):
 
 
 def saved_at_once(config, folder):
-    from manifold_hc.training.checkpoint import load
-    from manifold_hc.training.state import TrainState
-
     with joined(config.parallel, CPU) as processes:
         saved = Checkpoints(folder, config.checkpoint, "", processes)
         saved.write(TrainState(config, CPU, processes))
@@ -197,3 +195,35 @@ def test_an_asynchronous_save_holds_the_step_it_is_of(tmp_path):
             name = f"checkpoints/step-{step:08}/{file}"
             one, other = (tmp_path / str(asynchronous) / name for asynchronous in (False, True))
             assert one.read_bytes() == other.read_bytes()
+
+
+def without_the_other_part(config, folder):
+    """As where the second process has written to a disk of its own."""
+    write = checkpoint_files.Writer.write_data
+
+    def elsewhere(self, plan, planner):
+        written = write(self, plan, planner)
+        if dist.get_rank() == 1:
+            for file in self.temporary.glob("__1_*"):
+                file.unlink()
+        return written
+
+    checkpoint_files.Writer.write_data = elsewhere
+    with joined(config.parallel, CPU) as processes:
+        saved = Checkpoints(folder, config.checkpoint, "", processes)
+        with pytest.raises(OSError, match=r"__1_0.distcp of another process is not there"):
+            saved.write(TrainState(config, CPU, processes))
+
+
+def test_a_checkpoint_without_the_files_of_all_processes_gets_no_name(tmp_path):
+    together(2, without_the_other_part, shared(EXPERTS, shard=2), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_not_shared_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("manifold_hc.training.folder.PAUSE", 0)
+    run_folder = RunFolder(tmp_path)
+    with pytest.raises(RunFolderError, match=r"must be on a file system that all processes share"):
+        run_folder.require_shared(EXPERTS)
+    run_folder.begin(EXPERTS)
+    run_folder.require_shared(EXPERTS)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from manifold_hc.errors import CheckpointError
 from manifold_hc.training import CheckpointConfig, Checkpoints
-from manifold_hc.training.checkpoint import load, read_manifest, verify
+from manifold_hc.training.checkpoint_files import load, read_manifest, verify
 from manifold_hc.training.state import TrainState
 from manifold_hc.training.step import take_step
 from manifold_hc.training.trainer import check

@@ -18,7 +18,7 @@ from manifold_hc import files
 from manifold_hc.cli.terminal import log_to_stderr
 from manifold_hc.files import insist
 from manifold_hc.training import CheckpointConfig, Checkpoints, RunFolder, train
-from manifold_hc.training.checkpoint import WRITE_ERRORS, save_weights
+from manifold_hc.training.checkpoint_files import WRITE_ERRORS, save_weights
 from tests.training import runs
 from tests.training.runs import alone, at, figures, go_on
 

@@ -19,7 +19,7 @@ from manifold_hc.errors import (
 )
 from manifold_hc.training import CheckpointConfig, Checkpoints, OptimizerConfig, RunFolder
 from manifold_hc.training import trainer as trainer_module
-from manifold_hc.training.checkpoint import read_manifest
+from manifold_hc.training.checkpoint_files import read_manifest
 from tests.training import runs
 from tests.training.runs import at, children, figures, go_on
 
