@@ -104,11 +104,13 @@ class Connection(nn.Module):
         norm: Branch | None = None,
         *,
         write: bool = True,
+        before: Float[Tensor, "*batch n"] | None = None,
     ) -> Float[Tensor, "*batch n C"] | Unwritten:
         """Read the streams, run the branch, mix and write: [..., n, C] -> [..., n, C].
 
         norm: what the branch's input goes through first, if that is not inside the branch. write:
         False leaves the write to the next connection, which takes it together with its own maps.
+        before: with single_pass, the pre of the sublayer before, where x is written.
         Raises ShapeError when x does not hold this connection's streams, or when the branch
         changes the shape of its input.
         """
@@ -119,7 +121,7 @@ class Connection(nn.Module):
                 f"but is {list(streams.shape)}; was expand() called after the embedding?"
             )
         input_norm = self.fused(x, norm)
-        reading = self.maps(x, input_norm)
+        reading = self.maps(x, input_norm, before)
         u = reading.u if norm is None or input_norm is not None else norm(reading.u)
         y = branch(u)
         wanted = (*streams.shape[:-2], self.channels)

@@ -101,10 +101,12 @@ class Maps(WideModule):
         self,
         source: Float[Tensor, "*batch n C"] | Unwritten,
         input_norm: InputNorm | None = None,
+        before: Float[Tensor, "*batch n"] | None = None,
     ) -> Reading:
         """The coefficients of every token, and what is read from its streams.
 
-        The norm of what was read is computed with it, if the streams are `Unwritten`.
+        The norm of what was read is computed with it, if the streams are `Unwritten`. before: what
+        single_pass reads written streams with, the pre of the sublayer before; None for the first.
         """
         config = self.config
         if isinstance(source, Unwritten) and crosses(source, config, self.channels):
@@ -129,7 +131,8 @@ class Maps(WideModule):
             pre = torch.full_like(pre, 1 / config.n)
         weights = pre
         if config.single_pass:
-            weights = source.reading.pre if isinstance(source, Unwritten) else first_read(pre)
+            before = source.reading.pre if isinstance(source, Unwritten) else before
+            weights = first_read(pre) if before is None else before
         u = functional.read(x, weights, config.backend)
         return self._without_disabled(Reading(pre, post, res, u, x, weights, None))
 
@@ -186,6 +189,7 @@ class ResidualMaps(nn.Module):
         self,
         source: Float[Tensor, "*batch 1 C"] | Unwritten,
         input_norm: InputNorm | None = None,
+        before: Tensor | None = None,
     ) -> Reading:
         """Ones, as views of a single number, and the stream itself; no norm is computed with it."""
         x = source.write() if isinstance(source, Unwritten) else source

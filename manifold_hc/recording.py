@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from manifold_hc.functional import InputNorm, Reading
 from manifold_hc.maps import Unwritten
 
 Kind = Literal["streams", "input", "normalised"]
+
+Made = TypeVar("Made")
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 """Autocast as the forward pass had it."""
@@ -296,7 +298,7 @@ class Recording:
 @torch.compiler.disable(
     reason="what is saved is recorded in Python: compile the branches of a stack that recomputes"
 )
-def recorded(run: Callable[[Recording], Tensor], length: int, device: str) -> Tensor:
+def recorded(run: Callable[[Recording], Made], length: int, device: str) -> Made:
     """`run`, its saved tensors recorded in blocks of `length` sublayers."""
     with (recording := Recording(length, device)):
         return run(recording)

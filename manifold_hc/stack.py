@@ -5,7 +5,7 @@ projected and read for the next one: every connection but the last leaves its wr
 successor.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from itertools import repeat
 from typing import TYPE_CHECKING, cast
@@ -36,6 +36,8 @@ class Stack(nn.Module):
 
     The exit is the mean of the streams for mHC, their sum for HC (normalise after it), the learned
     exit with deepseek_v4 numerics, and weighted by the last sublayer's pre with single_pass.
+
+    `part` gives some of the sublayers on their own, as a stage of a pipeline runs them.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Stack(nn.Module):
         if sublayers < 1:
             raise ConfigError(f"Stack: sublayers must be at least 1 but is {sublayers}")
         self.config = config or ConnectionConfig()
+        self.recompute = recompute
         self.block_length = block_length(recompute, sublayers, self.config.n)
         self.connections = nn.ModuleList(
             Connection(
@@ -72,17 +75,48 @@ class Stack(nn.Module):
         """Streams start equal, and stay so where nothing writes a different share to each."""
         return sublayer == 0 or "post" in self.config.disable
 
+    def part(self, sublayers: Collection[int]) -> "Stack":
+        """The connections of some sublayers, under the names that they have here.
+
+        One without the first sublayer takes streams instead of an embedding, and one without the
+        last returns them, as `forward` says. Blocks of recompute begin anew with every part.
+        Raises ConfigError for none, for one that is not here, or for a block longer than the part.
+        """
+        known = [number for number, there in enumerate(self.connections) if there is not None]
+        if not sublayers or not set(sublayers) <= set(known):
+            raise ConfigError(f"Stack: a part must be some of sublayers {known} but is {sublayers}")
+        part = Stack.__new__(Stack)
+        nn.Module.__init__(part)
+        part.config, part.recompute = self.config, self.recompute
+        part.block_length = block_length(self.recompute, len(sublayers), self.config.n)
+        part.connections = only(self.connections, sublayers)
+        part.exit = self.exit if part.ends else None
+        return part
+
+    @property
+    def begins(self) -> bool:
+        """Whether the first sublayer is here."""
+        return self.connections[0] is not None
+
+    @property
+    def ends(self) -> bool:
+        """Whether the last sublayer is here."""
+        return self.connections[-1] is not None
+
     def forward(
         self,
-        h: Float[Tensor, "*batch C"],
+        h: Float[Tensor, "*inputs C"],
         branches: Sequence[Branch],
         norms: Sequence[Branch] | None = None,
-    ) -> Float[Tensor, "*batch C"]:
+        pre: Float[Tensor, "*batch n"] | None = None,
+    ) -> Float[Tensor, "..."] | tuple[Tensor, Tensor]:
         """Embedding in, last hidden state out: [..., C] -> [..., C].
 
         norms: what each branch's input goes through first, one per sublayer. An RMS or layer norm
         of torch's, or one that has `input_norm`, may be computed with the streams, and under
         recompute its result is not held; any other, and one inside a branch, is as the branch.
+        A part that does not begin takes streams [..., n, C], and with single_pass the pre [..., n]
+        of the sublayer before; one that does not end returns streams, and that pre.
         Raises ShapeError when there is not one branch per sublayer, and one norm if there are any,
         or when a branch changes the shape of its input.
         """
@@ -90,38 +124,43 @@ class Stack(nn.Module):
         if norms is not None:
             self._require_one_each("norms", norms)
         if not self.block_length or not torch.is_grad_enabled():
-            return self._run(h, branches, norms, None)
+            return self._run(h, branches, norms, pre, None)
         from manifold_hc.recording import recorded  # imports Dynamo, which takes a second
 
-        run = partial(self._run, h, branches, norms)
-        result: Tensor = recorded(run, self.block_length, h.device.type)
-        return result
+        run = partial(self._run, h, branches, norms, pre)
+        return recorded(run, self.block_length, h.device.type)
 
     def _run(
         self,
         h: Tensor,
         branches: Sequence[Branch],
         norms: Sequence[Branch] | None,
+        pre: Tensor | None,
         recording: "Recording | None",
-    ) -> Tensor:
-        source: Tensor | Unwritten = functional.expand(h, self.config.n)
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        source: Tensor | Unwritten = functional.expand(h, self.config.n) if self.begins else h
         for connection, branch, norm in zip(
-            self.connections, branches, norms or repeat(None), strict=False
+            present(self.connections), branches, norms or repeat(None), strict=False
         ):
             if recording is None:
-                unwritten: Unwritten = connection(source, branch, norm, write=False)
+                unwritten: Unwritten = connection(source, branch, norm, write=False, before=pre)
             else:
                 fused = cast(Connection, connection).fused(source, norm)
                 own = norm if fused else recording.norm(norm)
-                unwritten = connection(source, recording.branch(branch), own, write=False)
+                inner = recording.branch(branch)
+                unwritten = connection(source, inner, own, write=False, before=pre)
                 recording.keep(unwritten, cast(Connection, connection), fused or norm)
             source = unwritten
-        return self.collapse(unwritten.write(), unwritten.reading.pre)
+        x, pre = unwritten.write(), unwritten.reading.pre
+        if self.ends:
+            return self.collapse(x, pre)
+        return (x, pre) if self.config.single_pass else x
 
     def _require_one_each(self, name: str, given: Sequence[Branch]) -> None:
-        if len(given) != len(self.connections):
+        sublayers = len(present(self.connections))
+        if len(given) != sublayers:
             raise ShapeError(
-                f"Stack: {name} must be {len(self.connections)}, one per sublayer, "
+                f"Stack: {name} must be {sublayers}, one per sublayer, "
                 f"but are {len(given)}; attention and feed-forward count as one each"
             )
 
@@ -139,3 +178,16 @@ class Stack(nn.Module):
             return functional.collapse(x, pre, self.config.backend)
         mean = functional.collapse(x, backend=self.config.backend)
         return mean * self.config.n if self.config.exit == "sum" else mean
+
+
+def only(modules: nn.ModuleList, chosen: Collection[int]) -> nn.ModuleList:
+    """Some of the modules, under the names that they have; None in place of the others."""
+    return nn.ModuleList(
+        cast(nn.Module, module if number in chosen else None)
+        for number, module in enumerate(modules)
+    )
+
+
+def present(modules: nn.ModuleList) -> list[nn.Module]:
+    """Those that are there, in their order."""
+    return [module for module in modules if module is not None]

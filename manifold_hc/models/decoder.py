@@ -1,5 +1,6 @@
 """A decoder, dense or with experts: tokens -> streams -> sublayers -> exit -> logits."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from manifold_hc.models.experts import Experts, ExpertsConfig, mixtures
 from manifold_hc.models.feed_forward import GatedFeedForward
 from manifold_hc.models.norm import RMSNorm
 from manifold_hc.recompute import Recompute
-from manifold_hc.stack import Stack
+from manifold_hc.stack import Stack, only, present
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,14 @@ class DecoderConfig:
 
 
 class Decoder(nn.Module):
-    """A causal language model with any kind of connection between its sublayers."""
+    """A causal language model with any kind of connection between its sublayers.
+
+    `part` gives some of its sublayers on their own, as a stage of a pipeline runs them.
+    """
+
+    embedding: nn.Embedding | None
+    norm: RMSNorm | None
+    head: nn.Linear | None
 
     def __init__(
         self, config: DecoderConfig, connection: ConnectionConfig, recompute: Recompute = None
@@ -88,22 +96,48 @@ class Decoder(nn.Module):
             return Experts(config.channels, config.experts)
         return GatedFeedForward(config.channels, config.feed_forward)
 
+    def part(self, sublayers: Collection[int]) -> "Decoder":
+        """Some sublayers, under the names that they have here, with the ends that belong to them.
+
+        The embedding belongs to the first sublayer; exit, last norm and head to the last. Raises
+        ConfigError where recompute has longer blocks.
+        """
+        part = Decoder.__new__(Decoder)
+        nn.Module.__init__(part)
+        part.config = self.config
+        part.branches, part.norms = only(self.branches, sublayers), only(self.norms, sublayers)
+        part.stack = self.stack.part(sublayers)
+        part.embedding = self.embedding if part.stack.begins else None
+        part.norm, part.head = (self.norm, self.head) if part.stack.ends else (None, None)
+        return part
+
     def forward(
-        self, tokens: Int[Tensor, "B T"], documents: Int[Tensor, "B T"] | None = None
-    ) -> Float[Tensor, "B T V"]:
-        """Logits of every next token; with `documents`, no token attends to another document."""
-        h = self.embedding(tokens)  # B T C
-        h = h.to(compute_dtype(h))
-        h = self.stack(h, self._branches(documents), list(self.norms))  # B T C, over B T n C
-        return self.head(self.norm(h))
+        self,
+        tokens: Int[Tensor, "B T"] | Float[Tensor, "B T n C"],
+        documents: Int[Tensor, "B T"] | None = None,
+        pre: Float[Tensor, "B T n"] | None = None,
+    ) -> Float[Tensor, "..."] | tuple[Tensor, Tensor]:
+        """Logits [B, T, V] of every next token; none attends to another of the `documents`.
+
+        A part takes streams for tokens unless it begins, and returns them unless it ends, as
+        `Stack.forward` says.
+        """
+        h = tokens
+        if self.embedding is not None:
+            h = self.embedding(tokens)  # B T C
+            h = h.to(compute_dtype(h))
+        branches, norms = self._branches(documents), present(self.norms)
+        h = self.stack(h, branches, norms, pre)  # B T C, over B T n C
+        return h if self.norm is None or self.head is None else self.head(self.norm(h))
 
     def _branches(self, documents: Tensor | None) -> list[Branch]:
+        branches: list[Branch] = [*present(self.branches)]
         if documents is None:
-            return list(self.branches)
+            return branches
         mask = document_mask(documents)
         return [
             partial(branch, mask=mask) if isinstance(branch, LatentAttention) else branch
-            for branch in self.branches
+            for branch in branches
         ]
 
 
@@ -125,16 +159,17 @@ class ParameterCount(NamedTuple):
 
 def count_parameters(model: Decoder) -> ParameterCount:
     """Count without touching any weight: the model may be on the meta device."""
-    total = sum(parameter.numel() for parameter in model.parameters())
-    embedding = model.embedding.weight.numel()
+    total, ends = _size(model), (model.embedding, model.head)
     idle = sum(
-        sum(weight.numel() for weight in mixture.routed.parameters())
+        _size(mixture.routed)
         // mixture.config.routed
         * (mixture.config.routed - mixture.config.active)
         for mixture in mixtures(model).values()
     )
     return ParameterCount(
-        active=total - embedding - idle,
-        total=total,
-        vocabulary=embedding + model.head.weight.numel(),
+        active=total - _size(ends[0]) - idle, total=total, vocabulary=sum(map(_size, ends))
     )
+
+
+def _size(module: nn.Module | None) -> int:
+    return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
