@@ -1,8 +1,9 @@
 """Stability figures of a whole network, taken from outside on a fixed probe batch."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from manifold_hc.connection import Connection
@@ -44,8 +45,24 @@ class GainMonitor:
         composite: token mean of the composite matrices [L, n, n];
         log_column_sum, composite_log_column_sum, stochastic_distance: of single and composite;
         stream_cosine, stream_rank: of the streams that each sublayer met.
+        In a pipeline every process reports all sublayers.
         """
-        matrices, streams = capture(model, self.probe)
+        from manifold_hc.parallel import in_depth_order  # imports torch.distributed, for a second
+
+        found = capture(model, self.probe)
+        shapes = in_depth_order(model, [(one.sublayer, one.res.shape) for one in found])
+        if not shapes:
+            raise ConfigError("GainMonitor: the model calls no manifold_hc.Connection")
+        if len(set(shapes)) > 1:
+            raise ShapeError(
+                "GainMonitor: every connection must have the same streams and tokens but res are "
+                f"{sorted({tuple(shape) for shape in shapes})}; watch one stack at a time"
+            )
+        matrices = torch.stack(in_depth_order(model, [(one.sublayer, one.res) for one in found]))
+        streams = in_depth_order(
+            model,
+            [(one.sublayer, (pairwise_cosine(one.x), effective_rank(one.x))) for one in found],
+        )
         products = composites(matrices)
         gains = {average: amax_gain(matrices, average) for average in ("gains", "matrices")}
         return {
@@ -59,27 +76,36 @@ class GainMonitor:
             "log_column_sum": log_column_sum(matrices).tolist(),
             "composite_log_column_sum": log_column_sum(products).tolist(),
             "stochastic_distance": stochastic_distance(matrices).tolist(),
-            "stream_cosine": [pairwise_cosine(x) for x in streams],
-            "stream_rank": [effective_rank(x) for x in streams],
+            "stream_cosine": [cosine for cosine, _ in streams],
+            "stream_rank": [rank for _, rank in streams],
         }
 
 
+class Captured(NamedTuple):
+    """What one connection did."""
+
+    sublayer: int
+    res: Float[Tensor, "tokens n n"]
+    x: Float[Tensor, "tokens n C"]
+    """The streams that it met."""
+
+
 @torch.no_grad()
-def capture(model: nn.Module, probe: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Every connection's `res` [L, tokens, n, n] and its streams [tokens, n, C].
+def capture(model: nn.Module, probe: Tensor) -> list[Captured]:
+    """What the connections of this process did, in the order in which the model calls them.
 
-    In the order in which the model calls them; a connection that is called twice counts twice.
-    Raises ConfigError when it calls none, ShapeError when they differ in n or in tokens.
+    A connection that is called twice counts twice.
     """
-    found: list[tuple[Tensor, Tensor]] = []
+    found: list[Captured] = []
 
-    def keep(_: nn.Module, arguments: tuple[Any, ...], reading: Reading) -> None:
+    def keep(sublayer: int, reading: Reading) -> None:
         # On the CPU, because not every device has float64.
-        x, res = reading.x.cpu(), reading.res.cpu()
-        found.append((res.reshape(-1, *res.shape[-2:]), x.reshape(-1, *x.shape[-2:])))
+        x, res = reading.x.detach().cpu(), reading.res.detach().cpu()
+        res, x = res.reshape(-1, *res.shape[-2:]), x.reshape(-1, *x.shape[-2:])
+        found.append(Captured(sublayer, res, x))
 
     handles = [
-        module.maps.register_forward_hook(keep)
+        module.maps.register_forward_hook(lambda _, given, made, s=module.sublayer: keep(s, made))
         for module in model.modules()
         if isinstance(module, Connection)
     ]
@@ -94,11 +120,4 @@ def capture(model: nn.Module, probe: Tensor) -> tuple[Tensor, list[Tensor]]:
             module.training = training
         for handle in handles:
             handle.remove()
-    if not found:
-        raise ConfigError("GainMonitor: the model calls no manifold_hc.Connection")
-    if len({res.shape for res, _ in found}) > 1:
-        raise ShapeError(
-            "GainMonitor: every connection must have the same streams and tokens but res are "
-            f"{sorted({tuple(res.shape) for res, _ in found})}; watch one stack at a time"
-        )
-    return torch.stack([res for res, _ in found]), [x for _, x in found]
+    return found

@@ -8,13 +8,16 @@ from manifold_hc.parallel.config import (
     job,
     require_started,
 )
+from manifold_hc.parallel.pipeline import Pipeline, in_depth_order
 from manifold_hc.parallel.processes import Processes, by_mesh, joined, local
 
 __all__ = [
     "ParallelConfig",
+    "Pipeline",
     "Processes",
     "by_mesh",
     "distribute",
+    "in_depth_order",
     "is_first",
     "is_restarted",
     "job",

@@ -3,17 +3,41 @@
 import os
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
 from manifold_hc.errors import ConfigError, require_at_least_one, require_number
 
-AXES = ("replicate", "shard", "tensor")
+AXES = ("pipeline", "replicate", "shard", "tensor")
 """The axes of the mesh of processes, the slowest one first."""
+
+Placement = Literal["one", "loop", "v"]
+"""Stages of process p of P: p alone; p, p + P and so on; p and 2P - 1 - p."""
+
+SCHEDULES: dict[str, Placement] = {
+    "GPipe": "one",
+    "1F1B": "one",
+    "LoopedBFS": "loop",
+    "Interleaved1F1B": "loop",
+    "InterleavedZeroBubble": "loop",
+    "ZBVZeroBubble": "v",
+    "DualPipeV": "v",
+}
+"""Schedules by the names of torch.distributed.pipelining, and where their stages are."""
+
+SPLITTING = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+"""Those that compute gradients of inputs and of weights apart."""
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
     """Degrees of parallelism, whose product is the number of processes; 1 leaves an axis out."""
 
+    pipeline: int = 1
+    """Processes that share a copy's blocks, in stages of equal length."""
+    schedule: str = "1F1B"
+    """In which order microbatches (training.accumulate) go through the stages."""
+    stages: int = 0
+    """Stages that a process has; 0 for as few as the schedule takes, 1 or 2."""
     replicate: int = 1
     """Copies of the whole model, each with its own part of every batch."""
     shard: int = 1
@@ -34,6 +58,13 @@ class ParallelConfig:
                 f"but is {self.experts}"
             )
         require_number(self, "timeout", positive=True)
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"schedule: must be {', '.join(SCHEDULES)} but is {self.schedule!r}")
+        fewest = 1 if self.placement == "one" else 2
+        most = "" if self.placement == "loop" else f", its only number with {self.schedule},"
+        if self.stages and (self.stages < fewest or (most and self.stages > fewest)):
+            wanted = f"{fewest}{most}" if most else f"at least {fewest} with {self.schedule}"
+            raise ConfigError(f"stages: must be {wanted} or 0 for that but is {self.stages}")
 
     @property
     def degrees(self) -> tuple[int, ...]:
@@ -46,9 +77,52 @@ class ParallelConfig:
         return prod(self.degrees)
 
     @property
+    def copies(self) -> int:
+        """Processes that have the same blocks, or parts of them."""
+        return self.size // self.pipeline
+
+    @property
     def parts(self) -> int:
         """Parts of a batch that are computed at once."""
         return self.replicate * self.shard
+
+    @property
+    def placement(self) -> Placement:
+        """Where the stages are."""
+        return SCHEDULES[self.schedule]
+
+    @property
+    def all_stages(self) -> int:
+        """Stages of all processes; 1 without a pipeline."""
+        if self.pipeline == 1:
+            return 1
+        return self.pipeline * (self.stages or (1 if self.placement == "one" else 2))
+
+    def stages_of(self, process: int) -> list[int]:
+        """Which stages a process of the pipeline has, in the order of their layers."""
+        if self.pipeline == 1:
+            return [0]
+        if self.placement == "v":
+            return [process, self.all_stages - 1 - process]
+        return list(range(process, self.all_stages, self.pipeline))
+
+    def require_microbatches(self, count: int) -> None:
+        """Raise ConfigError where the schedule cannot run on so many, with torch's own rules."""
+        if self.pipeline == 1:
+            return
+        least = {"1F1B": self.pipeline, "DualPipeV": self.all_stages}.get(self.schedule, 1)
+        if count < least:
+            raise ConfigError(
+                f"training.accumulate: {self.schedule} over {self.all_stages} stages needs at "
+                f"least {least} microbatches but it is {count}"
+            )
+        rounds = max(1, count // self.pipeline)
+        if self.schedule.startswith("Interleaved") and count % rounds:
+            raise ConfigError(
+                f"training.accumulate: {self.schedule} over {self.pipeline} processes needs a "
+                f"multiple of {rounds} microbatches, such as {rounds * self.pipeline}, "
+                f"but it is {count}"
+            )
 
 
 def require_started(config: ParallelConfig) -> None:

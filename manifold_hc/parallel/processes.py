@@ -46,6 +46,14 @@ class Processes:
         self._watchdog = watchdog
         self.background = None if mesh is None else dist.new_group(backend="gloo")
         """The same processes, for a thread that asks while the main one does."""
+        self.line: dist.ProcessGroup | None = None
+        """Those that have this one's tokens and other layers, in the order of the pipeline."""
+        self._copies: dist.ProcessGroup | None = None
+        """Those that have this one's layers and other tokens; None where that is all."""
+        if mesh is not None and self.config.pipeline > 1:
+            sizes = (self.config.pipeline, self.config.copies)
+            grid = mesh._unflatten(0, sizes, ("pipeline", "copies"))
+            self.line, self._copies = grid.get_group("pipeline"), grid.get_group("copies")
 
     @property
     def is_first(self) -> bool:
@@ -65,7 +73,7 @@ class Processes:
     @property
     def part(self) -> int:
         """Which part of every batch is this one's."""
-        return self.rank // self.config.tensor
+        return self.rank % self.config.copies // self.config.tensor
 
     @property
     def parts(self) -> int:
@@ -82,23 +90,62 @@ class Processes:
         """In how many parts a sequence is computed at once."""
         return self.config.tensor
 
+    @property
+    def position(self) -> int:
+        """Which process of its pipeline this one is."""
+        return self.rank // self.config.copies
+
+    @property
+    def is_first_copy(self) -> bool:
+        """Whether this is the first one of those that have its layers."""
+        return self.rank % self.config.copies == 0
+
     def at(self, operation: str) -> None:
         """Tell the watchdog what comes next."""
         if self._watchdog is not None:
             self._watchdog.at(operation)
 
-    def _wait(self) -> None:
+    def waits(self) -> None:
+        """Tell the watchdog that it is the others' turn."""
         if self._watchdog is not None:
             self._watchdog.waits()
 
     def summed(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes' tokens, on every process."""
+        """The sum over all processes, on every process."""
+        return self._summed(tensor, None)
+
+    def over_tokens(self, tensor: Tensor) -> Tensor:
+        """The sum over those that have this one's layers: over all tokens of a batch."""
+        return self._summed(tensor, self._copies)
+
+    def _summed(self, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         if self.mesh is None:
             return tensor
-        self._wait()
+        self.waits()
         total = tensor.clone()
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=group)
         return total
+
+    def along_pipeline(self, value: Result) -> list[Result]:
+        """The values of those that have other layers for this one's tokens, in their order."""
+        return [value] if self.line is None else self._gathered(value, self.line)
+
+    def collected(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of all processes of the pipeline, on the host of its first; elsewhere none.
+
+        Only the processes that are the `is_first_copy` of their layers have any to give.
+        """
+        known = self.along_pipeline({n: (t.shape, t.dtype) for n, t in tensors.items()})
+        if self.line is None or not self.is_first_copy:
+            return tensors
+        for position, names in enumerate(known[1:], start=1):
+            for name, (shape, dtype) in names.items():
+                if self.position == position:
+                    dist.send(tensors[name].cpu().contiguous(), group=self.line, group_dst=0)
+                elif self.position == 0:
+                    tensors[name] = torch.empty(shape, dtype=dtype)
+                    dist.recv(tensors[name], group=self.line, group_src=position)
+        return tensors
 
     def largest(self, number: int) -> int:
         """The largest of all processes' numbers."""
@@ -111,11 +158,12 @@ class Processes:
 
     def gathered(self, value: Result) -> list[Result]:
         """The values of all processes, by rank."""
-        if self.mesh is None:
-            return [value]
-        self._wait()
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        return [value] if self.mesh is None else self._gathered(value, None)
+
+    def _gathered(self, value: Result, group: dist.ProcessGroup | None) -> list[Result]:
+        self.waits()
+        values: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(values, value, group=group)
         return values
 
     def by_first(self, run: Callable[[], Result]) -> Result:

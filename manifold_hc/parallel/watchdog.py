@@ -1,8 +1,8 @@
 """Ends a run in which a process hangs, and says which one and where.
 
 A process that hangs leaves all others waiting for it in a collective operation. Every process
-counts its own progress and tells it through the store that torchrun keeps; the one that has come
-least far is the one that the others wait for.
+counts its own progress and tells it through the store that torchrun keeps; of those that do not say
+that they wait, the one that has come least far is the one that the others wait for.
 """
 
 import logging
@@ -110,14 +110,18 @@ class Watchdog:
 
 
 def describe(found: list[Progress | None]) -> str:
-    """Which of the processes are behind, and where: those that the others wait for."""
-    least = min(progress.count if progress else -1 for progress in found)
+    """Which of the processes are behind, and where: those that the others wait for.
+
+    Stages of a pipeline are not equally far at any time; but those that wait say so.
+    """
+    busy = [p for p in found if p is None or not p.operation.endswith(WAITING)] or found
+    least = min(progress.count if progress else -1 for progress in busy)
     now = max(progress.told for progress in found if progress)
     behind = []
     for rank, progress in enumerate(found):
         if progress is None:
             behind.append(f"rank {rank} has not begun")
-        elif progress.count == least:
+        elif progress.count == least and progress in busy:
             behind.append(
                 f"rank {rank} is behind at {progress.operation!r}, last heard of "
                 f"{now - progress.told:.0f} s ago"

@@ -26,7 +26,6 @@ from manifold_hc.training.checkpoint_files import (
     path_step,
     read_manifest,
     reason_of,
-    shapes,
     verify,
 )
 from manifold_hc.training.config import CheckpointConfig
@@ -206,7 +205,7 @@ class Checkpoints:
             best=state.best if math.isfinite(state.best) else None,
             data_sha256=self.data_sha256,
             random=tuple(tensors["random"]),
-            tensors=shapes(tensors["model"]),
+            tensors=state.shapes(),
             config=state.config,
         )
 

@@ -76,11 +76,6 @@ def path_step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def shapes(weights: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor."""
-    return {name: tuple(tensor.shape) for name, tensor in weights.items()}
-
-
 def read_manifest(path: Path) -> Manifest:
     """What the checkpoint is of; CheckpointError when that cannot be read."""
     try:
@@ -127,7 +122,7 @@ def _verify_files(path: Path, listed: list[tuple[str, str]]) -> None:
 def load(path: Path, state: TrainState) -> Manifest:
     """Put a verified checkpoint into `state`; CheckpointError when it is of another run."""
     manifest = read_manifest(path)
-    require_same_model(path, manifest.tensors, shapes(state.model.state_dict()))
+    require_same_model(path, manifest.tensors, state.shapes())
     if changed := fixed_differences(manifest.config, state.config):
         raise CheckpointError(f"checkpoint: {path} is of a run with other {', '.join(changed)}")
     if manifest.step != path_step(path):

@@ -9,7 +9,7 @@ from manifold_hc.config import ConnectionConfig
 from manifold_hc.data import DataConfig
 from manifold_hc.errors import ConfigError, require_at_least_one, require_number
 from manifold_hc.models import DecoderConfig
-from manifold_hc.parallel.config import ParallelConfig
+from manifold_hc.parallel.config import SPLITTING, ParallelConfig
 
 LARGEST_SEED = 2**32 - 1
 
@@ -54,9 +54,11 @@ class TrainingConfig:
     batch: int = 8
     """Sequences in a step."""
     accumulate: int = 1
-    """Pieces in which a step's batch goes through the model, to save memory."""
+    """Pieces in which a step's batch goes through the model; a pipeline's microbatches."""
     recompute: int | Literal["none", "auto"] = "none"
     """Sublayers a block whose streams backward rebuilds: none, auto for the best, or a number."""
+    compile: bool = False
+    """Whether torch.compile takes dense branches and shared experts; takes minutes to start."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """What matrix products and streams are computed in; weights stay in float32."""
     seed: int = 0
@@ -154,6 +156,29 @@ class RunConfig:
             raise ConfigError(
                 f"training.batch: must be a multiple of {pieces}, parallel.replicate x "
                 f"parallel.shard x training.accumulate, but is {self.training.batch}"
+            )
+        self._require_stages()
+
+    def _require_stages(self) -> None:
+        """Raise ConfigError for blocks and microbatches that a pipeline cannot take."""
+        parallel, training, blocks = self.parallel, self.training, self.model.blocks
+        stages = parallel.all_stages
+        if blocks % stages:
+            raise ConfigError(
+                f"model.blocks: must be a multiple of {stages}, the stages of "
+                f"parallel.pipeline={parallel.pipeline} with {parallel.schedule}, but is {blocks}"
+            )
+        parallel.require_microbatches(training.accumulate)
+        length = 2 * blocks // stages
+        if stages > 1 and isinstance(training.recompute, int) and training.recompute > length:
+            raise ConfigError(
+                f"training.recompute: must be at most {length}, the sublayers of a stage, "
+                f"but is {training.recompute}"
+            )
+        if stages > 1 and training.compile and parallel.schedule in SPLITTING:
+            raise ConfigError(
+                f"training.compile: cannot go with parallel.schedule={parallel.schedule}, which "
+                "computes gradients of inputs and of weights apart; take 1F1B or Interleaved1F1B"
             )
 
 

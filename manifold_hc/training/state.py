@@ -1,15 +1,15 @@
 """Everything that a run needs to go on."""
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
+    get_optimizer_state_dict,
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from manifold_hc.models import Decoder
 from manifold_hc.parallel import Processes, distribute, local
@@ -28,10 +28,15 @@ class TrainState:
         self.config = config
         self.device = device
         self.processes = processes or Processes()
-        self.model = Decoder(config.model, config.connection, config.training.recompute)
-        # First, so that no device ever holds more than its part and one unit.
-        distribute(self.model, self.processes, config.training.torch_precision)
-        self.model.to(device)
+        training = config.training
+        # On the host, so that no device ever holds more than its part and one unit.
+        self.model = distribute(
+            Decoder(config.model, config.connection, training.recompute),
+            self.processes,
+            training.torch_precision,
+            microbatches=training.accumulate,
+            compiled=training.compile,
+        ).to(device)
         self.optimizer = optimizers.build(self.model, config.optimizer)
         self.step = 0
         """Optimizer steps taken."""
@@ -41,17 +46,21 @@ class TrainState:
         """Lowest validation loss so far."""
 
     def tensors(self) -> dict[str, Any]:
-        """Nested tensors by name, as torch.distributed.checkpoint saves them."""
+        """Nested tensors by name, as torch.distributed.checkpoint saves them.
+
+        Of the optimizer what belongs to a weight: what a group has is the configuration's.
+        """
         model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optimizer": optimizer, "random": self._random()}
+        return {"model": model, "optimizer": optimizer["state"], "random": self._random()}
 
     def restore(self, tensors: dict[str, Any]) -> None:
         """Take over what `tensors()` gave; random states of other devices are left out."""
+        groups = get_optimizer_state_dict(self.model, self.optimizer)["param_groups"]
         set_state_dict(
             self.model,
             self.optimizer,
             model_state_dict=tensors["model"],
-            optim_state_dict=tensors["optimizer"],
+            optim_state_dict={"state": tensors["optimizer"], "param_groups": groups},
         )
         torch.set_rng_state(tensors["random"]["cpu"])
         if (there := tensors["random"].get(self.device.type)) is not None and self._accelerator:
@@ -70,9 +79,19 @@ class TrainState:
         return all(self.processes.gathered(here))
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """All weights whole, in the first process; every process must ask."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return cast(dict[str, torch.Tensor], get_model_state_dict(self.model, options=options))
+        """All weights whole, on the first process's host; every process must ask."""
+        here = {}
+        for name, tensor in self.model.state_dict().items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if self.processes.is_first_copy:
+                here[name] = whole.cpu()
+        return self.processes.collected(here)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all weights, in every process; every one must ask."""
+        here = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+        found = self.processes.along_pipeline(here)
+        return {name: shape for part in found for name, shape in part.items()}
 
     @property
     def _accelerator(self) -> Any:

@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 from manifold_hc.data import Batch
 from manifold_hc.data.batches import NO_TARGET
 from manifold_hc.errors import DivergedError
-from manifold_hc.parallel import Processes, by_mesh, local
-from manifold_hc.training.config import RunConfig
+from manifold_hc.parallel import Pipeline, Processes, by_mesh, local
+from manifold_hc.training.config import RunConfig, TrainingConfig
 from manifold_hc.training.optimizer import learning_rate
 from manifold_hc.training.state import TrainState
 
@@ -36,14 +36,8 @@ def take_step(state: TrainState, batch: Batch, config: RunConfig) -> StepFigures
     model, rate = state.model, learning_rate(state.step, config.training.steps, config.optimizer)
     processes = state.processes
     processes.at(f"step {state.step}, forward and backward")
-    targets = max(1, int(processes.summed(count_targets(batch))))
-    loss = torch.zeros((), device=state.device)
-    for piece in batch.pieces(config.training.accumulate):
-        share = int(count_targets(piece)) / targets
-        part = loss_of(model, piece, config.training.precision) * share
-        part.backward()
-        loss += part.detach()
-    loss = processes.summed(loss)
+    targets = max(1, int(processes.over_tokens(count_targets(batch.targets))))
+    loss = processes.summed(_backward(model, batch, targets, config.training))
     if not math.isfinite(loss.item()):
         raise DivergedError(state.step, "loss", _first_infinite_layer(state, batch, config))
     processes.at(f"step {state.step}, update")
@@ -62,6 +56,27 @@ def take_step(state: TrainState, batch: Batch, config: RunConfig) -> StepFigures
     return StepFigures(loss.item(), norm.item(), rate)
 
 
+def _backward(model: nn.Module, batch: Batch, targets: int, training: TrainingConfig) -> Tensor:
+    """Add up the gradients of a process's part of a batch; returns its share of the loss.
+
+    targets: how many the whole batch has.
+    """
+    if isinstance(model, Pipeline):
+        return model.backward(
+            *batch, lambda logits, wanted: mean_loss(logits, wanted) * _share(wanted, targets)
+        )
+    loss = torch.zeros((), device=batch.inputs.device)
+    for piece in batch.pieces(training.accumulate):
+        part = loss_of(model, piece, training.precision) * _share(piece.targets, targets)
+        part.backward()
+        loss += part.detach()
+    return loss
+
+
+def _share(some: Tensor, targets: int) -> float:
+    return int(count_targets(some)) / targets
+
+
 def gradient_norm(model: nn.Module, processes: Processes) -> Tensor:
     """Norm of the whole gradient, the same to the bit for all processes.
 
@@ -76,70 +91,85 @@ def gradient_norm(model: nn.Module, processes: Processes) -> Tensor:
     return squares.sqrt().to(norm.dtype)
 
 
-def count_targets(batch: Batch) -> Tensor:
-    """How many tokens of a batch count."""
-    return (batch.targets != NO_TARGET).sum()
+def count_targets(targets: Tensor) -> Tensor:
+    """How many of them count."""
+    return (targets != NO_TARGET).sum()
 
 
 def loss_of(model: nn.Module, batch: Batch, precision: str = "float32") -> Tensor:
     """Mean cross-entropy over the targets of a batch in nats a token, in float32.
 
-    0 for a batch that has none.
+    0 for a batch that has none, and in a process that has not the last stage of a pipeline.
     """
     bfloat16 = precision == "bfloat16"
     with torch.autocast(batch.inputs.device.type, dtype=torch.bfloat16, enabled=bfloat16):
-        logits = model(batch.inputs, batch.documents)
-    total = cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), reduction="sum")
-    return total / count_targets(batch).clamp(min=1)
+        logits: Tensor | None = model(batch.inputs, batch.documents)
+    if logits is None:
+        return torch.zeros((), device=batch.inputs.device)
+    return mean_loss(logits, batch.targets)
+
+
+def mean_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Of logits [B, T, V] against targets [B, T], as `loss_of` says."""
+    total = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+    return total / count_targets(targets).clamp(min=1)
 
 
 def _first_infinite_gradient(state: TrainState) -> str:
     names = {parameter: name for name, parameter in state.model.named_parameters()}
-    for group in state.optimizer.param_groups:
-        found = [
-            names[p]
-            for p in group["params"]
-            if p.grad is not None and not local(p.grad).isfinite().all()
-        ]
-        anywhere = set(chain.from_iterable(state.processes.gathered(found)))
-        if bad := [names[p] for p in group["params"] if names[p] in anywhere]:
-            return (
-                f"parameter group {group['name']!r} "
-                f"({bad[0]}, {len(bad)} of {len(group['params'])} tensors)"
-            )
+    here = {
+        group["name"]: {names[p]: _is_infinite(p.grad) for p in group["params"]}
+        for group in state.optimizer.param_groups
+    }
+    groups: dict[str, dict[str, bool]] = {}
+    for part in state.processes.gathered(here):
+        for group, tensors in part.items():
+            known = groups.setdefault(group, {})
+            known |= {name: bad or known.get(name, False) for name, bad in tensors.items()}
+    for group, tensors in groups.items():
+        if bad := [name for name, is_bad in tensors.items() if is_bad]:
+            return f"parameter group {group!r} ({bad[0]}, {len(bad)} of {len(tensors)} tensors)"
     return "the norm over all groups, while every gradient is finite"
+
+
+def _is_infinite(grad: Tensor | None) -> bool:
+    return grad is not None and not bool(local(grad).isfinite().all())
 
 
 @torch.no_grad()
 def _first_infinite_layer(state: TrainState, batch: Batch, config: RunConfig) -> str:
     """Runs the batch again and watches every layer that has parameters of its own."""
+    model = state.model
     own = {
         name: [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
-        for name, module in state.model.named_modules()
+        for name, module in model.named_modules()
     }
-    parameters = dict(state.model.named_parameters())
+    parameters = dict(model.named_parameters())
     groups = {p: group["name"] for group in state.optimizer.param_groups for p in group["params"]}
     group_of = {name: groups[parameters[held[0]]] for name, held in own.items() if held}
-    found: list[str] = []
+    found: list[tuple[int, str, str]] = []
 
     def watch(name: str, output: object) -> None:
         tensors = output if isinstance(output, tuple) else (output,)
         if not all(bool(t.isfinite().all()) for t in tensors if isinstance(t, Tensor)):
-            found.append(name)
+            stage = model.running if isinstance(model, Pipeline) else 0
+            found.append((stage, group_of[name], name))
 
     handles = [
-        state.model.get_submodule(name).register_forward_hook(
+        model.get_submodule(name).register_forward_hook(
             lambda _module, _inputs, output, name=name: watch(name, output)
         )
         for name in group_of
     ]
     try:
         for piece in batch.pieces(config.training.accumulate):
-            loss_of(state.model, piece, config.training.precision)
+            loss_of(model, piece, config.training.precision)
     finally:
         for handle in handles:
             handle.remove()
-    seen = [names for names in state.processes.gathered(found) if names]
+    # In the order of stages, and of calls in each.
+    seen = sorted(chain.from_iterable(state.processes.gathered(found)), key=lambda one: one[0])
     if not seen:
         return "the loss itself, while every layer's output is finite"
-    return f"parameter group {group_of[seen[0][0]]!r} (output of {seen[0][0]})"
+    _, group, name = seen[0]
+    return f"parameter group {group!r} (output of {name})"

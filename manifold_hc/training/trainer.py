@@ -26,7 +26,7 @@ from manifold_hc.errors import (
 )
 from manifold_hc.files import insist
 from manifold_hc.models import balance, mixtures
-from manifold_hc.parallel import Processes, job
+from manifold_hc.parallel import Processes, in_depth_order, job
 from manifold_hc.training import checkpoint_files
 from manifold_hc.training.checkpoint import Checkpoints
 from manifold_hc.training.config import RunConfig
@@ -102,8 +102,9 @@ def train(
             except DivergedError as error:
                 _save_last_finite(state, checkpoints, error)
                 raise
-            loads = balance(state.model, processes.summed)
-            seconds, tokens = time.perf_counter() - start, batch.inputs.numel() * processes.size
+            loads = balance(state.model, processes.over_tokens)
+            tokens = batch.inputs.numel() * processes.parts * processes.places
+            seconds = time.perf_counter() - start
             figures |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
             journal.step(step, figures)
 
@@ -114,8 +115,9 @@ def train(
                 journal.validation(step, validation)
             if last or step % budget.probe_every == 0:
                 processes.at(f"step {step}, stability figures")
-                if loads:
-                    journal.experts(step, load_figures(loads, state.model, tokens))
+                if config.model.experts.routed:
+                    visits = tokens * config.model.experts.active
+                    journal.experts(step, load_figures(loads, state.model, visits))
                 journal.observe(step, state.model)
             journal.show(step)
 
@@ -133,7 +135,7 @@ def _finish(
 ) -> dict[str, Any]:
     """Write what a run ends with, waiting for room on the disk; returns the summary."""
     weights, processes = state.weights(), state.processes
-    size = sum(p.numel() for p in state.model.parameters())
+    size = sum(processes.along_pipeline(sum(p.numel() for p in state.model.parameters())))
     peak = max(processes.gathered(peak_memory(state.device)))
     known = {"parameters": size, "peak_memory": peak}
     summary = processes.by_first(lambda: folder.figures() | known)
@@ -193,33 +195,41 @@ def validate(state: TrainState, batches: Batches) -> float:
     model, processes, training = state.model, state.processes, state.config.training
     model.eval()
     most = max(1, batches.count // batches.batch)
-    totals = torch.zeros(2, dtype=torch.float64, device=state.device)
+    loss = torch.zeros((), dtype=torch.float64, device=state.device)
+    targets = torch.zeros((), dtype=torch.int64, device=state.device)
     for number in range(min(training.validation_batches, most)):
         processes.at(f"step {state.step}, validation batch {number}")
         part = own_part(batches, number * batches.batch, processes)
         for piece in part.to(state.device).pieces(training.accumulate):
-            targets = count_targets(piece)
-            loss = loss_of(model, piece, training.precision)
-            totals += torch.stack([loss.double() * targets, targets])
+            count = count_targets(piece.targets)
+            loss += loss_of(model, piece, training.precision).double() * count
+            targets += count
     model.train()
-    total, targets = processes.summed(totals).tolist()
-    return total / max(1, targets)
+    total = processes.summed(loss).item()
+    return total / max(1, processes.over_tokens(targets).item())
 
 
-def load_figures(loads: list[Tensor], model: nn.Module, tokens: int) -> dict[str, Any]:
-    """`load` by layer and expert in a step of so many tokens, and how far from even it is.
+def load_figures(loads: list[Tensor], model: nn.Module, visits: int) -> dict[str, Any]:
+    """`load` by layer and expert in a step, and how far from even it is.
 
-    largest_load, smallest_load: over all layers, in units of an even load. dropped_tokens: visits
-    that should have been and were not.
+    loads: of the mixtures of `model`. visits: how many tokens each of all layers' experts should
+    have seen together. largest_load, smallest_load: over all layers, in units of an even load.
+    dropped_tokens: visits that should have been and were not.
     """
-    shares = [load / load.float().mean() for load in loads]
-    wanted = tokens * sum(mixture.config.active for mixture in mixtures(model).values())
+    here = zip(mixtures(model), loads, strict=True)
+    load = in_depth_order(model, [(_sublayer(name), load.tolist()) for name, load in here])
+    evens = [sum(layer) / len(layer) for layer in load]
     return {
-        "load": [load.tolist() for load in loads],
-        "largest_load": max(float(share.max()) for share in shares),
-        "smallest_load": min(float(share.min()) for share in shares),
-        "dropped_tokens": wanted - sum(int(load.sum()) for load in loads),
+        "load": load,
+        "largest_load": max(max(layer) / even for layer, even in zip(load, evens, strict=True)),
+        "smallest_load": min(min(layer) / even for layer, even in zip(load, evens, strict=True)),
+        "dropped_tokens": visits * len(load) - sum(map(sum, load)),
     }
+
+
+def _sublayer(name: str) -> int:
+    """The number in the name of a branch."""
+    return int(name.rpartition(".")[2])
 
 
 def peak_memory(device: torch.device) -> int:

@@ -81,6 +81,11 @@ def _run(pipe: Connection, known: dict[str, object], body: Callable, arguments: 
     os.environ.update({name: str(value) for name, value in known.items()})
     torch.set_num_threads(1)
     warnings.simplefilter("error")
+    for of_itself in (
+        r"`torch\.jit\.script",
+        r"The \.grad attribute of a Tensor that is not a leaf",
+    ):
+        warnings.filterwarnings("ignore", of_itself)  # what torch's compiler makes torch say
     try:
         answer = body(*arguments)
     except BaseException as error:

@@ -4,12 +4,13 @@ import logging
 import os
 import resource
 import signal
+from dataclasses import replace
 
 import pytest
 import torch.distributed as dist
 
 from manifold_hc.errors import CheckpointError, RunFolderError, StoppedError
-from manifold_hc.parallel import joined
+from manifold_hc.parallel import ParallelConfig, joined
 from manifold_hc.training import CheckpointConfig, Checkpoints, RunFolder, checkpoint_files
 from manifold_hc.training.checkpoint_files import load, verify
 from manifold_hc.training.state import TrainState
@@ -19,8 +20,16 @@ from tests.training import runs
 from tests.training.runs import at
 
 EXPERTS = runs.with_experts(runs.config(probe_every=1))
-NARROW = [{"shard": 2}, {}, {"tensor": 2}]
-WIDE = [{"shard": 2}, {"replicate": 2, "shard": 2}, {}, {"shard": 2, "tensor": 2}, {"shard": 4}]
+NARROW = [{"shard": 2}, {"pipeline": 2, "schedule": "DualPipeV"}, {}, {"tensor": 2}]
+WIDE = [
+    {"shard": 2},
+    {"pipeline": 2, "shard": 2, "schedule": "ZBVZeroBubble"},
+    {},
+    {"pipeline": 4},
+    {"shard": 2, "tensor": 2},
+    {"replicate": 2, "pipeline": 2, "schedule": "Interleaved1F1B"},
+    {"shard": 4},
+]
 
 
 def first_process_gets(number):
@@ -54,16 +63,17 @@ def first_step(folder):
     ],
 )
 def test_every_layout_goes_on_from_every_other(order, asynchronous, tmp_path):
-    """Stopped after every fourth step, the run goes on in another layout."""
+    """Stopped after every third step, the run goes on in another layout."""
     saving = CheckpointConfig(every=2, keep=3, asynchronous=asynchronous)
     config = runs.with_experts(runs.config(probe_every=1, checkpoint=saving))
+    config = replace(config, model=replace(config.model, blocks=4))
     for number, degrees in enumerate(order, start=1):
-        here = shared(config, **degrees)
-        here = in_pieces(here, 4 // here.parallel.parts)
+        pieces = 4 // ParallelConfig(**degrees).parts
+        here = shared(in_pieces(config, pieces), **degrees)
         size = here.parallel.size
         if number < len(order):
-            stops = together(size, stopped_after, 4 * number - 1, here, tmp_path / "moving")
-            assert stops == [(4 * number, True)] * size
+            stops = together(size, stopped_after, 3 * number - 1, here, tmp_path / "moving")
+            assert stops == [(3 * number, True)] * size
         else:
             together(size, run, here, tmp_path / "moving")
     run(in_pieces(config, 4), tmp_path / "calm")

@@ -1,12 +1,14 @@
 """What is refused before any process starts training."""
 
 from dataclasses import replace
+from itertools import product
+from types import SimpleNamespace
 
 import pytest
 
 from manifold_hc.errors import ConfigError
 from manifold_hc.parallel import ParallelConfig
-from manifold_hc.parallel.config import require_started
+from manifold_hc.parallel.config import SCHEDULES, require_started
 from manifold_hc.training import RunFolder, train
 from tests.training import runs
 
@@ -17,6 +19,25 @@ from tests.training import runs
         ({"shard": 0}, "shard: must be at least 1 but is 0"),
         ({"replicate": -2}, "replicate: must be at least 1 but is -2"),
         ({"timeout": 0.0}, "timeout: must be a number above 0 but is 0.0"),
+        ({"pipeline": 0}, "pipeline: must be at least 1 but is 0"),
+        (
+            {"schedule": "2F2B"},
+            "schedule: must be GPipe, 1F1B, LoopedBFS, Interleaved1F1B, InterleavedZeroBubble, "
+            "ZBVZeroBubble, DualPipeV but is '2F2B'",
+        ),
+        (
+            {"pipeline": 2, "stages": 2},
+            "stages: must be 1, its only number with 1F1B, or 0 for that but is 2",
+        ),
+        (
+            {"pipeline": 2, "schedule": "DualPipeV", "stages": 3},
+            "stages: must be 2, its only number with DualPipeV, or 0 for that but is 3",
+        ),
+        (
+            {"pipeline": 2, "schedule": "Interleaved1F1B", "stages": 1},
+            "stages: must be at least 2 with Interleaved1F1B or 0 for that but is 1",
+        ),
+        ({"stages": -1}, "stages: must be 1, its only number with 1F1B, or 0 for that but is -1"),
     ],
 )
 def test_degrees_that_there_are_not(parallel, message):
@@ -31,6 +52,7 @@ def test_degrees_that_there_are_not(parallel, message):
         ("3", {"shard": 2, "replicate": 2}, r"replicate 2 x shard 2 needs 4 processes but 3 were"),
         ("4", {"shard": 2, "tensor": 4}, r"shard 2 x tensor 4 needs 8 processes but 4 were"),
         ("2", {}, r"parallel: 2 processes were started but nothing says how they share"),
+        ("2", {"pipeline": 2, "shard": 2}, r"pipeline 2 x shard 2 needs 4 processes but 2 were"),
     ],
 )
 def test_as_many_processes_as_the_degrees_say(started, degrees, message, monkeypatch):
@@ -61,3 +83,102 @@ def test_a_run_without_its_processes(tmp_path):
     with pytest.raises(ConfigError, match="needs 2 processes but has 1"):
         train(config, runs.text(), RunFolder(tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("training", "parallel", "message"),
+    [
+        (
+            {"accumulate": 4},
+            {"schedule": "DualPipeV"},
+            "model.blocks: must be a multiple of 4, the stages of parallel.pipeline=2 with "
+            "DualPipeV, but is 2",
+        ),
+        (
+            {},
+            {},
+            "training.accumulate: 1F1B over 2 stages needs at least 2 microbatches but it is 1",
+        ),
+        (
+            {"accumulate": 2, "recompute": 3},
+            {},
+            "training.recompute: must be at most 2, the sublayers of a stage, but is 3",
+        ),
+        (
+            {"accumulate": 4, "compile": True},
+            {"schedule": "InterleavedZeroBubble", "stages": 2},
+            "training.compile: cannot go with parallel.schedule=InterleavedZeroBubble, which "
+            "computes gradients of inputs and of weights apart; take 1F1B or Interleaved1F1B",
+        ),
+    ],
+)
+def test_what_a_pipeline_divides(training, parallel, message):
+    blocks = 4 if training.get("compile") else 2
+    base = runs.config(**training)
+    base = replace(base, model=replace(base.model, blocks=blocks))
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        replace(base, parallel=ParallelConfig(pipeline=2, **parallel))
+
+
+def test_dual_pipe_v_with_too_few_microbatches():
+    base = runs.config(accumulate=2)
+    base = replace(base, model=replace(base.model, blocks=4))
+    message = "DualPipeV over 4 stages needs at least 4 microbatches but it is 2"
+    with pytest.raises(ConfigError, match=f"^training.accumulate: {message}$"):
+        replace(base, parallel=ParallelConfig(pipeline=2, schedule="DualPipeV"))
+
+
+def test_a_schedule_that_this_torch_does_not_know(monkeypatch):
+    from torch.distributed.pipelining import schedules
+
+    from manifold_hc.parallel import schedule
+
+    schedule.require_schedule("DualPipeV")
+    monkeypatch.setattr(schedule, "get_schedule_class", schedules.get_schedule_class)
+    with pytest.raises(ConfigError, match=r"torch .* does not know QuadPipe; take another one"):
+        schedule.require_schedule("QuadPipe")
+
+
+def told_by_torch(config, microbatches, process):
+    """Whether torch's schedule takes so many, and the stages that it gives a process."""
+    from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
+
+    stages = [
+        SimpleNamespace(
+            stage_index=stage,
+            num_stages=config.all_stages,
+            group_size=config.pipeline,
+            group_rank=process,
+            submod=None,
+            is_first=stage == 0,
+            is_last=stage == config.all_stages - 1,
+        )
+        for stage in config.stages_of(process)
+    ]
+    kind = get_schedule_class(config.schedule)
+    single = issubclass(kind, PipelineScheduleSingle)
+    try:
+        schedule = kind(stages[0] if single else stages, microbatches, loss_fn=max)
+    except ValueError:
+        return False, None
+    if single:
+        return True, [process]
+    owners = schedule.stage_index_to_group_rank
+    return True, [stage for stage, owner in sorted(owners.items()) if owner == process]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_torch_takes_what_we_take_and_places_stages_as_we_do(name):
+    for pipeline, microbatches in product((2, 3, 4), range(1, 13)):
+        for stages in (0, 3) if SCHEDULES[name] == "loop" else (0,):
+            config = ParallelConfig(pipeline=pipeline, schedule=name, stages=stages)
+            try:
+                config.require_microbatches(microbatches)
+            except ConfigError:
+                taken = False
+            else:
+                taken = True
+            for process in range(pipeline):
+                theirs, placed = told_by_torch(config, microbatches, process)
+                assert theirs == taken, (config, microbatches)
+                assert not taken or placed == config.stages_of(process)

@@ -61,6 +61,16 @@ def test_random_numbers_go_on_too(copy):
     assert torch.equal(torch.rand(3), wanted)
 
 
+def test_what_the_optimizer_is_told_is_the_configurations(saved):
+    told = replace(CONFIG.optimizer, weight_decay=0.5, betas=(0.8, 0.9))
+    state = TrainState(replace(CONFIG, optimizer=told), CPU)
+    load(saved[0] / "step-00000006", state)
+    groups = state.optimizer.param_groups
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.5}
+    assert {group["betas"] for group in groups} == {(0.8, 0.9)}
+    assert all(entry["exp_avg"].any() for entry in state.optimizer.state.values())
+
+
 def test_weights_alone_are_safetensors(saved):
     folder, _ = saved
     state = TrainState(CONFIG, CPU)

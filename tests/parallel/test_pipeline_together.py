@@ -1,0 +1,171 @@
+"""Cut into stages, the golden run is that of one process with the same microbatches."""
+
+import logging
+import os
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from manifold_hc.diagnostics import GainMonitor
+from manifold_hc.errors import DivergedError
+from manifold_hc.parallel.config import SCHEDULES
+from manifold_hc.parallel.watchdog import STATUS
+from manifold_hc.training import RunFolder
+from tests.parallel.groups import Ended, outcomes, together
+from tests.parallel.sharing import in_pieces, layouts, run, run_all, shared
+from tests.parallel.test_golden_together import RUNS, compare
+from tests.training import runs
+from tests.training.runs import at
+
+NARROW = [{"pipeline": 2, "shard": 2, "schedule": "DualPipeV"}]
+WIDE = [
+    {"pipeline": 4, "schedule": "DualPipeV"},
+    {"pipeline": 4, "schedule": "1F1B"},
+    {"pipeline": 2, "stages": 4, "schedule": "Interleaved1F1B"},
+    {"pipeline": 2, "shard": 2, "schedule": "1F1B"},
+    {"pipeline": 2, "shard": 2, "schedule": "InterleavedZeroBubble"},
+    {"pipeline": 2, "shard": 2, "schedule": "ZBVZeroBubble"},
+    {"pipeline": 2, "replicate": 2, "schedule": "DualPipeV"},
+    {"pipeline": 2, "tensor": 2, "schedule": "DualPipeV"},
+    {"pipeline": 2, "tensor": 2, "schedule": "Interleaved1F1B"},
+    {"pipeline": 2, "shard": 2, "experts": 2, "schedule": "1F1B"},
+    {"pipeline": 2, "shard": 2, "experts": 2, "schedule": "DualPipeV"},
+]
+
+
+def in_stages(config, blocks, microbatches, **parallel):
+    """The same run of a deeper network in a pipeline, and what one process computes like it."""
+    parts = parallel.get("shard", 1) * parallel.get("replicate", 1)
+    deeper = replace(
+        config,
+        model=replace(config.model, blocks=blocks),
+        training=replace(config.training, batch=microbatches * parts),
+    )
+    alone = in_pieces(deeper, microbatches * parts)
+    return shared(in_pieces(deeper, microbatches), **parallel), alone
+
+
+def test_every_schedule_over_two_processes(tmp_path):
+    planned = {
+        name: in_stages(runs.config(), 4, 4, pipeline=2, schedule=name) for name in SCHEDULES
+    }
+    together(2, run_all, [(config, tmp_path / name) for name, (config, _) in planned.items()])
+    run(planned["1F1B"][1], tmp_path / "alone")
+    for name in SCHEDULES:
+        compare(tmp_path / name, tmp_path / "alone")
+
+
+@pytest.mark.parametrize("parallel", layouts(NARROW, WIDE))
+def test_every_layout_with_a_pipeline(parallel, tmp_path):
+    base = runs.with_experts(runs.config()) if "experts" in parallel else runs.config()
+    most = 8 if parallel["pipeline"] == 4 or "stages" in parallel else 4
+    config, alone = in_stages(base, most, most, **parallel)
+    together(config.parallel.size, run, config, tmp_path / "together")
+    run(alone, tmp_path / "alone")
+    compare(tmp_path / "together", tmp_path / "alone")
+
+
+@pytest.mark.parametrize(
+    ("parallel", "kinds"),
+    [
+        ({"pipeline": 2, "schedule": "DualPipeV"}, ("bfloat16", "recompute", "single-pass")),
+        pytest.param({"pipeline": 2, "schedule": "1F1B"}, tuple(RUNS), marks=pytest.mark.wide),
+        pytest.param(
+            {"pipeline": 2, "shard": 2, "schedule": "DualPipeV"},
+            tuple(RUNS),
+            marks=pytest.mark.wide,
+        ),
+    ],
+    ids=["some, DualPipeV", "all, 1F1B", "all, DualPipeV x shard 2"],
+)
+def test_every_kind_of_network_in_stages(parallel, kinds, tmp_path):
+    planned = {kind: in_stages(RUNS[kind], 4, 4, **parallel) for kind in kinds}
+    size = planned[kinds[0]][0].parallel.size
+    together(size, run_all, [(config, tmp_path / kind) for kind, (config, _) in planned.items()])
+    for kind, (_, alone) in planned.items():
+        run(alone, tmp_path / f"{kind} alone")
+        compare(tmp_path / kind, tmp_path / f"{kind} alone", 1e-3 if kind == "bfloat16" else 1e-5)
+
+
+def observed(config, folder, documents):
+    run(config, folder, [GainMonitor], documents)
+
+
+def test_figures_of_all_stages_in_one_depth_order(tmp_path):
+    """Gains, streams and loads of experts; with documents that attention keeps apart."""
+    experts = runs.with_experts(runs.config(probe_every=9))
+    config, alone = in_stages(experts, 4, 4, pipeline=2, schedule="DualPipeV")
+    together(2, observed, config, tmp_path / "together", 900)
+    observed(alone, tmp_path / "alone", 900)
+    compare(tmp_path / "together", tmp_path / "alone")
+    found, wanted = (records(tmp_path / name) for name in ("together", "alone"))
+    assert len(wanted) == 8, "four looks at gains and four at experts"
+    for one, other in zip(found, wanted, strict=True):
+        assert one.keys() == other.keys()
+        for name, figure in other.items():
+            if name == "load":
+                assert len(figure) == 3
+                assert one[name] == figure, "no choice has flipped"
+            elif isinstance(figure, list | float):
+                close = torch.testing.assert_close
+                close(torch.tensor(one[name]), torch.tensor(figure), rtol=1e-4, atol=1e-5)
+            else:
+                assert isinstance(figure, dict) or one[name] == figure
+    for average in ("gains", "matrices"):
+        for row, figure in wanted[-1][average].items():
+            assert len(figure) == 8
+            assert found[-1][average][row] == pytest.approx(figure, rel=1e-4)
+    summaries = [RunFolder(tmp_path / name).summary() for name in ("together", "alone")]
+    assert summaries[0]["parameters"] == summaries[1]["parameters"]
+
+
+def records(folder):
+    return [
+        record
+        for record in RunFolder(folder).metrics()
+        if record["event"] not in ("step", "validation")
+    ]
+
+
+def spoil_the_last_block(model):
+    """In the process that has it: its output is infinite from now on."""
+    if "norm" in dict(model.named_children()):
+        model.get_submodule("branches.7.down").weight.data[0, 0] = float("inf")
+
+
+def spoilt(config, folder):
+    run(config, folder, [at(2, spoil_the_last_block)])
+
+
+def test_a_divergence_names_the_first_layer_of_all_stages(tmp_path):
+    """That is in the second process; all that comes after it is infinite too."""
+    config, _ = in_stages(runs.config(probe_every=1), 4, 4, pipeline=2, schedule="1F1B")
+    first = r"first in parameter group 'layers' \(output of branches\.7\.down\)"
+    with pytest.raises(DivergedError, match=rf"loss is not finite at step 3, {first}"):
+        together(2, spoilt, config, tmp_path)
+
+
+def sleep_in_backward(model):
+    """The second process never finishes its next backward."""
+    if dist.get_rank() == 1:
+        weight = model.get_submodule("branches.4.query").weight
+        weight.register_hook(lambda grad: time.sleep(1000))
+
+
+def hanging(config, folder):
+    handler = logging.FileHandler(folder / f"log of {os.environ['RANK']}")
+    logging.getLogger("manifold_hc").addHandler(handler)
+    run(config, folder / "run", [at(3, sleep_in_backward)])
+
+
+def test_a_stage_that_hangs_is_named(tmp_path):
+    config, _ = in_stages(
+        runs.config(probe_every=1), 4, 4, pipeline=2, schedule="1F1B", timeout=4.0
+    )
+    found = outcomes(2, hanging, config, tmp_path)
+    assert any(isinstance(answer, Ended) and answer.args == (STATUS,) for answer in found)
+    said = "".join(path.read_text() for path in tmp_path.glob("log of *"))
+    assert "rank 1 is behind at 'stage 1, microbatch 0, backward'" in said
