@@ -1,6 +1,9 @@
 """Everything that a run needs to go on."""
 
+import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +18,9 @@ from manifold_hc.models import Decoder
 from manifold_hc.parallel import Processes, distribute, local
 from manifold_hc.training import optimizer as optimizers
 from manifold_hc.training.config import RunConfig
+
+GATHERING = logging.getLogger("torch.distributed.tensor._redistribute")
+"""Warns of weights that are gathered in two steps; copies are the same bits in any number."""
 
 
 class TrainState:
@@ -81,10 +87,11 @@ class TrainState:
     def weights(self) -> dict[str, torch.Tensor]:
         """All weights whole, on the first process's host; every process must ask."""
         here = {}
-        for name, tensor in self.model.state_dict().items():
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if self.processes.is_first_copy:
-                here[name] = whole.cpu()
+        with _quiet(GATHERING):
+            for name, tensor in self.model.state_dict().items():
+                whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                if self.processes.is_first_copy:
+                    here[name] = whole.cpu()
         return self.processes.collected(here)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -102,3 +109,13 @@ class TrainState:
         if self._accelerator:
             states[self.device.type] = self._accelerator.get_rng_state()
         return states
+
+
+@contextmanager
+def _quiet(logger: logging.Logger) -> Iterator[None]:
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
