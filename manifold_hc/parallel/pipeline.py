@@ -64,12 +64,6 @@ class Pipeline(nn.Module):
         self._schedule: Any = None
         self._loss: Loss | None = None
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Pipeline":
-        # What FSDP keeps of a weight moves with the unit that it belongs to, the stage.
-        for stage in self.stages.values():
-            stage._apply(fn, recurse)
-        return self
-
     def forward(
         self, tokens: Int[Tensor, "B T"], documents: Int[Tensor, "B T"] | None = None
     ) -> Float[Tensor, "B T V"] | None:

@@ -130,42 +130,62 @@ def records(folder):
     ]
 
 
-def spoil_the_last_block(model):
-    """In the process that has it: its output is infinite from now on."""
-    if "norm" in dict(model.named_children()):
-        model.get_submodule("branches.7.down").weight.data[0, 0] = float("inf")
+def spoil_a_block(model):
+    """In the second process, which has it: its output is infinite from now on."""
+    if dist.get_rank() == 1:
+        model.get_submodule("branches.5.down").weight.data[0, 0] = float("inf")
 
 
 def spoilt(config, folder):
-    run(config, folder, [at(2, spoil_the_last_block)])
+    run(config, folder, [at(2, spoil_a_block)])
 
 
 def test_a_divergence_names_the_first_layer_of_all_stages(tmp_path):
-    """That is in the second process; all that comes after it is infinite too."""
-    config, _ = in_stages(runs.config(probe_every=1), 4, 4, pipeline=2, schedule="1F1B")
-    first = r"first in parameter group 'layers' \(output of branches\.7\.down\)"
+    """What comes after it is infinite too, in the first process."""
+    config, _ = in_stages(runs.config(probe_every=1), 4, 4, pipeline=2, schedule="DualPipeV")
+    first = r"first in parameter group 'layers' \(output of branches\.5\.down\)"
     with pytest.raises(DivergedError, match=rf"loss is not finite at step 3, {first}"):
         together(2, spoilt, config, tmp_path)
 
 
 def sleep_in_backward(model):
-    """The second process never finishes its next backward."""
+    """The second process, which the first one waits for."""
     if dist.get_rank() == 1:
         weight = model.get_submodule("branches.4.query").weight
         weight.register_hook(lambda grad: time.sleep(1000))
 
 
-def hanging(config, folder):
+def sleep_ahead(model):
+    """The first process, one microbatch further than the second, which waits for it."""
+    calls = []
+
+    def sleep(*_):
+        calls.append(torch.is_grad_enabled())
+        if sum(calls) == 2:
+            time.sleep(1000)
+
+    if dist.get_rank() == 0:
+        model.get_submodule("branches.3").register_forward_hook(sleep)
+
+
+def hanging(how, config, folder):
     handler = logging.FileHandler(folder / f"log of {os.environ['RANK']}")
     logging.getLogger("manifold_hc").addHandler(handler)
-    run(config, folder / "run", [at(3, sleep_in_backward)])
+    run(config, folder / "run", [at(3, how)])
 
 
-def test_a_stage_that_hangs_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("how", "where"),
+    [
+        (sleep_in_backward, "rank 1 is behind at 'stage 1, microbatch 0, backward'"),
+        (sleep_ahead, "rank 0 is behind at 'sublayer 3'"),
+    ],
+)
+def test_a_stage_that_hangs_is_named(how, where, tmp_path):
     config, _ = in_stages(
         runs.config(probe_every=1), 4, 4, pipeline=2, schedule="1F1B", timeout=4.0
     )
-    found = outcomes(2, hanging, config, tmp_path)
+    found = outcomes(2, hanging, how, config, tmp_path)
     assert any(isinstance(answer, Ended) and answer.args == (STATUS,) for answer in found)
     said = "".join(path.read_text() for path in tmp_path.glob("log of *"))
-    assert "rank 1 is behind at 'stage 1, microbatch 0, backward'" in said
+    assert where in said
