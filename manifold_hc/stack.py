@@ -5,7 +5,7 @@ projected and read for the next one: every connection but the last leaves its wr
 successor.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import repeat
 from typing import TYPE_CHECKING, cast
@@ -75,16 +75,20 @@ class Stack(nn.Module):
         """Streams start equal, and stay so where nothing writes a different share to each."""
         return sublayer == 0 or "post" in self.config.disable
 
-    def part(self, sublayers: Collection[int]) -> "Stack":
-        """The connections of some sublayers, under the names that they have here.
+    def part(self, sublayers: Sequence[int]) -> "Stack":
+        """The connections of consecutive sublayers, under the names that they have here.
 
         One without the first sublayer takes streams instead of an embedding, and one without the
         last returns them, as `forward` says. Blocks of recompute begin anew with every part.
-        Raises ConfigError for none, for one that is not here, or for a block longer than the part.
+        Raises ConfigError for others than there are in a row, or for a block longer than the part.
         """
         known = [number for number, there in enumerate(self.connections) if there is not None]
-        if not sublayers or not set(sublayers) <= set(known):
-            raise ConfigError(f"Stack: a part must be some of sublayers {known} but is {sublayers}")
+        wanted = list(sublayers)
+        if not wanted or wanted != [n for n in known if wanted[0] <= n <= wanted[-1]]:
+            raise ConfigError(
+                f"Stack: a part must be consecutive ones of sublayers {known[0]} to {known[-1]} "
+                f"but is {sublayers}"
+            )
         part = Stack.__new__(Stack)
         nn.Module.__init__(part)
         part.config, part.recompute = self.config, self.recompute
@@ -118,11 +122,17 @@ class Stack(nn.Module):
         A part that does not begin takes streams [..., n, C], and with single_pass the pre [..., n]
         of the sublayer before; one that does not end returns streams, and that pre.
         Raises ShapeError when there is not one branch per sublayer, and one norm if there are any,
-        or when a branch changes the shape of its input.
+        when a branch changes the shape of its input, or for a pre too many or too few.
         """
         self._require_one_each("branches", branches)
         if norms is not None:
             self._require_one_each("norms", norms)
+        wanted = self.config.single_pass and not self.begins
+        if (pre is not None) != wanted:
+            raise ShapeError(
+                "Stack: pre, of the sublayer before, must be given with single_pass to a part that "
+                f"does not begin, and nowhere else, but is {'missing' if wanted else 'given'}"
+            )
         if not self.block_length or not torch.is_grad_enabled():
             return self._run(h, branches, norms, pre, None)
         from manifold_hc.recording import recorded  # imports Dynamo, which takes a second
@@ -154,7 +164,7 @@ class Stack(nn.Module):
         x, pre = unwritten.write(), unwritten.reading.pre
         if self.ends:
             return self.collapse(x, pre)
-        return (x, pre) if self.config.single_pass else x
+        return (_owned(x), _owned(pre)) if self.config.single_pass else _owned(x)
 
     def _require_one_each(self, name: str, given: Sequence[Branch]) -> None:
         sublayers = len(present(self.connections))
@@ -180,7 +190,7 @@ class Stack(nn.Module):
         return mean * self.config.n if self.config.exit == "sum" else mean
 
 
-def only(modules: nn.ModuleList, chosen: Collection[int]) -> nn.ModuleList:
+def only(modules: nn.ModuleList, chosen: Sequence[int]) -> nn.ModuleList:
     """Some of the modules, under the names that they have; None in place of the others."""
     return nn.ModuleList(
         cast(nn.Module, module if number in chosen else None)
@@ -191,3 +201,8 @@ def only(modules: nn.ModuleList, chosen: Collection[int]) -> nn.ModuleList:
 def present(modules: nn.ModuleList) -> list[nn.Module]:
     """Those that are there, in their order."""
     return [module for module in modules if module is not None]
+
+
+def _owned(sent: Tensor) -> Tensor:
+    """No view: schedules of pipelines detach in place what a stage has sent."""
+    return sent.clone() if sent._is_view() else sent

@@ -101,10 +101,26 @@ def test_blocks_of_recompute_are_chosen_for_the_part():
         mhc.Stack(C, mhc.ConnectionConfig(), 60, 6).part(range(3))
 
 
-@pytest.mark.parametrize("sublayers", [[], [6], range(4, 8), [-1]])
+@pytest.mark.parametrize("sublayers", [[], [6], range(4, 8), [-1], [0, 2], [3, 2], [1, 1, 2]])
 def test_a_part_that_is_not_here(sublayers):
-    with pytest.raises(ConfigError, match=r"a part must be some of sublayers \[0, 1, 2, 3, 4, 5\]"):
+    with pytest.raises(
+        ConfigError, match=r"a part must be consecutive ones of sublayers 0 to 5 but"
+    ):
         mhc.Stack(C, mhc.ConnectionConfig(), L).part(sublayers)
+
+
+def test_what_a_part_of_single_pass_reads_with():
+    """Not stream 0, which the first sublayer of all reads."""
+    pre = torch.rand(TOKENS, 4)
+    for config in (KINDS["single pass"], KINDS["mhc"]):
+        stack, branches, _ = network(config)
+        part, x = stack.part([2, 3]), torch.randn(TOKENS, 4, C)
+        given = None if config.single_pass else pre
+        said = "missing" if config.single_pass else "given"
+        with pytest.raises(ShapeError, match=f"pre, of the sublayer before, .* but is {said}$"):
+            part(x, branches[:2], pre=given)
+        with pytest.raises(ShapeError, match=r"but is given$"):
+            stack.part([0])(torch.randn(TOKENS, C), branches[:1], pre=pre)
 
 
 def test_one_branch_for_each_sublayer_of_the_part():

@@ -14,6 +14,7 @@ from manifold_hc.cli.terminal import console
 from manifold_hc.compare import Variant
 from manifold_hc.config import ConnectionConfig
 from manifold_hc.errors import ConfigError, StoppedError
+from manifold_hc.parallel import ParallelConfig
 from manifold_hc.training import check
 
 WITHOUT_EFFECT = {
@@ -67,7 +68,7 @@ def compare(
     from manifold_hc.training.folder import locked, refuse_if_in_use
 
     config = wanted.config()
-    if config.parallel.size > 1:
+    if config.parallel != ParallelConfig():
         raise ConfigError("compare: trains in one process; leave the keys of parallel alone")
     chosen = [parse_variant(text, config.connection) for text in dict.fromkeys(variants)]
     corpus = load(config.data)

@@ -30,6 +30,8 @@ def show_plan(config: RunConfig) -> None:
         ("vocabulary parameters", short(count.vocabulary), f"{count.vocabulary:,}"),
         ("tokens", short(tokens), budget),
     ]
+    if config.parallel.size > 1:
+        rows.append(("processes", str(config.parallel.size), _layout(config)))
     table = Table(box=None, show_header=False, pad_edge=False)
     for row in rows:
         table.add_row(*row)
@@ -37,6 +39,18 @@ def show_plan(config: RunConfig) -> None:
         rate = learning_rate(step, training.steps, config.optimizer)
         table.add_row(f"learning rate at step {step}", f"{rate:.4g}")
     console().print(table)
+
+
+def _layout(config: RunConfig) -> str:
+    """How the processes share the run, and what goes through a pipeline."""
+    parallel, pieces = config.parallel, config.training.accumulate
+    if parallel.pipeline == 1:
+        return str(parallel)
+    stages, size = parallel.all_stages, config.training.batch // parallel.parts // pieces
+    return (
+        f"{parallel}; {parallel.schedule} over {stages} stages of {config.model.blocks // stages} "
+        f"blocks, microbatches: {pieces} of {size:,} sequences"
+    )
 
 
 def short(count: int) -> str:

@@ -1,6 +1,6 @@
 """A decoder, dense or with experts: tokens -> streams -> sublayers -> exit -> logits."""
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -96,11 +96,11 @@ class Decoder(nn.Module):
             return Experts(config.channels, config.experts)
         return GatedFeedForward(config.channels, config.feed_forward)
 
-    def part(self, sublayers: Collection[int]) -> "Decoder":
-        """Some sublayers, under the names that they have here, with the ends that belong to them.
+    def part(self, sublayers: Sequence[int]) -> "Decoder":
+        """Consecutive sublayers, under the names that they have here, and the ends with them.
 
-        The embedding belongs to the first sublayer; exit, last norm and head to the last. Raises
-        ConfigError where recompute has longer blocks.
+        The embedding is with the first sublayer; exit, last norm and head are with the last. Raises
+        ConfigError as `Stack.part` does.
         """
         part = Decoder.__new__(Decoder)
         nn.Module.__init__(part)

@@ -163,10 +163,11 @@ def _shard(
     less than a thousandth of a large model. Connections see no hooks of FSDP that way, and hand
     their streams on as they are.
 
-    keep: whether what is gathered in forward stays for backward.
+    keep: whether what is gathered in forward stays for backward. Gradients of microbatches are
+    then summed in the dtype that is gathered: all is float32, and autocast narrows it.
     """
     mesh = _copied(dense)
-    narrow = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
+    narrow = FLOAT32 if keep else MixedPrecisionPolicy(precision, torch.float32)
 
     def make(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy = FLOAT32) -> None:
         # The loss is a sum over all processes' tokens, and so is every gradient: FSDP would

@@ -60,11 +60,20 @@ class ParallelConfig:
         require_number(self, "timeout", positive=True)
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"schedule: must be {', '.join(SCHEDULES)} but is {self.schedule!r}")
+        if self.pipeline > 1:
+            self._require_stages()
+
+    def _require_stages(self) -> None:
         fewest = 1 if self.placement == "one" else 2
         most = "" if self.placement == "loop" else f", its only number with {self.schedule},"
         if self.stages and (self.stages < fewest or (most and self.stages > fewest)):
             wanted = f"{fewest}{most}" if most else f"at least {fewest} with {self.schedule}"
             raise ConfigError(f"stages: must be {wanted} or 0 for that but is {self.stages}")
+
+    def __str__(self) -> str:
+        """The axes that are used."""
+        known = zip(AXES, self.degrees, strict=True)
+        return " x ".join(f"{axis} {degree}" for axis, degree in known if degree > 1)
 
     @property
     def degrees(self) -> tuple[int, ...]:
@@ -135,10 +144,8 @@ def require_started(config: ParallelConfig) -> None:
             f"parallel: {started} processes were started but nothing says how they share the run; "
             f"give degrees that multiply to {started}, such as parallel.shard={started}"
         )
-    known = zip(AXES, config.degrees, strict=True)
-    product = " x ".join(f"{axis} {degree}" for axis, degree in known if degree > 1)
     raise ConfigError(
-        f"parallel: {product} needs {config.size} processes but {started} "
+        f"parallel: {config} needs {config.size} processes but {started} "
         f"{'was' if started == 1 else 'were'} started; start {config.size} with "
         f"torchrun --nproc-per-node {config.size} -m manifold_hc train ..., "
         f"or give degrees that multiply to {started}"

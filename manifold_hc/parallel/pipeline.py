@@ -6,6 +6,7 @@ stage.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +14,8 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from manifold_hc.autocast import compute_dtype
+from manifold_hc.logs import quiet
 from manifold_hc.models import Decoder
 from manifold_hc.parallel.processes import Processes
 from manifold_hc.stack import Stack
@@ -27,7 +30,7 @@ class Stage(nn.Module):
     """Some consecutive blocks of a decoder, run on their own."""
 
     def __init__(self, decoder: Decoder, precision: torch.dtype) -> None:
-        """decoder: a part of one. precision: of its products and streams."""
+        """decoder: a part of one. precision: of products and streams in training."""
         super().__init__()
         self.decoder = decoder
         self.precision = precision
@@ -37,12 +40,13 @@ class Stage(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Tokens, or what the stage before has returned -> logits, or what the next one takes."""
         source, *pre = received
-        narrow = self.precision != torch.float32
-        with torch.autocast(source.device.type, dtype=torch.bfloat16, enabled=narrow):
+        narrow: AbstractContextManager[object] = nullcontext()
+        if torch.is_grad_enabled():  # by a schedule, whose backward must not run under autocast
+            enabled = self.precision != torch.float32
+            narrow = torch.autocast(source.device.type, dtype=torch.bfloat16, enabled=enabled)
+        with narrow:
             sent: Tensor | tuple[Tensor, Tensor] = self.decoder(source, documents, *pre)
-        if isinstance(sent, tuple):
-            return _owned(sent[0]), _owned(sent[1])
-        return sent if self.decoder.stack.ends else _owned(sent)
+        return sent
 
 
 class Pipeline(nn.Module):
@@ -74,18 +78,19 @@ class Pipeline(nn.Module):
         sent: tuple[Tensor, ...] = (tokens,)
         for number, stage in self.stages.items():
             if number and number - 1 not in self.stages:
-                self.processes.waits()
-                sent = self._like(tokens)
-                for tensor in sent:
-                    dist.recv(tensor, group=self.processes.line, group_src=self._owner(number - 1))
+                sent = self._like(tokens, compute_dtype(torch.empty((), device=tokens.device)))
+                with self.processes.waiting():
+                    for tensor in sent:
+                        there = self._owner(number - 1)
+                        dist.recv(tensor, group=self.processes.line, group_src=there)
             self.running = number
             out = stage(*sent, documents=documents)
             sent = out if isinstance(out, tuple) else (out,)
             if number < self._last and number + 1 not in self.stages:
-                self.processes.waits()
-                for tensor in sent:
-                    there = self._owner(number + 1)
-                    dist.send(tensor.contiguous(), group=self.processes.line, group_dst=there)
+                with self.processes.waiting():
+                    for tensor in sent:
+                        there = self._owner(number + 1)
+                        dist.send(tensor.contiguous(), group=self.processes.line, group_dst=there)
         return sent[0] if self._last in self.stages else None
 
     def backward(
@@ -101,7 +106,15 @@ class Pipeline(nn.Module):
             self._schedule = self._planned(tokens[: len(tokens) // self.microbatches])
         others = {} if documents is None else {"documents": documents}
         losses: list[Tensor] = []
-        self._schedule.step(tokens, target=targets, losses=losses, return_outputs=False, **others)
+        try:
+            with quiet("torch.distributed.pipelining.schedules"):  # which prints its whole plan
+                self._schedule.step(
+                    tokens, target=targets, losses=losses, return_outputs=False, **others
+                )
+        except RuntimeError as error:
+            # torch wraps what fails in a stage, whatever it is.
+            raise error.__cause__ or error from None
+        self.processes.goes_on()
         self._loss = None
         return sum((part.detach() for part in losses), torch.zeros((), device=tokens.device))
 
@@ -114,7 +127,8 @@ class Pipeline(nn.Module):
         """The schedule for microbatches of this size."""
         from manifold_hc.parallel.schedule import planned  # imports torch.export, most of a second
 
-        streams = tuple(tensor.requires_grad_() for tensor in self._like(tokens, "meta"))
+        precision = next(iter(self.stages.values())).precision
+        streams = tuple(t.requires_grad_() for t in self._like(tokens.to("meta"), precision))
         logits = torch.empty(*tokens.shape, self.config.vocabulary, device="meta")
         between: list[Tensor | tuple[Tensor, ...]] = [streams] * self._last
         sizes = [tokens.to("meta"), *between, logits.requires_grad_()]
@@ -124,24 +138,16 @@ class Pipeline(nn.Module):
         assert self._loss is not None
         return self._loss(logits, targets)
 
-    def _like(self, tokens: Int[Tensor, "B T"], device: str | None = None) -> tuple[Tensor, ...]:
-        """Room for what a stage sends on for these tokens."""
-        there, n = device or tokens.device, self.connection.n
-        dtype = next(iter(self.stages.values())).precision
-        x = torch.empty(*tokens.shape, n, self.config.channels, dtype=dtype, device=there)
-        if not self.connection.single_pass:
-            return (x,)
-        return x, torch.empty(*tokens.shape, n, device=there)
+    def _like(self, tokens: Int[Tensor, "B T"], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Room for what a stage sends on for these tokens, with streams in this dtype."""
+        shape, device = (*tokens.shape, self.connection.n), tokens.device
+        x = torch.empty(*shape, self.config.channels, dtype=dtype, device=device)
+        return (x, torch.empty(shape, device=device)) if self.connection.single_pass else (x,)
 
     def _owner(self, stage: int) -> int:
         """Position in the pipeline of the process that has it."""
         config = self.processes.config
         return next(p for p in range(config.pipeline) if stage in config.stages_of(p))
-
-
-def _owned(sent: Tensor) -> Tensor:
-    """A tensor of its own, which schedules that split backward detach in place: no view can be."""
-    return sent.clone() if sent._is_view() else sent
 
 
 def cut(decoder: Decoder, processes: Processes, precision: torch.dtype) -> dict[int, Stage]:

@@ -106,9 +106,21 @@ class Processes:
             self._watchdog.at(operation)
 
     def waits(self) -> None:
-        """Tell the watchdog that it is the others' turn."""
+        """Tell the watchdog that it is the others' turn, until `goes_on` or the next operation."""
         if self._watchdog is not None:
             self._watchdog.waits()
+
+    def goes_on(self) -> None:
+        """Tell the watchdog that it is this one's turn again."""
+        if self._watchdog is not None:
+            self._watchdog.goes_on()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """For the time of what needs the others."""
+        self.waits()
+        yield
+        self.goes_on()
 
     def summed(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, on every process."""
@@ -121,9 +133,9 @@ class Processes:
     def _summed(self, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         if self.mesh is None:
             return tensor
-        self.waits()
         total = tensor.clone()
-        dist.all_reduce(total, group=group)
+        with self.waiting():
+            dist.all_reduce(total, group=group)
         return total
 
     def along_pipeline(self, value: Result) -> list[Result]:
@@ -161,9 +173,9 @@ class Processes:
         return [value] if self.mesh is None else self._gathered(value, None)
 
     def _gathered(self, value: Result, group: dist.ProcessGroup | None) -> list[Result]:
-        self.waits()
         values: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(values, value, group=group)
+        with self.waiting():
+            dist.all_gather_object(values, value, group=group)
         return values
 
     def by_first(self, run: Callable[[], Result]) -> Result:

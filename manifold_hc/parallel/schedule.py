@@ -55,24 +55,63 @@ def require_schedule(name: str) -> None:
 
 
 class _Watched(PipelineStage):
-    """Tells the watchdog what it does, and when it is other stages' turn."""
+    """Tells the watchdog what it does, and has room for streams only while they are needed.
+
+    torch would keep room for those of all microbatches, and their gradients, as long as the run.
+    """
 
     processes: Processes
 
+    def _prepare_forward_infra(self, *rest: Any, **named: Any) -> Any:
+        made = super()._prepare_forward_infra(*rest, **named)
+        for received in self.args_recv_info.values():
+            _release(received)
+        return made
+
+    def _prepare_backward_infra(self, *rest: Any, **named: Any) -> Any:
+        made = super()._prepare_backward_infra(*rest, **named)
+        for received in self.grad_recv_info.values():
+            _release(received)
+        return made
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:
+        _make_room(self.args_recv_info[fwd_chunk_id], self.device)
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> Any:
+        _make_room(self.grad_recv_info.get(bwd_chunk_id, ()), self.device)
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
     def forward_one_chunk(self, fwd_chunk_id: int, *rest: Any, **named: Any) -> Any:
-        return self._told("forward", super().forward_one_chunk, fwd_chunk_id, *rest, **named)
+        self._begins(fwd_chunk_id, "forward")
+        made = super().forward_one_chunk(fwd_chunk_id, *rest, **named)
+        _release(self.args_recv_info[fwd_chunk_id])
+        self.processes.waits()
+        return made
 
     def backward_one_chunk(self, bwd_chunk_id: int, *rest: Any, **named: Any) -> Any:
-        return self._told("backward", super().backward_one_chunk, bwd_chunk_id, *rest, **named)
+        self._begins(bwd_chunk_id, "backward")
+        made = super().backward_one_chunk(bwd_chunk_id, *rest, **named)
+        _release(self.grad_recv_info[bwd_chunk_id])
+        self.processes.waits()
+        return made
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *rest: Any, **named: Any) -> Any:
-        run = super().backward_weight_one_chunk
-        return self._told("backward of weights", run, bwd_chunk_id, *rest, **named)
-
-    def _told(
-        self, what: str, run: Callable[..., Any], microbatch: int, *rest: Any, **named: Any
-    ) -> Any:
-        self.processes.at(f"stage {self.stage_index}, microbatch {microbatch}, {what}")
-        done = run(microbatch, *rest, **named)
+        self._begins(bwd_chunk_id, "backward of weights")
+        super().backward_weight_one_chunk(bwd_chunk_id, *rest, **named)
         self.processes.waits()
-        return done
+
+    def _begins(self, microbatch: int, what: str) -> None:
+        self.processes.at(f"stage {self.stage_index}, microbatch {microbatch}, {what}")
+
+
+def _make_room(received: Sequence[Any], device: torch.device) -> None:
+    for info in received:
+        if not info.is_root_arg and info.tensor_meta is not None:
+            meta = info.tensor_meta
+            info.buffer = torch.empty(meta.shape, dtype=meta.dtype, device=device)
+
+
+def _release(received: Sequence[Any]) -> None:
+    for info in received:
+        info.buffer = None

@@ -68,6 +68,11 @@ class Watchdog:
         operation = self._progress.operation.removesuffix(WAITING) + WAITING
         self._progress = Progress(self._progress.count + 1, operation, time.time())
 
+    def goes_on(self) -> None:
+        """Have what the others have done, and go on with the operation."""
+        if self._progress.operation.endswith(WAITING):
+            self.at(self._progress.operation.removesuffix(WAITING))
+
     def end(self) -> None:
         """Watch no longer."""
         self._ended.set()

@@ -58,7 +58,7 @@ class TrainingConfig:
     recompute: int | Literal["none", "auto"] = "none"
     """Sublayers a block whose streams backward rebuilds: none, auto for the best, or a number."""
     compile: bool = False
-    """Whether torch.compile takes dense branches and shared experts; takes minutes to start."""
+    """Whether torch.compile takes dense branches and shared experts; slow to start."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """What matrix products and streams are computed in; weights stay in float32."""
     seed: int = 0
@@ -170,16 +170,24 @@ class RunConfig:
             )
         parallel.require_microbatches(training.accumulate)
         length = 2 * blocks // stages
-        if stages > 1 and isinstance(training.recompute, int) and training.recompute > length:
+        if isinstance(training.recompute, int) and training.recompute > length:
             raise ConfigError(
-                f"training.recompute: must be at most {length}, the sublayers of a stage, "
-                f"but is {training.recompute}"
+                f"training.recompute: must be at most {length}, the sublayers of "
+                f"{'a stage' if stages > 1 else 'the model'}, but is {training.recompute}"
             )
-        if stages > 1 and training.compile and parallel.schedule in SPLITTING:
-            raise ConfigError(
-                f"training.compile: cannot go with parallel.schedule={parallel.schedule}, which "
-                "computes gradients of inputs and of weights apart; take 1F1B or Interleaved1F1B"
-            )
+        splits = stages > 1 and parallel.schedule in SPLITTING
+        # A static bias is used twice in a sublayer; torch then loses what lies between.
+        static = self.connection.kind != "residual" and not self.connection.dynamic
+        for name, wanted in {
+            "training.compile": training.compile,
+            "connection.dynamic=false": static,
+        }.items():
+            if splits and wanted:
+                raise ConfigError(
+                    f"{name}: cannot go with parallel.schedule={parallel.schedule}, which "
+                    "computes gradients of inputs and of weights apart; "
+                    "take 1F1B or Interleaved1F1B"
+                )
 
 
 FIXED = ("model", "connection", "data", "training.seed")

@@ -1,9 +1,6 @@
 """Everything that a run needs to go on."""
 
-import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,12 +11,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
+from manifold_hc.logs import quiet
 from manifold_hc.models import Decoder
 from manifold_hc.parallel import Processes, distribute, local
 from manifold_hc.training import optimizer as optimizers
 from manifold_hc.training.config import RunConfig
 
-GATHERING = logging.getLogger("torch.distributed.tensor._redistribute")
+GATHERING = "torch.distributed.tensor._redistribute"
 """Warns of weights that are gathered in two steps; copies are the same bits in any number."""
 
 
@@ -87,7 +85,7 @@ class TrainState:
     def weights(self) -> dict[str, torch.Tensor]:
         """All weights whole, on the first process's host; every process must ask."""
         here = {}
-        with _quiet(GATHERING):
+        with quiet(GATHERING):
             for name, tensor in self.model.state_dict().items():
                 whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
                 if self.processes.is_first_copy:
@@ -109,13 +107,3 @@ class TrainState:
         if self._accelerator:
             states[self.device.type] = self._accelerator.get_rng_state()
         return states
-
-
-@contextmanager
-def _quiet(logger: logging.Logger) -> Iterator[None]:
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

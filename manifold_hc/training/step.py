@@ -37,7 +37,7 @@ def take_step(state: TrainState, batch: Batch, config: RunConfig) -> StepFigures
     processes = state.processes
     processes.at(f"step {state.step}, forward and backward")
     targets = max(1, int(processes.over_tokens(count_targets(batch.targets))))
-    loss = processes.summed(_backward(model, batch, targets, config.training))
+    loss = processes.summed(backward(model, batch, targets, config.training))
     if not math.isfinite(loss.item()):
         raise DivergedError(state.step, "loss", _first_infinite_layer(state, batch, config))
     processes.at(f"step {state.step}, update")
@@ -56,7 +56,7 @@ def take_step(state: TrainState, batch: Batch, config: RunConfig) -> StepFigures
     return StepFigures(loss.item(), norm.item(), rate)
 
 
-def _backward(model: nn.Module, batch: Batch, targets: int, training: TrainingConfig) -> Tensor:
+def backward(model: nn.Module, batch: Batch, targets: int, training: TrainingConfig) -> Tensor:
     """Add up the gradients of a process's part of a batch; returns its share of the loss.
 
     targets: how many the whole batch has.

@@ -134,7 +134,9 @@ def _finish(
     state: TrainState, folder: RunFolder, checkpoints: Checkpoints, stop: StopRequest
 ) -> dict[str, Any]:
     """Write what a run ends with, waiting for room on the disk; returns the summary."""
-    weights, processes = state.weights(), state.processes
+    processes = state.processes
+    processes.at("end, gathering the weights")
+    weights = state.weights()
     size = sum(processes.along_pipeline(sum(p.numel() for p in state.model.parameters())))
     peak = max(processes.gathered(peak_memory(state.device)))
     known = {"parameters": size, "peak_memory": peak}

@@ -149,6 +149,23 @@ def test_dry_run_reads_and_writes_nothing(capfd, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     small = mhc(capfd, "train", "--dry-run", "optimizer.schedule=cosine", "training.steps=10")[1]
     assert "learning rate at step 9" in small
+    assert "processes" not in small
+
+
+def test_dry_run_tells_who_shares_the_run(capfd):
+    pipeline = ("parallel.pipeline=5", "parallel.schedule=DualPipeV", "training.accumulate=64")
+    out = mhc(capfd, "train", "--preset", "27b", "--dry-run", *pipeline, "parallel.shard=4")[1]
+    assert "pipeline 5 x shard 4; DualPipeV over 10 stages of 3 blocks" in " ".join(out.split())
+    assert "microbatches: 64 of 5 sequences" in " ".join(out.split())
+
+
+def test_a_comparison_is_one_process(capfd, tmp_path, text_file):
+    found = mhc(
+        capfd, "compare", "--data", text_file, "--out", tmp_path / "c", "parallel.schedule=GPipe"
+    )
+    assert found[0] == 2
+    assert "compare: trains in one process; leave the keys of parallel alone" in found[2]
+    assert not (tmp_path / "c").exists()
 
 
 def test_shards_train_as_their_text_does(capfd, tmp_path, text_file, bpe):

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from manifold_hc.config import ConnectionConfig
 from manifold_hc.errors import ConfigError
 from manifold_hc.parallel import ParallelConfig
-from manifold_hc.parallel.config import SCHEDULES, require_started
+from manifold_hc.parallel.config import SCHEDULES, SPLITTING, require_started
 from manifold_hc.training import RunFolder, train
 from tests.training import runs
 
@@ -37,7 +38,10 @@ from tests.training import runs
             {"pipeline": 2, "schedule": "Interleaved1F1B", "stages": 1},
             "stages: must be at least 2 with Interleaved1F1B or 0 for that but is 1",
         ),
-        ({"stages": -1}, "stages: must be 1, its only number with 1F1B, or 0 for that but is -1"),
+        (
+            {"pipeline": 2, "stages": -1},
+            "stages: must be 1, its only number with 1F1B, or 0 for that but is -1",
+        ),
     ],
 )
 def test_degrees_that_there_are_not(parallel, message):
@@ -118,6 +122,26 @@ def test_what_a_pipeline_divides(training, parallel, message):
     base = replace(base, model=replace(base.model, blocks=blocks))
     with pytest.raises(ConfigError, match=f"^{message}$"):
         replace(base, parallel=ParallelConfig(pipeline=2, **parallel))
+
+
+@pytest.mark.parametrize("schedule", SPLITTING)
+def test_static_connections_and_schedules_that_split_backward(schedule):
+    """torch would fail at the first step, or give wrong gradients."""
+    base = runs.config(accumulate=4)
+    base = replace(base, model=replace(base.model, blocks=4))
+    static = replace(base, connection=ConnectionConfig(dynamic=False))
+    message = f"^connection.dynamic=false: cannot go with parallel.schedule={schedule}, which"
+    with pytest.raises(ConfigError, match=message):
+        replace(static, parallel=ParallelConfig(pipeline=2, schedule=schedule))
+    residual = replace(static, connection=ConnectionConfig(kind="residual", dynamic=False))
+    replace(residual, parallel=ParallelConfig(pipeline=2, schedule=schedule))
+    replace(static, parallel=ParallelConfig(pipeline=2, schedule="Interleaved1F1B"))
+
+
+def test_recompute_of_more_than_the_model():
+    message = "training.recompute: must be at most 4, the sublayers of the model, but is 5"
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        runs.config(recompute=5)
 
 
 def test_dual_pipe_v_with_too_few_microbatches():

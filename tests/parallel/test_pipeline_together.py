@@ -1,21 +1,30 @@
 """Cut into stages, the golden run is that of one process with the same microbatches."""
 
+import gc
+import io
 import logging
 import os
 import time
+import zlib
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from manifold_hc.config import ConnectionConfig
 from manifold_hc.diagnostics import GainMonitor
 from manifold_hc.errors import DivergedError
+from manifold_hc.parallel import joined
 from manifold_hc.parallel.config import SCHEDULES
 from manifold_hc.parallel.watchdog import STATUS
 from manifold_hc.training import RunFolder
+from manifold_hc.training.state import TrainState
+from manifold_hc.training.step import backward, count_targets
+from manifold_hc.training.trainer import check, own_part
 from tests.parallel.groups import Ended, outcomes, together
-from tests.parallel.sharing import in_pieces, layouts, run, run_all, shared
+from tests.parallel.sharing import CPU, in_pieces, layouts, run, run_all, shared
 from tests.parallel.test_golden_together import RUNS, compare
 from tests.training import runs
 from tests.training.runs import at
@@ -68,26 +77,69 @@ def test_every_layout_with_a_pipeline(parallel, tmp_path):
     compare(tmp_path / "together", tmp_path / "alone")
 
 
+DUAL = {"pipeline": 2, "schedule": "DualPipeV"}
+SPLIT = ("mhc", "hc", "bfloat16", "recompute", "experts", "single-pass", "deepseek_v4")
+
+
 @pytest.mark.parametrize(
     ("parallel", "kinds"),
     [
-        ({"pipeline": 2, "schedule": "DualPipeV"}, ("bfloat16", "recompute", "single-pass")),
-        pytest.param({"pipeline": 2, "schedule": "1F1B"}, tuple(RUNS), marks=pytest.mark.wide),
+        (DUAL, SPLIT),
+        pytest.param({**DUAL, "schedule": "1F1B"}, (*RUNS, "static"), marks=pytest.mark.wide),
+        pytest.param({**DUAL, "schedule": "InterleavedZeroBubble"}, SPLIT, marks=pytest.mark.wide),
+        pytest.param({**DUAL, "schedule": "ZBVZeroBubble"}, SPLIT, marks=pytest.mark.wide),
+        pytest.param({**DUAL, "shard": 2}, SPLIT, marks=pytest.mark.wide),
+        # Along tensor, heads are summed in bfloat16.
         pytest.param(
-            {"pipeline": 2, "shard": 2, "schedule": "DualPipeV"},
-            tuple(RUNS),
-            marks=pytest.mark.wide,
+            {**DUAL, "tensor": 2}, sorted({*SPLIT} - {"bfloat16"}), marks=pytest.mark.wide
         ),
     ],
-    ids=["some, DualPipeV", "all, 1F1B", "all, DualPipeV x shard 2"],
+    ids=["DualPipeV", "1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "shard 2", "tensor 2"],
 )
-def test_every_kind_of_network_in_stages(parallel, kinds, tmp_path):
-    planned = {kind: in_stages(RUNS[kind], 4, 4, **parallel) for kind in kinds}
-    size = planned[kinds[0]][0].parallel.size
-    together(size, run_all, [(config, tmp_path / kind) for kind, (config, _) in planned.items()])
-    for kind, (_, alone) in planned.items():
-        run(alone, tmp_path / f"{kind} alone")
-        compare(tmp_path / kind, tmp_path / f"{kind} alone", 1e-3 if kind == "bfloat16" else 1e-5)
+def test_every_gradient_of_every_kind_of_network(parallel, kinds):
+    """What a few losses do not show: each weight's own, away from where training starts."""
+    networks = RUNS | {"static": replace(RUNS["mhc"], connection=ConnectionConfig(dynamic=False))}
+    planned = {kind: in_stages(networks[kind], 4, 4, **parallel) for kind in kinds}
+    configs = [config for config, _ in planned.values()]
+    found, *_ = together(configs[0].parallel.size, all_gradients, configs)
+    for kind, gradients in zip(kinds, found, strict=True):
+        (wanted,) = all_gradients([planned[kind][1]])
+        tolerance = 1e-3 if kind == "bfloat16" else 1e-5
+        assert gradients.keys() == wanted.keys()
+        for name, gradient in wanted.items():
+            apart = abs(gradients[name] - gradient).max()
+            assert apart <= tolerance * abs(gradient).max() + 1e-9, (kind, name)
+
+
+def all_gradients(configs):
+    """Of every weight, whole, after one batch: a dictionary for each run, in the first process."""
+    with joined(configs[0].parallel, CPU) as processes:
+        return [gradients(config, processes) for config in configs]
+
+
+def gradients(config, processes):
+    state = after_a_batch(config, processes)
+    with torch.no_grad():
+        for weight in state.model.parameters():
+            weight.copy_(torch.zeros_like(weight) if weight.grad is None else weight.grad)
+    return {name: weight.numpy() for name, weight in state.weights().items()}
+
+
+def after_a_batch(config, processes):
+    """A state away from where training starts, with gradients."""
+    state = TrainState(config, CPU, processes)
+    generator = torch.Generator()
+    with torch.no_grad():
+        for name, weight in state.model.named_parameters():
+            generator.manual_seed(zlib.crc32(name.encode()))
+            noise = 0.02 * torch.randn(weight.shape, generator=generator)
+            if isinstance(weight, DTensor):
+                noise = distribute_tensor(noise, weight.device_mesh, weight.placements)
+            weight += noise
+    batch = own_part(check(config, runs.text()).training, 0, processes)
+    targets = int(processes.over_tokens(count_targets(batch.targets)))
+    backward(state.model, batch, targets, config.training)
+    return state
 
 
 def observed(config, folder, documents):
@@ -168,6 +220,12 @@ def sleep_ahead(model):
         model.get_submodule("branches.3").register_forward_hook(sleep)
 
 
+def sleep_in_the_update(model):
+    """The first process, when all microbatches are done."""
+    if dist.get_rank() == 0:
+        torch.optim.AdamW.step = lambda *_: time.sleep(1000)
+
+
 def hanging(how, config, folder):
     handler = logging.FileHandler(folder / f"log of {os.environ['RANK']}")
     logging.getLogger("manifold_hc").addHandler(handler)
@@ -175,17 +233,56 @@ def hanging(how, config, folder):
 
 
 @pytest.mark.parametrize(
-    ("how", "where"),
+    ("how", "schedule", "where"),
     [
-        (sleep_in_backward, "rank 1 is behind at 'stage 1, microbatch 0, backward'"),
-        (sleep_ahead, "rank 0 is behind at 'sublayer 3'"),
+        (sleep_in_backward, "1F1B", "rank 1 is behind at 'stage 1, microbatch 0, backward'"),
+        (sleep_ahead, "1F1B", "rank 0 is behind at 'sublayer 3'"),
+        (sleep_in_the_update, "DualPipeV", "rank 0 is behind at 'step 4, update'"),
     ],
 )
-def test_a_stage_that_hangs_is_named(how, where, tmp_path):
+def test_a_stage_that_hangs_is_named(how, schedule, where, tmp_path):
     config, _ = in_stages(
-        runs.config(probe_every=1), 4, 4, pipeline=2, schedule="1F1B", timeout=4.0
+        runs.config(probe_every=1), 4, 4, pipeline=2, schedule=schedule, timeout=4.0
     )
     found = outcomes(2, hanging, how, config, tmp_path)
     assert any(isinstance(answer, Ended) and answer.args == (STATUS,) for answer in found)
     said = "".join(path.read_text() for path in tmp_path.glob("log of *"))
     assert where in said
+
+
+def failing(config, folder):
+    def fail(*_):
+        raise MemoryError("no room here")
+
+    def spoil(model):
+        if dist.get_rank() == 1:
+            model.get_submodule("branches.3").register_forward_hook(fail)
+
+    noise = io.StringIO()
+    logging.getLogger("torch.distributed").addHandler(logging.StreamHandler(noise))
+    try:
+        run(config, folder, [at(2, spoil)])
+    except MemoryError as error:
+        return str(error), noise.getvalue()
+
+
+def test_what_fails_in_a_stage_is_told_as_it_is(tmp_path):
+    """torch would wrap it, and print its plan for every process first."""
+    config, _ = in_stages(runs.config(probe_every=1), 4, 4, **DUAL)
+    assert outcomes(2, failing, config, tmp_path)[1] == ("no room here", "")
+
+
+def streams_alive(config):
+    """How many microbatches' streams are there after a batch, and how many microbatches."""
+    with joined(config.parallel, CPU) as processes:
+        state = after_a_batch(config, processes)
+        gc.collect()
+        size = (1, config.data.sequence, 4, config.model.channels)
+        assert state.model.training
+        return sum(type(t) is torch.Tensor and t.shape == size for t in gc.get_objects())
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "DualPipeV"])
+def test_no_streams_are_kept_from_batch_to_batch(schedule):
+    config, _ = in_stages(runs.config(), 4, 4, pipeline=2, schedule=schedule)
+    assert together(2, streams_alive, config) == [0, 0]
