@@ -174,6 +174,16 @@ def test_figures_of_all_stages_in_one_depth_order(tmp_path):
     assert summaries[0]["parameters"] == summaries[1]["parameters"]
 
 
+@pytest.mark.wide
+def test_figures_are_taken_in_float32_whatever_trains(tmp_path):
+    config, alone = in_stages(runs.config(steps=1, precision="bfloat16"), 4, 4, **DUAL)
+    together(2, observed, config, tmp_path / "together", 1)
+    observed(alone, tmp_path / "alone", 1)
+    found, wanted = (records(tmp_path / name)[0] for name in ("together", "alone"))
+    for figure in ("stream_cosine", "stream_rank", "log_column_sum"):
+        assert found[figure] == pytest.approx(wanted[figure], rel=1e-4, abs=1e-6)
+
+
 def records(folder):
     return [
         record
