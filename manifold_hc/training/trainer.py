@@ -74,6 +74,7 @@ def train(
             f"parallel: this run needs {config.parallel.size} processes but has {processes.size}; "
             "meet them with manifold_hc.parallel.joined"
         )
+    processes.at("start, building the model")
     state = TrainState(config, ready.device, processes)
     digest = corpus.digest
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, digest, processes)

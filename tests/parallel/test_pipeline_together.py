@@ -245,14 +245,19 @@ def hanging(how, config, folder):
 @pytest.mark.parametrize(
     ("how", "schedule", "where"),
     [
-        (sleep_in_backward, "1F1B", "rank 1 is behind at 'stage 1, microbatch 0, backward'"),
+        pytest.param(
+            sleep_in_backward,
+            "1F1B",
+            "rank 1 is behind at 'stage 1, microbatch 0, backward'",
+            marks=pytest.mark.wide,
+        ),
         (sleep_ahead, "1F1B", "rank 0 is behind at 'sublayer 3'"),
         (sleep_in_the_update, "DualPipeV", "rank 0 is behind at 'step 4, update'"),
     ],
 )
 def test_a_stage_that_hangs_is_named(how, schedule, where, tmp_path):
     config, _ = in_stages(
-        runs.config(probe_every=1), 4, 4, pipeline=2, schedule=schedule, timeout=4.0
+        runs.config(probe_every=1), 4, 4, pipeline=2, schedule=schedule, timeout=10.0
     )
     found = outcomes(2, hanging, how, config, tmp_path)
     assert any(isinstance(answer, Ended) and answer.args == (STATUS,) for answer in found)
