@@ -20,7 +20,7 @@ from tests.training import runs
 from tests.training.runs import at
 
 EXPERTS = runs.with_experts(runs.config(probe_every=1))
-NARROW = [{"shard": 2}, {"pipeline": 2, "schedule": "DualPipeV"}, {}, {"tensor": 2}]
+NARROW = [{"shard": 2}, {"pipeline": 2, "schedule": "DualPipeV"}, {}]
 WIDE = [
     {"shard": 2},
     {"pipeline": 2, "shard": 2, "schedule": "ZBVZeroBubble"},
@@ -142,7 +142,15 @@ def found_by(config, folder, step=None):
             return str(error), messages
 
 
-@pytest.mark.parametrize("how", ["truncated", "altered", "gone", "one too many"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "truncated",
+        "altered",
+        pytest.param("gone", marks=pytest.mark.wide),
+        pytest.param("one too many", marks=pytest.mark.wide),
+    ],
+)
 def test_a_damaged_checkpoint_is_passed_over_loudly(how, tmp_path):
     config = shared(
         runs.config(steps=4, checkpoint=CheckpointConfig(every=2, keep=3, best=False)), shard=2
@@ -178,7 +186,11 @@ def without_room(config, folder):
     run(config, folder, observers)
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["waited for", "asynchronous"])
+@pytest.mark.parametrize(
+    "asynchronous",
+    [pytest.param(False, marks=pytest.mark.wide), True],
+    ids=["waited for", "asynchronous"],
+)
 def test_a_full_disk_stops_nothing_but_the_save(asynchronous, tmp_path):
     """The second process's disk is full from step 5 to step 9."""
     saving = CheckpointConfig(every=4, keep=9, best=False, asynchronous=asynchronous)

@@ -57,13 +57,21 @@ def in_stages(config, blocks, microbatches, **parallel):
     return shared(in_pieces(deeper, microbatches), **parallel), alone
 
 
-def test_every_schedule_over_two_processes(tmp_path):
+@pytest.mark.parametrize(
+    "schedules",
+    [
+        ("1F1B", "InterleavedZeroBubble", "DualPipeV"),
+        pytest.param(tuple(SCHEDULES), marks=pytest.mark.wide),
+    ],
+    ids=["some", "all"],
+)
+def test_every_schedule_over_two_processes(schedules, tmp_path):
     planned = {
-        name: in_stages(runs.config(), 4, 4, pipeline=2, schedule=name) for name in SCHEDULES
+        name: in_stages(runs.config(), 4, 4, pipeline=2, schedule=name) for name in schedules
     }
     together(2, run_all, [(config, tmp_path / name) for name, (config, _) in planned.items()])
     run(planned["1F1B"][1], tmp_path / "alone")
-    for name in SCHEDULES:
+    for name in schedules:
         compare(tmp_path / name, tmp_path / "alone")
 
 
@@ -251,7 +259,9 @@ def hanging(how, config, folder):
             "rank 1 is behind at 'stage 1, microbatch 0, backward'",
             marks=pytest.mark.wide,
         ),
-        (sleep_ahead, "1F1B", "rank 0 is behind at 'sublayer 3'"),
+        pytest.param(
+            sleep_ahead, "1F1B", "rank 0 is behind at 'sublayer 3'", marks=pytest.mark.wide
+        ),
         (sleep_in_the_update, "DualPipeV", "rank 0 is behind at 'step 4, update'"),
     ],
 )

@@ -22,7 +22,7 @@ def test_a_short_drill(tmp_path):
     """One kill while a checkpoint is written, one at any time, one at the start."""
     text = tmp_path / "text.txt"
     text.write_text(generated_text(40_000))
-    found = drill.drill(text, tmp_path, 100, ["starting", "running", "saving"], random.Random(0))
+    found = drill.drill(text, tmp_path, 60, ["starting", "running", "saving"], random.Random(0))
     assert found["same"]
     assert sum(found["kills"].values()) == 3
     assert RunFolder(tmp_path / "run").is_complete()
