@@ -64,11 +64,14 @@ class ParallelConfig:
             self._require_stages()
 
     def _require_stages(self) -> None:
-        fewest = 1 if self.placement == "one" else 2
-        most = "" if self.placement == "loop" else f", its only number with {self.schedule},"
-        if self.stages and (self.stages < fewest or (most and self.stages > fewest)):
-            wanted = f"{fewest}{most}" if most else f"at least {fewest} with {self.schedule}"
-            raise ConfigError(f"stages: must be {wanted} or 0 for that but is {self.stages}")
+        fewest, more = self._fewest_stages, self.placement == "loop"
+        if self.stages in (0, fewest) or (more and self.stages > fewest):
+            return
+        only = f"at least {fewest} with" if more else f"{fewest}, its only number with"
+        raise ConfigError(
+            f"stages: must be {only} {self.schedule}{'' if more else ','} or 0 for that "
+            f"but is {self.stages}"
+        )
 
     def __str__(self) -> str:
         """The axes that are used."""
@@ -105,7 +108,11 @@ class ParallelConfig:
         """Stages of all processes; 1 without a pipeline."""
         if self.pipeline == 1:
             return 1
-        return self.pipeline * (self.stages or (1 if self.placement == "one" else 2))
+        return self.pipeline * (self.stages or self._fewest_stages)
+
+    @property
+    def _fewest_stages(self) -> int:
+        return 1 if self.placement == "one" else 2
 
     def stages_of(self, process: int) -> list[int]:
         """Which stages a process of the pipeline has, in the order of their layers."""

@@ -143,7 +143,7 @@ class Processes:
         return [value] if self.line is None else self._gathered(value, self.line)
 
     def collected(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of all processes of the pipeline, on the host of its first; elsewhere none.
+        """The tensors of all processes of a pipeline, on the first one's host; its own elsewhere.
 
         Only the processes that are the `is_first_copy` of their layers have any to give.
         """
