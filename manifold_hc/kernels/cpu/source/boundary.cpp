@@ -58,7 +58,7 @@ void boundary(const Before& before, const Read& read, X* x, const float* phi, co
               Settings settings, int threads) {
     const int64_t blocks = (tokens + BLOCK - 1) / BLOCK, size = n * C;
     const Chunks chunks(n, C);
-    std::vector<float> packed(chunks.floats(rows));
+    Room<float> packed(chunks.floats(rows));
 #pragma omp parallel num_threads(threads)
     {
         ProjectionScratch scratch(rows);

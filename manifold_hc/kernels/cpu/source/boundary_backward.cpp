@@ -62,7 +62,7 @@ void branch_piece(const Before& before, int streams, int64_t C, int64_t token, i
 // What a slice of tokens sums up besides phi's gradient.
 struct SliceSums {
     Vec alpha[3] = {};
-    std::vector<Vec> bias;
+    Room<Vec> bias;
     explicit SliceSums(int rows) : bias(rows) {}
 };
 
@@ -158,20 +158,19 @@ void boundary_backward(const Gradients<X>& grad, const Read<X>& read, const Befo
     const int64_t length = slice_length(tokens), size = n * C;
     const bool mixes = settings.constraint != IDENTITY, passes_res = mixes && learns && grad.link;
     const Chunks chunks(n, C);
-    std::vector<RowEntry<X>> packed(chunks.floats(row_entries<RowEntry<X>>(rows)));
+    Room<RowEntry<X>> packed(chunks.floats(row_entries<RowEntry<X>>(rows)));
 #pragma omp parallel num_threads(threads)
     {
         GradientScratch<X> scratch(rows, n);
-        std::vector<Vec> iterates(iterates_size(n, settings.sinkhorn));
-        std::vector<X> inputs(read.weight ? BLOCK * C : 0);
-        std::vector<float> input(read.weight ? C : 0);
+        Room<Vec> iterates(iterates_size(n, settings.sinkhorn));
+        Room<X> inputs(read.weight ? BLOCK * C : 0);
+        Room<float> input(read.weight ? C : 0);
         float shares[BLOCK], pre[BLOCK * limit<N>], dpre[BLOCK * limit<N>];
         float dres[BLOCK * limit<N> * limit<N>];
         pack(phi, rows, chunks, packed.data());
 #pragma omp for schedule(static)
         for (int slice = 0; slice < count; slice++) {
             float* dphi = parts + slice * chunks.floats(rows);
-            std::memset(dphi, 0, chunks.floats(rows) * sizeof(float));
             if (read.weight) std::memset(read.dweight + slice * C, 0, C * sizeof(float));
             SliceSums sums(rows);
             const int64_t slice_end = std::min((slice + 1) * length, tokens);
@@ -225,9 +224,8 @@ void boundary_backward(const Gradients<X>& grad, const Read<X>& read, const Befo
                     for (int i = 0; i < n; i++) {
                         const int64_t chunk = i * chunks.per_stream + piece;
                         const int64_t from = first * size + chunks.from(chunk);
-                        take(x + from, size, own, wide, scratch.values.data(), nullptr);
-                        scratch.multiply(packed, chunk, i, wide, shares, dx + from, size, own,
-                                         dphi);
+                        scratch.multiply(x + from, packed, chunk, i, wide, shares, dx + from, size,
+                                         own, dphi, first == slice * length);
                     }
                     for (int t = 0; t < own && before.piece; t++)
                         before.piece(before, n, C, first + t, c, c + wide, dx + (first + t) * size,

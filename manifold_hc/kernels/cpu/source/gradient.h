@@ -3,9 +3,10 @@
 
 #include "projection.h"
 
-// Registers: TOKENS sums and one row of phi; ROWS sums and the values of one token.
-constexpr int OUTER_TOKENS = REGISTERS == 32 ? 16 : 8;
-constexpr int OUTER_ROWS = REGISTERS == 32 ? 8 : 4;
+// Registers: TOKENS or ROWS x VECTORS sums, VECTORS of phi or of a token, and one weight.
+constexpr int OUTER_TOKENS = REGISTERS == 32 ? 4 : 2;
+constexpr int OUTER_ROWS = REGISTERS == 32 ? 6 : 2;
+constexpr int OUTER_VECTORS = 4;
 
 // What is multiplied for the gradient of streams X: rows of phi, or pairs of them in bfloat16 where
 // one instruction takes two, in half of the time. Rounding phi and the weights makes an error of the
@@ -20,7 +21,7 @@ int row_entries(int rows) {
 }
 
 INLINE Words round_pairs(const float* low, const float* high) {
-    return rounded(load(low, Whole{})) | rounded(load(high, Whole{})) << 16;
+    return widened(rounded(load(low, Whole{}))) | widened(rounded(load(high, Whole{}))) << 16;
 }
 
 // phi [rows, nC] as [chunk][pair of rows][CHUNK]; all threads of a team share the work.
@@ -39,52 +40,87 @@ inline void pack(const float* phi, int rows, const Chunks& chunks, uint32_t* pac
         }
 }
 
+// tile(k, VECTORS) for the vectors of `length` values: OUTER_VECTORS together, then one by one.
+template <class Tile>
+INLINE void for_vectors(int64_t length, Tile tile) {
+    int64_t k = 0;
+    for (; k + OUTER_VECTORS * LANES <= length; k += OUTER_VECTORS * LANES)
+        tile(k, std::integral_constant<int, OUTER_VECTORS>{});
+    for (; k < length; k += LANES) tile(k, std::integral_constant<int, 1>{});
+}
+
+template <int VECTORS, class Entry, class X>
+INLINE void add_rows_tile(const Entry* weights, const Entry* phi, int entries, const float* shares,
+                          const float* values, float* out, X* dx, int64_t size) {
+    Vec total[OUTER_TOKENS][VECTORS];
+    for (int t = 0; t < OUTER_TOKENS; t++)
+        for (int k = 0; k < VECTORS; k++)
+            total[t][k] = load(out + t * CHUNK + k * LANES, Whole{}) -
+                          shares[t] * load(values + t * CHUNK + k * LANES, Whole{});
+    for (int r = 0; r < entries; r++) {
+        decltype(load(phi, Whole{})) row[VECTORS];
+        for (int k = 0; k < VECTORS; k++)
+            row[k] = in_register(load(phi + r * CHUNK + k * LANES, Whole{}));
+        for (int t = 0; t < OUTER_TOKENS; t++) {
+            const auto weight = in_register(broadcast(weights[r * BLOCK + t]));
+            for (int k = 0; k < VECTORS; k++)
+                total[t][k] = add_products(total[t][k], row[k], weight);
+        }
+    }
+    for (int t = 0; t < OUTER_TOKENS; t++)
+        for (int k = 0; k < VECTORS; k++)
+            if (dx)
+                store(dx + t * size + k * LANES, total[t][k], Whole{});
+            else
+                store(out + t * CHUNK + k * LANES, total[t][k], Whole{});
+}
+
 // out [BLOCK][CHUNK] += weights [entries, BLOCK]^T phi [entry][CHUNK] - shares [BLOCK] values; if
 // dx [BLOCK, size] is there, it is put there instead.
 template <class Entry, class X>
 INLINE void add_rows(const Entry* weights, const Entry* phi, int entries, const float* shares,
                      const float* values, int64_t length, float* out, X* dx, int64_t size) {
-    for (int t0 = 0; t0 < BLOCK; t0 += OUTER_TOKENS)
-        for (int64_t k = 0; k < length; k += LANES) {
-            Vec total[OUTER_TOKENS];
-            for (int t = 0; t < OUTER_TOKENS; t++)
-                total[t] = load(out + (t0 + t) * CHUNK + k, Whole{}) -
-                           shares[t0 + t] * load(values + (t0 + t) * CHUNK + k, Whole{});
-            for (int r = 0; r < entries; r++) {
-                const auto row = load(phi + r * CHUNK + k, Whole{});
-                for (int t = 0; t < OUTER_TOKENS; t++)
-                    total[t] = add_products(total[t], row, broadcast(weights[r * BLOCK + t0 + t]));
-            }
-            for (int t = 0; t < OUTER_TOKENS; t++)
-                if (dx)
-                    store(dx + (t0 + t) * size + k, total[t], Whole{});
-                else
-                    store(out + (t0 + t) * CHUNK + k, total[t], Whole{});
-        }
+    for (int t = 0; t < BLOCK; t += OUTER_TOKENS)
+        for_vectors(length, [&](int64_t k, auto vectors) {
+            add_rows_tile<vectors>(weights + t, phi + k, entries, shares + t,
+                                   values + t * CHUNK + k, out + t * CHUNK + k,
+                                   dx ? dx + t * size + k : nullptr, size);
+        });
 }
 
-template <int ROWS>
-INLINE void add_outer_tile(const float* weights, const float* values, int64_t length,
-                           float* dphi) {
-    for (int64_t k = 0; k < length; k += LANES) {
-        Vec total[ROWS];
-        for (int r = 0; r < ROWS; r++) total[r] = load(dphi + r * CHUNK + k, Whole{});
-        for (int t = 0; t < BLOCK; t++) {
-            const Vec v = load(values + t * CHUNK + k, Whole{});
-            for (int r = 0; r < ROWS; r++) total[r] += weights[r * BLOCK + t] * v;
+template <int ROWS, int VECTORS>
+INLINE void add_outer_tile(const float* weights, const float* values, float* dphi, bool fresh) {
+    Vec total[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; r++)
+        for (int k = 0; k < VECTORS; k++)
+            total[r][k] = fresh ? Vec{} : load(dphi + r * CHUNK + k * LANES, Whole{});
+    for (int t = 0; t < BLOCK; t++) {
+        Vec v[VECTORS];
+        for (int k = 0; k < VECTORS; k++) v[k] = load(values + t * CHUNK + k * LANES, Whole{});
+        for (int r = 0; r < ROWS; r++) {
+            const Vec weight = broadcast(weights[r * BLOCK + t]);
+            for (int k = 0; k < VECTORS; k++) total[r][k] += weight * v[k];
         }
-        for (int r = 0; r < ROWS; r++) store(dphi + r * CHUNK + k, total[r], Whole{});
     }
+    for (int r = 0; r < ROWS; r++)
+        for (int k = 0; k < VECTORS; k++)
+            store(dphi + r * CHUNK + k * LANES, total[r][k], Whole{});
 }
 
-// dphi [row][CHUNK] += weights [rows, BLOCK] values [BLOCK][CHUNK].
+// dphi [row][CHUNK] += weights [rows, BLOCK] values [BLOCK][CHUNK]; fresh: what is there is not
+// looked at.
 INLINE void add_outer(const float* weights, const float* values, int64_t length, float* dphi,
-                      int rows) {
+                      int rows, bool fresh) {
+    auto tiles = [&](int r, auto count) {
+        for_vectors(length, [&](int64_t k, auto vectors) {
+            add_outer_tile<count, vectors>(weights + r * BLOCK, values + k, dphi + r * CHUNK + k,
+                                           fresh);
+        });
+    };
     int r = 0;
     for (; r + OUTER_ROWS <= rows; r += OUTER_ROWS)
-        add_outer_tile<OUTER_ROWS>(weights + r * BLOCK, values, length, dphi + r * CHUNK);
-    for (; r < rows; r++)
-        add_outer_tile<1>(weights + r * BLOCK, values, length, dphi + r * CHUNK);
+        tiles(r, std::integral_constant<int, OUTER_ROWS>{});
+    for (; r < rows; r++) tiles(r, std::integral_constant<int, 1>{});
 }
 
 // What a thread needs for a block's gradients: of the streams, and the share of phi's.
@@ -93,10 +129,10 @@ struct GradientScratch {
     using Entry = RowEntry<X>;
 
     int rows;
-    std::vector<float> weights;  // [rows, BLOCK], and zeros to an even number of rows
-    std::vector<float> values;   // [BLOCK][CHUNK] of the streams
-    std::vector<float> out;      // [stream][BLOCK][CHUNK] of their gradients
-    std::vector<Entry> rounded_weights;
+    Room<float> weights;  // [rows, BLOCK], and zeros to an even number of rows
+    Room<float> values;   // [BLOCK][CHUNK] of the streams
+    Room<float> out;      // [stream][BLOCK][CHUNK] of their gradients
+    Room<Entry> rounded_weights;
 
     GradientScratch(int rows, int streams)
         : rows(rows),
@@ -123,9 +159,13 @@ struct GradientScratch {
     }
 
     // dx [tokens, size] = out of one stream + weights^T phi - shares values, dphi += weights
-    // values, in one chunk of `length` channels; phi is [chunk][entry][CHUNK].
-    void multiply(const std::vector<Entry>& phi, int64_t chunk, int stream, int64_t length,
-                  const float* shares, X* dx, int64_t size, int tokens, float* dphi) {
+    // values, in one chunk of `length` channels of the streams x; phi is [chunk][entry][CHUNK].
+    // fresh: of dphi nothing is there yet.
+    void multiply(const X* x, const Room<Entry>& phi, int64_t chunk, int stream, int64_t length,
+                  const float* shares, X* dx, int64_t size, int tokens, float* dphi, bool fresh) {
+        // Tokens past the block's end repeat the last one, with weights of zero.
+        for (int t = 0; t < BLOCK; t++)
+            take(x + std::min(t, tokens - 1) * size, length, &values[t * CHUNK], nullptr);
         const int entries = row_entries<Entry>(rows);
         const int64_t padded = (length + LANES - 1) / LANES * LANES;
         const bool whole = tokens == BLOCK && padded == length;
@@ -133,7 +173,8 @@ struct GradientScratch {
         add_rows(weighed(), &phi[chunk * entries * CHUNK], entries, shares, values.data(), padded,
                  own, whole ? dx : nullptr, size);
         if (!whole) put(own, tokens, length, dx, size);
-        add_outer(weights.data(), values.data(), padded, dphi + chunk * rows * CHUNK, rows);
+        add_outer(weights.data(), values.data(), padded, dphi + chunk * rows * CHUNK, rows,
+                  fresh);
     }
 
     // values [BLOCK][CHUNK] into dx [tokens, size], `length` channels.
@@ -159,17 +200,18 @@ INLINE void norm_backward(int rows, int tokens, int64_t size, const float* proje
     }
 }
 
-// Slices of tokens whose gradients of phi are summed apart and then in order: as many as the
-// tokens ask for, whatever the number of threads, so that every run rounds alike.
-inline int slices(int64_t tokens) {
-    const int64_t wanted = (tokens + 127) / 128;
-    return (int)std::max<int64_t>(1, std::min<int64_t>(wanted, 32));
-}
-
+// Slices of tokens whose gradients of phi are summed apart and then in order: as long as the number
+// of tokens asks for, whatever the number of threads, so that every run rounds alike.
 inline int64_t slice_length(int64_t tokens) {
-    const int count = slices(tokens);
+    const int64_t count = std::max<int64_t>(1, std::min<int64_t>((tokens + 127) / 128, 32));
     const int64_t blocks = (tokens + BLOCK - 1) / BLOCK;
     return (blocks + count - 1) / count * BLOCK;
+}
+
+// None of them is empty.
+inline int slices(int64_t tokens) {
+    const int64_t length = std::max<int64_t>(1, slice_length(tokens));
+    return (int)((tokens + length - 1) / length);
 }
 
 // total [length] = the sum of parts [count, length], in order.

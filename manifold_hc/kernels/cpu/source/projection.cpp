@@ -9,7 +9,7 @@ void project(const X* v, const float* phi, float* projected, float* inverse_rms,
              int64_t size, int rows, float norm_eps, int threads) {
     const int64_t blocks = (tokens + BLOCK - 1) / BLOCK;
     const Chunks chunks(1, size);
-    std::vector<float> packed(chunks.floats(rows));
+    Room<float> packed(chunks.floats(rows));
 #pragma omp parallel num_threads(threads)
     {
         ProjectionScratch scratch(rows);
@@ -31,7 +31,7 @@ void project_backward(const float* grad, const X* v, const float* phi, const flo
     const int count = slices(tokens);
     const int64_t length = slice_length(tokens);
     const Chunks chunks(1, size);
-    std::vector<RowEntry<X>> packed(chunks.floats(row_entries<RowEntry<X>>(rows)));
+    Room<RowEntry<X>> packed(chunks.floats(row_entries<RowEntry<X>>(rows)));
 #pragma omp parallel num_threads(threads)
     {
         GradientScratch<X> scratch(rows, 1);
@@ -40,7 +40,6 @@ void project_backward(const float* grad, const X* v, const float* phi, const flo
 #pragma omp for schedule(static)
         for (int slice = 0; slice < count; slice++) {
             float* dphi = parts + slice * chunks.floats(rows);
-            std::memset(dphi, 0, chunks.floats(rows) * sizeof(float));
             const int64_t end = std::min((slice + 1) * length, tokens);
             for (int64_t t = slice * length; t < end; t += BLOCK) {
                 const int own = (int)std::min<int64_t>(BLOCK, end - t);
@@ -52,9 +51,9 @@ void project_backward(const float* grad, const X* v, const float* phi, const flo
                 for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
                     const int64_t from = t * size + chunks.from(chunk);
                     const int64_t wide = chunks.length(chunk);
-                    take(v + from, size, own, wide, scratch.values.data(), nullptr);
                     std::fill(scratch.out.begin(), scratch.out.end(), 0.0f);
-                    scratch.multiply(packed, chunk, 0, wide, shares, dv + from, size, own, dphi);
+                    scratch.multiply(v + from, packed, chunk, 0, wide, shares, dv + from, size,
+                                     own, dphi, t == slice * length);
                 }
             }
         }

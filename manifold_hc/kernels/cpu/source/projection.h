@@ -46,29 +46,25 @@ inline void pack(const float* phi, int rows, const Chunks& chunks, float* packed
                         chunks.length(chunk) * sizeof(float));
 }
 
-// values [BLOCK][CHUNK] of the block's tokens in float; tokens past its end repeat the last one.
-// squares [BLOCK] += their squares, unless it is null.
+// values [CHUNK] = a piece of a token in float; squares += its squares, unless it is null.
 template <class X>
-INLINE void take(const X* x, int64_t size, int tokens, int64_t length, float* values,
-                 Vec* squares) {
-    for (int t = 0; t < BLOCK; t++) {
-        const X* row = x + std::min(t, tokens - 1) * size;
-        Vec total = squares ? squares[t] : Vec{};
-        for_channels(0, length, [&](int64_t k, auto width) {
-            expect(row + k + CHUNK);
-            const Vec v = load(row + k, width);
-            store(values + t * CHUNK + k, v, Whole{});
-            if (squares) total += v * v;
-        });
-        if (squares) squares[t] = total;
-    }
+INLINE void take(const X* piece, int64_t length, float* values, Vec* squares) {
+    Vec total = squares ? *squares : Vec{};
+    for_channels(0, length, [&](int64_t k, auto width) {
+        expect(piece + k + CHUNK);
+        const Vec v = load(piece + k, width);
+        store(values + k, v, Whole{});
+        if (squares) total += v * v;
+    });
+    if (squares) *squares = total;
 }
 
 // What a thread needs while it projects a block of tokens.
 struct ProjectionScratch {
-    std::vector<Vec> sums;
-    std::vector<float> values;
-    explicit ProjectionScratch(int rows) : sums((size_t)BLOCK * rows), values(BLOCK * CHUNK) {}
+    Room<Vec> sums;      // [BLOCK, rows]
+    Room<float> values;  // [TILE_TOKENS][CHUNK] of the streams
+    explicit ProjectionScratch(int rows)
+        : sums((size_t)BLOCK * rows), values(TILE_TOKENS * CHUNK) {}
 };
 
 // sums[t][r] += values[t] * phi[r], lane by lane.
@@ -82,7 +78,7 @@ INLINE void multiply_tile(const float* values, const float* phi, int64_t length,
         Vec v[TILE_TOKENS];
         for (int t = 0; t < TILE_TOKENS; t++) v[t] = load(values + t * CHUNK + k, Whole{});
         for (int r = 0; r < ROWS; r++) {
-            const Vec row = load(phi + r * CHUNK + k, Whole{});
+            const Vec row = in_register(load(phi + r * CHUNK + k, Whole{}));
             for (int t = 0; t < TILE_TOKENS; t++) total[t][r] += v[t] * row;
         }
     }
@@ -105,15 +101,18 @@ void project_block(const X* x, int tokens, const Chunks& chunks, const float* ph
         const float* own = phi + chunk * rows * CHUNK;
         if (chunk < chunks.per_stream)
             prepare(chunks.within(chunk), chunks.within(chunk) + chunks.length(chunk));
-        take(x + chunks.from(chunk), size, tokens, chunks.length(chunk), values, squares);
-        for (int t = 0; t < BLOCK; t += TILE_TOKENS) {
+        // A few tokens at a time, so that what is asked for comes while others are multiplied; tokens
+        // past the block's end repeat the last one.
+        for (int first = 0; first < BLOCK; first += TILE_TOKENS) {
+            for (int t = 0; t < TILE_TOKENS; t++)
+                take(x + std::min(first + t, tokens - 1) * size + chunks.from(chunk),
+                     chunks.length(chunk), values + t * CHUNK, &squares[first + t]);
+            Vec* sums = &scratch.sums[first * rows];
             int r = 0;
             for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
-                multiply_tile<TILE_ROWS>(values + t * CHUNK, own + r * CHUNK, length,
-                                         &scratch.sums[t * rows + r], rows);
+                multiply_tile<TILE_ROWS>(values, own + r * CHUNK, length, sums + r, rows);
             for (; r < rows; r++)
-                multiply_tile<1>(values + t * CHUNK, own + r * CHUNK, length,
-                                 &scratch.sums[t * rows + r], rows);
+                multiply_tile<1>(values, own + r * CHUNK, length, sums + r, rows);
         }
     }
     for (int t = 0; t < tokens; t++) {

@@ -27,7 +27,7 @@ void sinkhorn_backward(const float* grad, const float* logits, float* dlogits, i
     const int64_t groups = (tokens + LANES - 1) / LANES;
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<Vec> iterates(iterates_size(n, settings));
+        Room<Vec> iterates(iterates_size(n, settings));
 #pragma omp for schedule(static)
         for (int64_t group = 0; group < groups; group++) {
             const int count = (int)std::min<int64_t>(LANES, tokens - group * LANES);

@@ -5,10 +5,6 @@
 
 #include "vector.h"
 
-// What streams of this type hold of a value.
-INLINE Vec held(const float*, Vec v) { return v; }
-INLINE Vec held(const bfloat16*, Vec v) { return (Vec)(rounded(v) << 16); }
-
 // u = sum_i pre[i] x[i], some channels.
 template <class N>
 INLINE Vec read_vector(N n, const Vec* x, const float* pre) {

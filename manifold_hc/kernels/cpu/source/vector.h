@@ -5,10 +5,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <type_traits>
 #include <vector>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -44,11 +45,25 @@ typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef float AnyVec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t AnyWords __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
-typedef uint16_t AnyHalf __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef uint16_t AnyHalves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 struct bfloat16 {
     uint16_t bits;
 };
+
+// Room whose vectors lie in one cache line each: one that lies in two is loaded twice.
+constexpr std::align_val_t LINE{64};
+template <class T>
+struct Lines {
+    using value_type = T;
+    T* allocate(size_t count) { return (T*)::operator new(count * sizeof(T), LINE); }
+    void deallocate(T* p, size_t) { ::operator delete(p, LINE); }
+    bool operator==(const Lines&) const { return true; }
+    bool operator!=(const Lines&) const { return false; }
+};
+template <class T>
+using Room = std::vector<T, Lines<T>>;
 
 // All lanes of a vector, or the first `count` of them at a row's end.
 struct Whole {};
@@ -63,20 +78,34 @@ INLINE Words broadcast(uint32_t value) { return Words{} + value; }
 INLINE Vec load(const float* p, Whole) { return *(const AnyVec*)p; }
 INLINE void store(float* p, Vec v, Whole) { *(AnyVec*)p = v; }
 
-INLINE Vec load(const bfloat16* p, Whole) {
-    return (Vec)(__builtin_convertvector(*(const AnyHalf*)p, Words) << 16);
+INLINE Words widened(Halves halves) {
+#if defined(__AVX512F__)
+    return (Words)_mm512_cvtepu16_epi32((__m256i)halves);  // GCC does it in five instructions
+#else
+    return __builtin_convertvector(halves, Words);
+#endif
 }
 
-// The bits of bfloat16, to nearest, ties to even; a NaN stays one.
-INLINE Words rounded(Vec v) {
+// To bfloat16, to nearest, ties to even; a NaN stays one. Where the processor does it, what is
+// smaller than the normal numbers becomes 0.
+INLINE Halves rounded(Vec v) {
+#if defined(__AVX512BF16__)
+    return (Halves)_mm512_cvtneps_pbh((__m512)v);
+#else
     const Words bits = (Words)v;
     const Words nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return v == v ? nearest : Words{} + 0x7fc0u;
+    return __builtin_convertvector(v == v ? nearest : Words{} + 0x7fc0u, Halves);
+#endif
 }
 
-INLINE void store(bfloat16* p, Vec v, Whole) {
-    *(AnyHalf*)p = __builtin_convertvector(rounded(v), AnyHalf);
-}
+INLINE Vec of_bfloat16(Halves halves) { return (Vec)(widened(halves) << 16); }
+
+INLINE Vec load(const bfloat16* p, Whole) { return of_bfloat16(*(const AnyHalves*)p); }
+INLINE void store(bfloat16* p, Vec v, Whole) { *(AnyHalves*)p = rounded(v); }
+
+// What memory of this type holds of a value.
+INLINE Vec held(const float*, Vec v) { return v; }
+INLINE Vec held(const bfloat16*, Vec v) { return of_bfloat16(rounded(v)); }
 
 INLINE Words load(const uint32_t* p, Whole) { return *(const AnyWords*)p; }
 INLINE void store(uint32_t* p, Words v) { *(AnyWords*)p = v; }
@@ -87,6 +116,18 @@ INLINE Words load_pairs(const bfloat16* p, Part part) {
     bfloat16 row[2 * LANES] = {};
     std::memcpy(row, p, part.count * sizeof(bfloat16));
     return load_pairs(row, Whole{});
+}
+
+// The same vector, in a register: GCC would load it anew for every product, and loads are what the
+// products wait for.
+template <class V>
+INLINE V in_register(V v) {
+#if defined(__x86_64__)
+    asm("" : "+v"(v));
+#elif defined(__aarch64__)
+    asm("" : "+w"(v));
+#endif
+    return v;
 }
 
 // Asks for what is read soon. The rows of a token's streams are too short, and too many at a time,
