@@ -221,12 +221,9 @@ void boundary_backward(const Gradients<X>& grad, const Read<X>& read, const Befo
                                       grad.link ? grad.link + at : nullptr, weights + t * n,
                                       res + (first + t) * n * n, c, wide, &scratch.out[t * CHUNK]);
                     }
-                    for (int i = 0; i < n; i++) {
-                        const int64_t chunk = i * chunks.per_stream + piece;
-                        const int64_t from = first * size + chunks.from(chunk);
-                        scratch.multiply(x + from, packed, chunk, i, wide, shares, dx + from, size,
-                                         own, dphi, first == slice * length);
-                    }
+                    for (int i = 0; i < n; i++)
+                        scratch.multiply(chunks, piece * n + i, x + first * size, packed, shares,
+                                         dx + first * size, own, dphi, first == slice * length);
                     for (int t = 0; t < own && before.piece; t++)
                         before.piece(before, n, C, first + t, c, c + wide, dx + (first + t) * size,
                                      branches + t * n);

@@ -89,11 +89,15 @@ INLINE void add_rows(const Entry* weights, const Entry* phi, int entries, const 
 }
 
 template <int ROWS, int VECTORS>
-INLINE void add_outer_tile(const float* weights, const float* values, float* dphi, bool fresh) {
+INLINE void add_outer_tile(const float* weights, const float* values, float* dphi, int64_t ahead,
+                           bool fresh) {
     Vec total[ROWS][VECTORS];
     for (int r = 0; r < ROWS; r++)
-        for (int k = 0; k < VECTORS; k++)
-            total[r][k] = fresh ? Vec{} : load(dphi + r * CHUNK + k * LANES, Whole{});
+        for (int k = 0; k < VECTORS; k++) {
+            float* own = dphi + r * CHUNK + k * LANES;
+            total[r][k] = fresh ? Vec{} : load(own, Whole{});
+            expect(own + ahead);
+        }
     for (int t = 0; t < BLOCK; t++) {
         Vec v[VECTORS];
         for (int k = 0; k < VECTORS; k++) v[k] = load(values + t * CHUNK + k * LANES, Whole{});
@@ -107,14 +111,14 @@ INLINE void add_outer_tile(const float* weights, const float* values, float* dph
             store(dphi + r * CHUNK + k * LANES, total[r][k], Whole{});
 }
 
-// dphi [row][CHUNK] += weights [rows, BLOCK] values [BLOCK][CHUNK]; fresh: what is there is not
-// looked at.
+// dphi [row][CHUNK] += weights [rows, BLOCK] values [BLOCK][CHUNK], and what lies `ahead` is asked
+// for. fresh: what is there is not looked at.
 INLINE void add_outer(const float* weights, const float* values, int64_t length, float* dphi,
-                      int rows, bool fresh) {
+                      int64_t ahead, int rows, bool fresh) {
     auto tiles = [&](int r, auto count) {
         for_vectors(length, [&](int64_t k, auto vectors) {
             add_outer_tile<count, vectors>(weights + r * BLOCK, values + k, dphi + r * CHUNK + k,
-                                           fresh);
+                                           ahead, fresh);
         });
     };
     int r = 0;
@@ -158,23 +162,26 @@ struct GradientScratch {
             return rounded_weights.data();
     }
 
-    // dx [tokens, size] = out of one stream + weights^T phi - shares values, dphi += weights
-    // values, in one chunk of `length` channels of the streams x; phi is [chunk][entry][CHUNK].
-    // fresh: of dphi nothing is there yet.
-    void multiply(const X* x, const Room<Entry>& phi, int64_t chunk, int stream, int64_t length,
-                  const float* shares, X* dx, int64_t size, int tokens, float* dphi, bool fresh) {
+    // In the channels of one chunk: dx [tokens, size] = out of its stream + weights^T phi - shares x,
+    // dphi += weights x; phi is [chunk][entry][CHUNK]. fresh: of dphi nothing is there yet.
+    void multiply(const Chunks& chunks, int64_t turn, const X* x, const Room<Entry>& phi,
+                  const float* shares, X* dx, int tokens, float* dphi, bool fresh) {
+        const int entries = row_entries<Entry>(rows);
+        const int64_t chunk = chunks.across(turn), next = chunks.across(turn + 1);
+        const int64_t size = chunks.size(), from = chunks.from(chunk);
+        const int64_t length = chunks.length(chunk), padded = chunks.padded(chunk);
         // Tokens past the block's end repeat the last one, with weights of zero.
         for (int t = 0; t < BLOCK; t++)
-            take(x + std::min(t, tokens - 1) * size, length, &values[t * CHUNK], nullptr);
-        const int entries = row_entries<Entry>(rows);
-        const int64_t padded = (length + LANES - 1) / LANES * LANES;
+            take(x + std::min(t, tokens - 1) * size + from, length, chunks.from(next) - from,
+                 &values[t * CHUNK], nullptr);
         const bool whole = tokens == BLOCK && padded == length;
-        float* own = &out[stream * BLOCK * CHUNK];
+        float* own = &out[chunk / chunks.per_stream * BLOCK * CHUNK];
         add_rows(weighed(), &phi[chunk * entries * CHUNK], entries, shares, values.data(), padded,
-                 own, whole ? dx : nullptr, size);
-        if (!whole) put(own, tokens, length, dx, size);
-        add_outer(weights.data(), values.data(), padded, dphi + chunk * rows * CHUNK, rows,
-                  fresh);
+                 own, whole ? dx + from : nullptr, size);
+        if (!whole) put(own, tokens, length, dx + from, size);
+        const int64_t floats = rows * CHUNK;
+        add_outer(weights.data(), values.data(), padded, dphi + chunk * floats,
+                  (next - chunk) * floats, rows, fresh);
     }
 
     // values [BLOCK][CHUNK] into dx [tokens, size], `length` channels.

@@ -48,12 +48,10 @@ void project_backward(const float* grad, const X* v, const float* phi, const flo
                 norm_backward(rows, own, size, projected + t * rows, inverse_rms + t,
                               scratch.weights.data(), shares);
                 scratch.weigh();
-                for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
-                    const int64_t from = t * size + chunks.from(chunk);
-                    const int64_t wide = chunks.length(chunk);
+                for (int64_t turn = 0; turn < chunks.count; turn++) {
                     std::fill(scratch.out.begin(), scratch.out.end(), 0.0f);
-                    scratch.multiply(v + from, packed, chunk, 0, wide, shares, dv + from, size,
-                                     own, dphi, t == slice * length);
+                    scratch.multiply(chunks, turn, v + t * size, packed, shares, dv + t * size, own,
+                                     dphi, t == slice * length);
                 }
             }
         }

@@ -24,9 +24,10 @@ struct Chunks {
     int64_t count;
     Chunks(int64_t n, int64_t C) : C(C), per_stream((C + CHUNK - 1) / CHUNK), count(n * per_stream) {}
     // The chunks in the order of channels: the first of every stream, the second of every stream, ...
+    // and from the start again.
     int64_t across(int64_t turn) const {
         const int64_t streams = count / per_stream;
-        return turn % streams * per_stream + turn / streams;
+        return turn % streams * per_stream + turn % count / streams;
     }
     int64_t from(int64_t chunk) const { return chunk / per_stream * C + within(chunk); }
     int64_t within(int64_t chunk) const { return chunk % per_stream * CHUNK; }
@@ -46,12 +47,13 @@ inline void pack(const float* phi, int rows, const Chunks& chunks, float* packed
                         chunks.length(chunk) * sizeof(float));
 }
 
-// values [CHUNK] = a piece of a token in float; squares += its squares, unless it is null.
+// values [CHUNK] = a piece of a token in float; squares += its squares, unless it is null. What lies
+// `ahead` of it is asked for.
 template <class X>
-INLINE void take(const X* piece, int64_t length, float* values, Vec* squares) {
+INLINE void take(const X* piece, int64_t length, int64_t ahead, float* values, Vec* squares) {
     Vec total = squares ? *squares : Vec{};
     for_channels(0, length, [&](int64_t k, auto width) {
-        expect(piece + k + CHUNK);
+        expect(piece + k + ahead);
         const Vec v = load(piece + k, width);
         store(values + k, v, Whole{});
         if (squares) total += v * v;
@@ -98,6 +100,8 @@ void project_block(const X* x, int tokens, const Chunks& chunks, const float* ph
     float* values = scratch.values.data();
     for (int64_t turn = 0; turn < chunks.count; turn++) {
         const int64_t chunk = chunks.across(turn), length = chunks.padded(chunk);
+        const int64_t from = chunks.from(chunk);
+        const int64_t ahead = chunks.from(chunks.across(turn + 1)) - from;
         const float* own = phi + chunk * rows * CHUNK;
         if (chunk < chunks.per_stream)
             prepare(chunks.within(chunk), chunks.within(chunk) + chunks.length(chunk));
@@ -105,8 +109,8 @@ void project_block(const X* x, int tokens, const Chunks& chunks, const float* ph
         // past the block's end repeat the last one.
         for (int first = 0; first < BLOCK; first += TILE_TOKENS) {
             for (int t = 0; t < TILE_TOKENS; t++)
-                take(x + std::min(first + t, tokens - 1) * size + chunks.from(chunk),
-                     chunks.length(chunk), values + t * CHUNK, &squares[first + t]);
+                take(x + std::min(first + t, tokens - 1) * size + from, chunks.length(chunk), ahead,
+                     values + t * CHUNK, &squares[first + t]);
             Vec* sums = &scratch.sums[first * rows];
             int r = 0;
             for (; r + TILE_ROWS <= rows; r += TILE_ROWS)
