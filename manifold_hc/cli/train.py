@@ -1,7 +1,9 @@
 """`mhc train`."""
 
 import logging
+import os
 import shlex
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import datetime
@@ -109,6 +111,19 @@ def _run(
             rows = summarise(load_runs(path))
             console().print(as_table(rows, upright=console().width < WIDE))
             click.echo(f"run folder: {path}")
+    if config.parallel.size > 1:
+        _leave()
+
+
+def _leave() -> None:
+    """End the process, and let the interpreter be.
+
+    A thread of gloo may still hold a tensor of the last exchange, and would abort the process when
+    it lets go of it while the interpreter ends (github.com/pytorch/pytorch/pull/179291).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _take(
