@@ -36,6 +36,10 @@ class CheckpointError(ManifoldError, RuntimeError):
     """A checkpoint that is damaged, of another model or of other data."""
 
 
+class MissingExtraError(ManifoldError, ImportError):
+    """An optional dependency that is not installed; the message names the extra that brings it."""
+
+
 class DivergedError(ManifoldError, ArithmeticError):
     """A loss or gradient that is not finite; training stopped there."""
 

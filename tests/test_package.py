@@ -1,12 +1,18 @@
 """The package as a user gets it: a wheel, installed and run away from the checkout."""
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+
+from manifold_hc import extras
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,7 +51,14 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     metadata = next(name for name in names if name.endswith("METADATA"))
     text = zipfile.ZipFile(wheel).read(metadata).decode()
     assert "License-Expression: Apache-2.0" in text
-    assert "Requires-Dist: torch<2.15,>=2.13" in text
+    core = re.findall("^Requires-Dist: ((?:(?!extra ==).)+)$", text, re.MULTILINE)
+    assert sorted(Requirement(line).name for line in core) == [
+        "filelock",
+        "jaxtyping",
+        "platformdirs",
+        "torch",
+    ]
+    assert "torch>=2.10" in core  # and no upper bound
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
@@ -63,8 +76,8 @@ def test_importing_loads_no_heavy_package(installed, tmp_path):
     """Plots, templates and configuration are for the commands; a model needs none of them."""
     code = (
         "import sys, manifold_hc\n"
-        "heavy = {'matplotlib', 'jinja2', 'rich', 'click', 'transformers', 'triton'}\n"
-        "print(sorted(heavy & set(sys.modules)))"
+        f"heavy = {[*extras.TRAIN, 'transformers', 'triton', 'torch.distributed.tensor']}\n"
+        "print(sorted(set(heavy) & set(sys.modules)))"
     )
     baseline = outside(installed, tmp_path, "-c", code.replace("manifold_hc", "torch"))
     ours = outside(installed, tmp_path, "-c", code)
@@ -80,3 +93,97 @@ def test_the_public_names():
     assert {"Connection", "ConnectionConfig", "Stack", "diagnostics", "functional"} <= set(
         mhc.__all__
     )
+
+
+def test_the_extra_names_what_pip_installs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    installed = [Requirement(line).name for line in project["optional-dependencies"]["train"]]
+    assert sorted(name.replace("-", "_") for name in installed) == sorted(extras.TRAIN)
+
+
+@pytest.fixture(scope="module")
+def core(installed, tmp_path_factory):
+    """A function that runs Python with the core's dependencies and nothing else installed."""
+    site = tmp_path_factory.mktemp("core")
+    for entry in {*top_level_entries(), *installed.iterdir()}:
+        (site / entry.name).symlink_to(entry)
+    home = tmp_path_factory.mktemp("home")
+
+    def run(*arguments, **environment):
+        return subprocess.run(
+            [sys.executable, "-S", "-W", "ignore:Failed to initialize NumPy", *arguments],
+            env={"PYTHONPATH": str(site), "HOME": str(home), **environment},
+            cwd=home,
+            capture_output=True,
+            text=True,
+        )
+
+    run.home = home
+    return run
+
+
+def top_level_entries():
+    """Files and folders in site-packages of torch, the core's other needs, and what those need."""
+    waiting, seen = ["torch", "jaxtyping", "filelock", "platformdirs"], set()
+    while waiting:
+        name = waiting.pop().lower().replace("_", "-")
+        if name in seen:
+            continue
+        seen.add(name)
+        found = metadata.distribution(name)
+        for line in found.requires or []:
+            needed = Requirement(line)
+            if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+                waiting.append(needed.name)
+        for file in found.files:
+            if file.parts[0] not in ("..", "__pycache__"):
+                yield Path(found.locate_file(file.parts[0]))
+
+
+def test_the_core_trains_without_the_extra(core):
+    """Forward and backward on the reference backend, the gain monitor, and warmup."""
+    code = (
+        "import torch, manifold_hc as mhc\n"
+        "config = mhc.ConnectionConfig(backend='reference')\n"
+        "stack = mhc.Stack(8, config, sublayers=2)\n"
+        "h = stack(torch.randn(3, 8, requires_grad=True), [torch.tanh] * 2)\n"
+        "h.sum().backward()\n"
+        "class Model(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.stack = stack\n"
+        "    def forward(self, h):\n"
+        "        return self.stack(h, [torch.tanh] * 2)\n"
+        "print(mhc.diagnostics.GainMonitor(torch.randn(3, 8))(Model())['gain_forward'])\n"
+        "mhc.warmup(8, config, tokens=4)\n"
+    )
+    answer = core("-c", code)
+    assert answer.returncode == 0, answer.stderr
+    assert float(answer.stdout) == pytest.approx(1)
+    assert answer.stderr == ""
+
+
+def test_the_core_imports_without_compiler_or_cache(core):
+    answer = core("-c", "import manifold_hc", PATH="")
+    assert answer.returncode == 0, answer.stderr
+    assert list(core.home.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [[], ["train"], ["--help"]])
+def test_a_command_without_the_extra_names_it_in_one_line(core, arguments):
+    answer = core("-m", "manifold_hc", *arguments)
+    assert answer.returncode == 2
+    assert answer.stdout == ""
+    (line,) = answer.stderr.splitlines()
+    assert line.startswith("mhc: error: the command mhc needs click, ")
+    assert line.endswith("; install with: pip install 'manifold-hc[train]'")
+
+
+@pytest.mark.parametrize("module", ["training", "data", "report"])
+def test_a_module_without_the_extra_names_it(core, module):
+    answer = core("-c", f"import manifold_hc.{module}")
+    assert answer.returncode == 1
+    assert answer.stderr.splitlines()[-1].startswith(
+        "manifold_hc.errors.MissingExtraError: manifold_hc."
+    )
+    assert answer.stderr.endswith("install with: pip install 'manifold-hc[train]'\n")

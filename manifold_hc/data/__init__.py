@@ -1,5 +1,9 @@
 """From text to batches of tokens."""
 
+from manifold_hc.extras import require_train
+
+require_train("manifold_hc.data")
+
 from manifold_hc.data.batches import Batch, Batches
 from manifold_hc.data.config import DataConfig
 from manifold_hc.data.corpus import load

@@ -5,16 +5,16 @@ counts its own progress and tells it through the store that torchrun keeps; of t
 that they wait, the one that has come least far is the one that the others wait for.
 """
 
+import json
 import logging
 import os
 import signal
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any, cast
 
-import msgspec
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import Store
 
@@ -84,7 +84,7 @@ class Watchdog:
             stands = time.monotonic() - self._since > self._timeout
             try:
                 told = replace(self._progress, told=time.time())
-                self._store.set(_key(self._rank), msgspec.json.encode(told).decode())
+                self._store.set(_key(self._rank), json.dumps(asdict(told)))
                 found = self._all() if stands else []
                 answered = time.monotonic()
             except (DistError, RuntimeError):
@@ -99,9 +99,7 @@ class Watchdog:
     def _all(self) -> list[Progress | None]:
         keys = [_key(rank) for rank in range(self._size)]
         return [
-            msgspec.json.decode(self._store.get(key), type=Progress)
-            if self._store.check([key])
-            else None
+            Progress(**json.loads(self._store.get(key))) if self._store.check([key]) else None
             for key in keys
         ]
 

@@ -1,5 +1,9 @@
 """From a run folder to a table and a page."""
 
+from manifold_hc.extras import require_train
+
+require_train("manifold_hc.report")
+
 from manifold_hc.report.page import write_page
 from manifold_hc.report.runs import Run, load_runs
 from manifold_hc.report.table import VariantRow, as_csv, as_json, as_table, summarise

@@ -1,5 +1,9 @@
 """One trainer for every kind of connection."""
 
+from manifold_hc.extras import require_train
+
+require_train("manifold_hc.training")
+
 from manifold_hc.training.checkpoint import Checkpoints
 from manifold_hc.training.config import (
     CheckpointConfig,
