@@ -10,20 +10,36 @@ PYTHON ?= python3
 # torch goes first and by exact version: a range would let pip take the newest CUDA build.
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
+# CPU builds of PyTorch bring no Triton for its interpreter: the one that builds for GPUs pin.
+TRITON ?= $(if $(filter torch==2.13.0,$(TORCH)),triton==3.7.1 ; platform_system == 'Linux')
 TEST_DATA ?=
 ARGS ?=
 
 BIN := .venv/bin
+# What another PyTorch is tested in: one environment for each.
+OTHER := .venv-$(subst /,-,$(subst ==,-,$(TORCH)))
+# The tests of what somebody else's model uses: no command, no trainer.
+CORE := $(addprefix tests/test_,functional.py constraints.py mutants.py connection.py norms.py \
+	single_pass.py parts.py recompute.py warmup.py) tests/kernels tests/diagnostics
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+quick: .venv/ready-to-develop  ## run the core's tests, of each the fewest cases that have every value
+	$(BIN)/pytest --quick --numprocesses=logical --maxprocesses=8 --dist=worksteal $(CORE) $(ARGS)
 
 demo: .venv/ready  ## train residual, HC and mHC on Python's own documentation, make a page
 	$(BIN)/mhc compare --out runs/demo $(ARGS)
 
 test: .venv/ready-to-develop  ## run the tests, on up to eight processors
 	$(BIN)/pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal $(if $(TEST_DATA),--test-data=$(TEST_DATA)) $(ARGS)
+
+test-torch:  ## run the core's tests beside another PyTorch: make test-torch TORCH=torch==2.10.0
+	$(PYTHON) -m venv $(OTHER)
+	$(OTHER)/bin/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(OTHER)/bin/pip install --quiet --editable '.[test-core]'
+	$(OTHER)/bin/pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal $(CORE) $(ARGS)
 
 test-distributed: .venv/ready-to-develop  ## run the tests of several processes, the widest too
 	$(BIN)/pytest tests/parallel --wide $(ARGS)
@@ -44,7 +60,7 @@ golden: .venv/ready-to-develop  ## record the golden losses anew
 	$(BIN)/python -m tests.golden
 
 clean:  ## remove .venv and caches; runs stay
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/torch:
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 14) else f"$(PYTHON) is Python {v[0]}.{v[1]}; make PYTHON=... takes 3.11 to 3.14")'
@@ -53,11 +69,11 @@ clean:  ## remove .venv and caches; runs stay
 	touch $@
 
 .venv/ready: .venv/torch pyproject.toml
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --editable '.[train]'
 	touch $@
 
 .venv/ready-to-develop: .venv/torch pyproject.toml
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --editable '.[dev]' $(if $(TRITON),"$(TRITON)")
 	touch $@ .venv/ready
 
-.PHONY: help demo test test-distributed kernels drill check golden clean
+.PHONY: help demo quick test test-torch test-distributed kernels drill check golden clean

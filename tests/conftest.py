@@ -26,14 +26,34 @@ def pytest_addoption(parser):
     parser.addoption(
         "--wide", action="store_true", help="share runs among four processes too: some minutes"
     )
+    parser.addoption(
+        "--quick", action="store_true", help="of every test the fewest cases that have every value"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
+    if config.getoption("--quick"):
+        chosen = fewest_cases(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
     if config.getoption("--wide"):
         return
     for item in items:
         if item.get_closest_marker("wide"):
             item.add_marker(pytest.mark.skip(reason="takes minutes: make test-distributed"))
+
+
+def fewest_cases(items):
+    """The cases of every parametrised test in which a value of a parameter comes first."""
+    seen, chosen = set(), []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        params = item.callspec.params if hasattr(item, "callspec") else {"": None}
+        values = {(test, name, repr(value)) for name, value in params.items()}
+        if not values <= seen:
+            chosen.append(item)
+            seen |= values
+    return chosen
 
 
 @pytest.fixture
