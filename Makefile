@@ -20,7 +20,7 @@ BIN := .venv/bin
 OTHER := .venv-$(subst /,-,$(subst ==,-,$(TORCH)))
 # The tests of what somebody else's model uses: no command, no trainer.
 CORE := $(addprefix tests/test_,functional.py constraints.py mutants.py connection.py norms.py \
-	single_pass.py parts.py recompute.py warmup.py) tests/kernels tests/diagnostics
+	single_pass.py parts.py recompute.py warmup.py torch_names.py) tests/kernels tests/diagnostics
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:  ## list the targets
