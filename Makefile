@@ -59,6 +59,10 @@ check: .venv/ready-to-develop  ## lint, formatting, types, order of imports
 golden: .venv/ready-to-develop  ## record the golden losses anew
 	$(BIN)/python -m tests.golden
 
+wheel:  ## make dist/*.whl with the CPU kernels inside, for machines without a compiler: 2 min
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	HATCH_BUILD_HOOK_ENABLE_CUSTOM=true $(BIN)/pip wheel --no-deps --wheel-dir dist .
+
 clean:  ## remove .venv and caches; runs stay
 	rm -rf .venv .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -76,4 +80,4 @@ clean:  ## remove .venv and caches; runs stay
 	$(BIN)/pip install --quiet --editable '.[dev]' $(if $(TRITON),"$(TRITON)")
 	touch $@ .venv/ready
 
-.PHONY: help demo quick test test-torch test-distributed kernels drill check golden clean
+.PHONY: help demo quick test test-torch test-distributed kernels drill check golden wheel clean

@@ -70,7 +70,7 @@ def _devices(torch) -> list[str]:  # type: ignore[no-untyped-def]
 
 
 def _compiler() -> str:
-    from manifold_hc.kernels.cpu.build import find_compiler
+    from manifold_hc.kernels.cpu.compiler import find_compiler
 
     command = find_compiler()
     if command is None:

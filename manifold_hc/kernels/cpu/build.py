@@ -1,12 +1,10 @@
-"""Builds the C++ sources once for this machine, into the user's cache folder."""
+"""The compiled operators: a wheel's library, or one built once for this machine."""
 
 import ctypes
 import hashlib
 import logging
-import os
 import platform
 import shlex
-import shutil
 import subprocess
 import tempfile
 import time
@@ -18,35 +16,47 @@ from filelock import FileLock
 
 from manifold_hc.errors import BackendError
 from manifold_hc.files import cache_folder, write_atomically
+from manifold_hc.kernels.cpu import prebuilt
+from manifold_hc.kernels.cpu.compiler import (
+    FLAGS,
+    SOURCES,
+    CompileError,
+    compile_library,
+    find_compiler,
+)
 
 logger = logging.getLogger("manifold_hc")
 
-SOURCES = Path(__file__).parent / "source"
-
 NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-
-FLAGS = (
-    "-std=gnu++17",
-    "-O3",
-    NATIVE,
-    "-fPIC",
-    "-fopenmp",
-    # Neither changes a result; -ffast-math would lose NaN and infinity.
-    "-fno-math-errno",
-    "-fno-trapping-math",
-)
-
-LINES = 3
-"""Lines of a compiler's complaint that an error repeats."""
 
 
 @cache
 def library() -> ctypes.CDLL:
-    """The compiled operators, built if this machine has none yet.
+    """The compiled operators: the wheel's for this processor, else built if there are none yet.
 
-    Raises BackendError when there is no compiler, when it fails, or when the cache folder cannot be
-    written; the message says which.
+    Raises BackendError when they must be built and there is no compiler, when it fails, or when the
+    cache folder cannot be written; the message says which.
     """
+    return _prebuilt() or _cached()
+
+
+def _prebuilt() -> ctypes.CDLL | None:
+    """The wheel's library, if it has one that this processor runs and that is whole."""
+    target = prebuilt.find()
+    if target is None:
+        return None
+    try:
+        # Linked without an OpenMP runtime: PyTorch has made its own visible to every library, so
+        # there is one pool of threads, and none need be installed.
+        found = _load(target)
+    except OSError as error:
+        logger.warning("%s cannot be used, so the CPU kernels are built: %s", target, error)
+        return None
+    logger.info("the CPU kernels are the wheel's own for %s", target.stem)
+    return found
+
+
+def _cached() -> ctypes.CDLL:
     compiler = find_compiler()
     if compiler is None:
         raise BackendError(
@@ -55,21 +65,12 @@ def library() -> ctypes.CDLL:
         )
     target = cache_folder() / "kernels" / _key(compiler) / "operators.so"
     try:
-        return _loaded(target) or _built(compiler, target)
+        return _found(target) or _built(compiler, target)
     except OSError as error:
         raise BackendError(
             f"the CPU kernels cannot be kept in {target.parent}: {error}; "
             'set XDG_CACHE_HOME to a folder that can be written, or use backend="reference"'
         ) from error
-
-
-def find_compiler() -> tuple[str, ...] | None:
-    """The C++ compiler's command, $CXX before the usual names; None without one."""
-    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
-        command = shlex.split(name or "")
-        if command and shutil.which(command[0]):
-            return tuple(command)
-    return None
 
 
 def _key(compiler: tuple[str, ...]) -> str:
@@ -82,6 +83,7 @@ def _key(compiler: tuple[str, ...]) -> str:
         version.stdout,
         _processor(),
         *FLAGS,
+        NATIVE,
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
@@ -96,18 +98,22 @@ def _processor() -> str:
     return "\n".join(dict.fromkeys(line for line in lines if line.startswith(keys)))
 
 
-def _loaded(target: Path) -> ctypes.CDLL | None:
-    """The library, if it is there and whole: loading half of one would end the process."""
+def _found(target: Path) -> ctypes.CDLL | None:
+    """The library of an earlier build, if it is there and whole."""
     if not target.exists():
         return None
     try:
-        if _checksum(target) == target.with_suffix(".sha256").read_text():
-            return ctypes.CDLL(str(target))
-        reason = "its checksum is another"
+        return _load(target)
     except OSError as error:
-        reason = str(error)
-    logger.warning("%s is damaged and is built again: %s", target, reason)
-    return None
+        logger.warning("%s is damaged and is built again: %s", target, error)
+        return None
+
+
+def _load(target: Path) -> ctypes.CDLL:
+    """Raises OSError unless the library is whole: loading half of one would end the process."""
+    if _checksum(target) != target.with_suffix(".sha256").read_text():
+        raise OSError("its checksum is another")
+    return ctypes.CDLL(str(target))
 
 
 def _checksum(path: Path) -> str:
@@ -118,43 +124,19 @@ def _built(compiler: tuple[str, ...], target: Path) -> ctypes.CDLL:
     """One process builds; the others wait for it and find the file."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_suffix(".lock")):
-        if (found := _loaded(target)) is not None:
+        if (found := _found(target)) is not None:
             return found
         start = time.perf_counter()
         logger.info("building the CPU kernels with %s, once for this machine", compiler[0])
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            built = _compile(compiler, Path(folder))
+            built = Path(folder) / target.name
+            try:
+                compile_library(compiler, built, [NATIVE], ["-fopenmp"])
+            except CompileError as error:
+                repair = 'set CXX to another compiler, or use backend="reference"'
+                raise BackendError(f"{error}; {repair}") from error
             # First the checksum: where a library is, there is one.
             write_atomically(target.with_suffix(".sha256"), _checksum(built))
             built.replace(target)
         logger.info("built in %.0f s: %s", time.perf_counter() - start, target)
         return ctypes.CDLL(str(target))
-
-
-def _compile(compiler: tuple[str, ...], folder: Path) -> Path:
-    """All sources at the same time, then the link."""
-    commands = {
-        folder / f"{source.stem}.o": [*compiler, *FLAGS, "-c", str(source)]
-        for source in sorted(SOURCES.glob("*.cpp"))
-    }
-    running = [
-        subprocess.Popen([*command, "-o", str(out)], stderr=subprocess.PIPE, text=True)
-        for out, command in commands.items()
-    ]
-    _require([(process.communicate()[1], process.returncode) for process in running], compiler)
-    built = folder / "operators.so"
-    link = [*compiler, "-shared", "-fopenmp", *map(str, commands), "-o", str(built)]
-    done = subprocess.run(link, capture_output=True, text=True, check=False)
-    _require([(done.stderr, done.returncode)], compiler)
-    return built
-
-
-def _require(results: list[tuple[str, int]], compiler: tuple[str, ...]) -> None:
-    for complaint, status in results:
-        if status:
-            errors = [line for line in complaint.splitlines() if "error" in line]
-            shown = "; ".join((errors or complaint.splitlines())[:LINES]) or f"status {status}"
-            raise BackendError(
-                f"the CPU kernels do not build with {shlex.join(compiler)}: {shown}; "
-                'set CXX to another compiler, or use backend="reference"'
-            )
