@@ -16,6 +16,9 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 CPU = Path("manifold_hc", "kernels", "cpu")
 
+# Stripped, and without -fopenmp: its functions are found in the runtime that PyTorch has loaded.
+LINK = ("-s",)
+
 # Every system with glibc 2.28 or newer has a libstdc++ of GCC 8 or newer.
 NEWEST = {"GLIBCXX": (3, 4, 25), "CXXABI": (1, 3, 11)}
 
@@ -59,8 +62,7 @@ def build(root, folder):
     made = []
     for variant in variants:
         made.append(folder / f"{variant.name}.so")
-        # Not linked with OpenMP: its functions are found in the runtime that PyTorch has loaded.
-        compiling.compile_library(compiler, made[-1], variant.flags, ["-s"])
+        compiling.compile_library(compiler, made[-1], variant.flags, LINK)
     return made
 
 

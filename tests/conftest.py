@@ -29,6 +29,20 @@ def pytest_addoption(parser):
     parser.addoption(
         "--quick", action="store_true", help="of every test the fewest cases that have every value"
     )
+    parser.addoption(
+        "--cpu-library",
+        type=Path,
+        help="a wheel's library of CPU kernels, in place of the built one",
+    )
+
+
+def pytest_configure(config):
+    if library := config.getoption("--cpu-library"):
+        from manifold_hc.kernels.cpu import build
+
+        build.prebuilt.find = lambda: library
+        if build.library()._name != str(library):
+            raise pytest.UsageError(f"--cpu-library={library} does not load")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -44,6 +44,7 @@ def outside(installed, folder, *arguments):
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+    assert wheel.name.endswith("-py3-none-any.whl")  # the kernels are in what `make wheel` makes
     names = zipfile.ZipFile(wheel).namelist()
     assert "manifold_hc/py.typed" in names
     assert "manifold_hc/report/page.html.jinja" in names

@@ -41,16 +41,6 @@ def finished(process):
     return process.returncode, out.split(), log
 
 
-@pytest.fixture
-def compiler(tmp_path):
-    """A C++ compiler that notes every file it compiles."""
-    real = shutil.which(build.find_compiler()[0])
-    script = tmp_path / "counting-compiler"
-    script.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nexec {real} -O0 "$@" -O0\n')
-    script.chmod(0o755)
-    return script
-
-
 def compiled_files(tmp_path):
     return [line for line in (tmp_path / "calls").read_text().splitlines() if " -c " in line]
 

@@ -1,4 +1,4 @@
-"""The libraries that a wheel brings along, one for each instruction set, and which of them runs here.
+"""The libraries that a wheel brings along, and which of them fits this processor.
 
 The standard library alone, as in `compiler`.
 """
@@ -21,9 +21,8 @@ class Variant(NamedTuple):
     features: frozenset[str]
 
 
-_V3 = frozenset(
-    "pni ssse3 sse4_1 sse4_2 cx16 lahf_lm popcnt abm avx avx2 bmi1 bmi2 f16c fma movbe xsave".split()
-)
+_V2 = frozenset({"pni", "ssse3", "sse4_1", "sse4_2", "cx16", "lahf_lm", "popcnt"})
+_V3 = _V2 | {"abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "xsave"}
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 
 VARIANTS = (

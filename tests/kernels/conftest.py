@@ -1,0 +1,34 @@
+"""A compiler for the tests of building and loading."""
+
+import shutil
+
+import pytest
+
+from manifold_hc.kernels.cpu.compiler import find_compiler
+
+SCRIPT = """#!/bin/sh
+echo "$@" >> {calls}
+case " $* " in *" -c "*) ;; *) exec {real} "$@" ;; esac
+for out; do :; done
+kept={kept}/${{out##*/}}
+if [ ! -f "$kept" ]; then
+    {real} -O0 "$@" -O0 && cp "$out" "$kept.$$" && mv "$kept.$$" "$kept" || exit
+fi
+cp "$kept" "$out"
+"""
+
+
+@pytest.fixture(scope="session")
+def objects(tmp_path_factory):
+    """Where the compiler below keeps what it has compiled: every source once in a session."""
+    return tmp_path_factory.mktemp("objects")
+
+
+@pytest.fixture
+def compiler(tmp_path, objects):
+    """A C++ compiler that notes every file it compiles, for this processor and without haste."""
+    real = shutil.which(find_compiler()[0])
+    script = tmp_path / "counting-compiler"
+    script.write_text(SCRIPT.format(calls=tmp_path / "calls", kept=objects, real=real))
+    script.chmod(0o755)
+    return script
