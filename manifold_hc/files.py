@@ -1,10 +1,13 @@
 """Files that are whole or not there."""
 
+import errno
 import logging
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Callable
+from io import BufferedReader
 from pathlib import Path
 
 import platformdirs
@@ -24,6 +27,22 @@ SLICES = 20
 def cache_folder() -> Path:
     """The user's cache folder of this package."""
     return Path(platformdirs.user_cache_dir("manifold-hc", appauthor=False))
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a file for reading.
+
+    Raises OSError for everything else: opening a FIFO waits for a writer, for ever if none comes.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "is not a regular file", str(path))
+    return path.open("rb")
+
+
+def read_regular(path: Path) -> bytes:
+    """The content of a file; OSError for a FIFO, a device, a socket or a folder."""
+    with open_regular(path) as file:
+        return file.read()
 
 
 def insist(write: Callable[[], None], what: str, give_up: Callable[[], object]) -> None:

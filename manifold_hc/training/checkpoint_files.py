@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
@@ -30,7 +30,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as Written
 
 from manifold_hc.errors import CheckpointError
+from manifold_hc.files import open_regular, read_regular
 from manifold_hc.parallel import Processes
+from manifold_hc.training.checkpoint_metadata import INDEX, Reader, read_metadata
 from manifold_hc.training.config import RunConfig, fixed_differences
 from manifold_hc.training.state import TrainState
 
@@ -79,7 +81,7 @@ def path_step(path: Path) -> int:
 def read_manifest(path: Path) -> Manifest:
     """What the checkpoint is of; CheckpointError when that cannot be read."""
     try:
-        return msgspec.json.decode((path / MANIFEST).read_bytes(), type=Manifest)
+        return msgspec.json.decode(read_regular(path / MANIFEST), type=Manifest)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CheckpointError(f"checkpoint: {path / MANIFEST} cannot be read: {error}") from None
 
@@ -97,14 +99,14 @@ def verify(path: Path, processes: Processes | None = None) -> None:
 def _listed(path: Path) -> dict[str, str]:
     """Digests by file; CheckpointError where they are not those of all files in the folder."""
     try:
-        lines = (path / SUMS).read_text().splitlines()
+        lines = read_regular(path / SUMS).decode().splitlines()
         listed = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
         there = {file.name for file in path.iterdir()}
     except OSError as error:
         raise CheckpointError(f"checkpoint: {path / SUMS}: {error.strerror}") from None
     except ValueError:
         raise CheckpointError(f"checkpoint: {path / SUMS} is truncated or altered") from None
-    if missing := (there | {MANIFEST, ".metadata"}) - {SUMS} - listed.keys():
+    if missing := (there | {MANIFEST, INDEX}) - {SUMS} - listed.keys():
         raise CheckpointError(f"checkpoint: {path / SUMS} is cut short: no {min(missing)}")
     return listed
 
@@ -122,6 +124,7 @@ def _verify_files(path: Path, listed: list[tuple[str, str]]) -> None:
 def load(path: Path, state: TrainState) -> Manifest:
     """Put a verified checkpoint into `state`; CheckpointError when it is of another run."""
     manifest = read_manifest(path)
+    metadata = read_metadata(path)
     require_same_model(path, manifest.tensors, state.shapes())
     if changed := fixed_differences(manifest.config, state.config):
         raise CheckpointError(f"checkpoint: {path} is of a run with other {', '.join(changed)}")
@@ -134,7 +137,7 @@ def load(path: Path, state: TrainState) -> Manifest:
     alone = state.processes.mesh is None
     try:
         with one_process():
-            load_tensors(tensors, storage_reader=FileSystemReader(path), no_dist=alone)
+            load_tensors(tensors, storage_reader=Reader(path, metadata), no_dist=alone)
     except CheckpointException as error:
         raise CheckpointError(f"checkpoint: {path} cannot be loaded: {reason_of(error)}") from None
     state.restore(tensors)
@@ -249,7 +252,7 @@ def _flush(path: Path) -> None:
 
 
 def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
+    with open_regular(file) as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
