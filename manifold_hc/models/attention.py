@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from manifold_hc.errors import ConfigError, require_at_least_one, require_number
+from manifold_hc.models.documents import Documents
 from manifold_hc.models.linear import Linear
 from manifold_hc.models.norm import RMSNorm
 
@@ -50,9 +51,9 @@ class LatentAttention(nn.Module):
         self.output = Linear(heads * size, channels)
 
     def forward(
-        self, u: Float[Tensor, "B T C"], mask: Bool[Tensor, "B 1 T T"] | None = None
+        self, u: Float[Tensor, "B T C"], documents: Documents | None = None
     ) -> Float[Tensor, "B T C"]:
-        """Attend to all earlier tokens of the sequence, or to those that `mask` [t, s] allows."""
+        """Attend to all earlier tokens of the sequence, or of the token's own document."""
         config = self.config
         rotation = _rotation(u.shape[1], config.rotary_size, config.theta, u.device)
 
@@ -67,14 +68,45 @@ class LatentAttention(nn.Module):
         key, value = key_value.chunk(2, -1)
         key_rotary = _rotate(key_rotary.unsqueeze(1), rotation).expand(-1, len(query[0]), -1, -1)
 
-        attended = scaled_dot_product_attention(
-            torch.cat([query, _rotate(query_rotary, rotation)], -1),
-            torch.cat([key, key_rotary], -1),
-            value,
-            attn_mask=mask,
-            is_causal=mask is None,
-        )
+        query = torch.cat([query, _rotate(query_rotary, rotation)], -1)
+        key = torch.cat([key, key_rotary], -1)
+        if documents is None:
+            attended = _attend(query, key, value)
+        else:
+            attended = _attend_within(documents, query, key, value)
         return self.output(attended.transpose(1, 2).flatten(-2))
+
+
+def _attend(
+    query: Float[Tensor, "B H T E"], key: Float[Tensor, "B H T E"], value: Float[Tensor, "B H T D"]
+) -> Float[Tensor, "B H T D"]:
+    """Causal attention by torch's fused kernels, which hold no T x T scores.
+
+    They want values as wide as the keys: zeros fill them up, and are cut off the result.
+    """
+    size = value.shape[-1]
+    padded = pad(value, (0, key.shape[-1] - size))
+    return scaled_dot_product_attention(query, key, padded, is_causal=True)[..., :size]
+
+
+@torch.compiler.disable(reason="every batch has other documents, and each would be another graph")
+def _attend_within(
+    documents: Documents,
+    query: Float[Tensor, "B H T E"],
+    key: Float[Tensor, "B H T E"],
+    value: Float[Tensor, "B H T D"],
+) -> Float[Tensor, "B H T D"]:
+    """Causal attention within each document, the documents of a group as one batch.
+
+    Only queries that pad a document see the keys that pad it, and no token takes their results.
+    """
+    tokens = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]  # B*T H E
+    attended = [
+        _attend(*(x[group].transpose(1, 2) for x in tokens)).transpose(1, 2).flatten(0, 1)
+        for group in documents.groups
+    ]
+    own = torch.cat(attended)[documents.slots]
+    return own.unflatten(0, (len(query), -1)).transpose(1, 2)
 
 
 def _rotation(

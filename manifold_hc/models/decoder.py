@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from manifold_hc.autocast import compute_dtype
@@ -13,6 +13,7 @@ from manifold_hc.config import ConnectionConfig
 from manifold_hc.connection import Branch
 from manifold_hc.errors import ConfigError, require_at_least_one, require_number
 from manifold_hc.models.attention import AttentionConfig, LatentAttention
+from manifold_hc.models.documents import group_documents
 from manifold_hc.models.experts import Experts, ExpertsConfig, mixtures
 from manifold_hc.models.feed_forward import GatedFeedForward
 from manifold_hc.models.norm import RMSNorm
@@ -134,17 +135,11 @@ class Decoder(nn.Module):
         branches: list[Branch] = [*present(self.branches)]
         if documents is None:
             return branches
-        mask = document_mask(documents)
+        groups = group_documents(documents)
         return [
-            partial(branch, mask=mask) if isinstance(branch, LatentAttention) else branch
+            partial(branch, documents=groups) if isinstance(branch, LatentAttention) else branch
             for branch in branches
         ]
-
-
-def document_mask(documents: Int[Tensor, "B T"]) -> Bool[Tensor, "B 1 T T"]:
-    """True where query t may attend to key s: not later, and in the same document."""
-    same = documents.unsqueeze(-1) == documents.unsqueeze(-2)
-    return same.tril().unsqueeze(1)
 
 
 class ParameterCount(NamedTuple):
