@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from manifold_hc import constraints, functional
-from manifold_hc.config import ConnectionConfig
+from manifold_hc.config import ConnectionConfig, Part
 from manifold_hc.functional import InputNorm, Reading
 from manifold_hc.kernels.fusion import is_fused
 
@@ -96,6 +96,7 @@ class Maps(WideModule):
         else:
             self.register_parameter("phi", None)
             self.register_parameter("alpha", None)
+        self.requires_grad_(bool(self._live_parts()))
 
     def forward(
         self,
@@ -149,6 +150,17 @@ class Maps(WideModule):
                 learn_res=self.learn_res,
             ),
         )
+
+    def _live_parts(self) -> set[Part]:
+        """The parts that these parameters make and the streams use.
+
+        Without any, no parameter would have a gradient: Adam would hold no moments for it, and
+        DistributedDataParallel would wait for it. So none is trainable.
+        """
+        live: set[Part] = {"pre", "post"}
+        if self.learn_res and self.config.mixing != "identity":
+            live.add("res")
+        return live - set(self.config.disable)
 
     def _mhc(self, compute: Callable[..., Any], *streams: Any, **options: Any) -> Any:
         config = self.config

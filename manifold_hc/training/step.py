@@ -146,7 +146,9 @@ def _first_infinite_layer(state: TrainState, batch: Batch, config: RunConfig) ->
     }
     parameters = dict(model.named_parameters())
     groups = {p: group["name"] for group in state.optimizer.param_groups for p in group["params"]}
-    group_of = {name: groups[parameters[held[0]]] for name, held in own.items() if held}
+    group_of = {
+        name: groups.get(parameters[held[0]], "untrained") for name, held in own.items() if held
+    }
     found: list[tuple[int, str, str]] = []
 
     def watch(name: str, output: object) -> None:

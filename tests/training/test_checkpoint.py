@@ -6,8 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from manifold_hc.config import ConnectionConfig
 from manifold_hc.errors import CheckpointError
-from manifold_hc.training import CheckpointConfig, Checkpoints
+from manifold_hc.training import CheckpointConfig, Checkpoints, OptimizerConfig
+from manifold_hc.training import optimizer as optimizers
 from manifold_hc.training.checkpoint_files import load, read_manifest, verify
 from manifold_hc.training.state import TrainState
 from manifold_hc.training.step import take_step
@@ -223,3 +225,52 @@ def test_a_checkpoint_that_lacks_what_the_optimizer_needs(tmp_path):
     checkpoints.write(state)
     with pytest.raises(CheckpointError, match=r"cannot be loaded: Missing key .* optimizer\."):
         load(checkpoints.find(), TrainState(CONFIG, CPU))
+
+
+DEAD = [
+    {"disable": ("pre", "post")},
+    {"disable": ("pre", "post", "res")},
+    {"disable": ("pre", "post"), "dynamic": False},
+    {"kind": "hc", "disable": ("pre", "post", "res")},
+    {"constraint": "identity", "disable": ("pre", "post"), "single_pass": True},
+]
+
+
+@pytest.mark.parametrize("connection", DEAD)
+def test_a_run_with_dead_parameters_goes_on_from_its_checkpoint(tmp_path, connection):
+    config = replace(runs.config(steps=4), connection=ConnectionConfig(**connection))
+    short = replace(config, training=replace(config.training, steps=2))
+    constant = OptimizerConfig(schedule="constant")
+    for name, parts in (("parts", (short, config)), ("whole", (config,))):
+        for part in parts:
+            runs.go_on(replace(part, optimizer=constant), runs.text(), tmp_path / name, ())
+    losses = [
+        [record["loss"] for record in runs.figures(tmp_path / name) if record["event"] == "step"]
+        for name in ("parts", "whole")
+    ]
+    assert len(losses[0]) == 4
+    assert losses[0] == losses[1]
+
+
+def test_moments_of_parameters_that_are_not_trainable_are_ignored(tmp_path):
+    """Written by a version that trained all parameters: those that are dead now had moments too."""
+    dead = ConnectionConfig(disable=("pre", "post"))
+    config = replace(runs.config(steps=4), connection=dead)
+    wide = TrainState(config, CPU)
+    wide.model.requires_grad_(True)
+    wide.optimizer = optimizers.build(wide.model, config.optimizer)
+    for parameter in wide.model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    wide.optimizer.step()
+    wide.step = 2
+    checkpoints = Checkpoints(tmp_path, config.checkpoint, "digest")
+    assert checkpoints.save(wide, wait=True)
+    state = TrainState(config, CPU)
+    load(checkpoints.find(), state)
+    for found, wanted in zip(state.model.parameters(), wide.model.parameters(), strict=True):
+        assert torch.equal(found, wanted)
+        if found.requires_grad:
+            moments = state.optimizer.state[found], wide.optimizer.state[wanted]
+            assert torch.equal(*(each["exp_avg"] for each in moments))
+        else:
+            assert found not in state.optimizer.state
