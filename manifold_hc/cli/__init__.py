@@ -11,6 +11,7 @@ import manifold_hc
 from manifold_hc.cli.bench import bench
 from manifold_hc.cli.compare import compare
 from manifold_hc.cli.info import info
+from manifold_hc.cli.options import Group
 from manifold_hc.cli.report import report
 from manifold_hc.cli.terminal import log_to_stderr
 from manifold_hc.cli.tokenize import tokenize
@@ -28,7 +29,7 @@ from manifold_hc.errors import (
 from manifold_hc.parallel import is_first
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(manifold_hc.__version__, prog_name="mhc", message="%(prog)s %(version)s")
 def commands() -> None:
     """Manifold-constrained hyper-connections: train, compare, and see what stays stable.
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exit status 0, 2 for the user's mistakes, 1 for a failed run."""
     log_to_stderr()
     try:
-        commands.main(args=arguments, prog_name="mhc", standalone_mode=False)
+        status = commands.main(args=arguments, prog_name="mhc", standalone_mode=False)
     except click.Abort:
         _fail("stopped", 130)
     except click.ClickException as error:
@@ -67,6 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+    else:
+        if status:
+            sys.exit(status)
 
 
 def _with_notes(error: ManifoldError) -> str:

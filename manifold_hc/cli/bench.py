@@ -9,7 +9,7 @@ from typing import Any
 import click
 from rich.markup import escape
 
-from manifold_hc.cli.options import device_option, json_option, judged_device
+from manifold_hc.cli.options import Group, device_option, json_option, judged_device
 from manifold_hc.cli.terminal import console
 from manifold_hc.errors import ConfigError, ManifoldError
 from manifold_hc.files import write_atomically
@@ -44,7 +44,7 @@ def _size(name: str, default: int, text: str) -> Callable[[Any], Any]:
     )
 
 
-@click.group()
+@click.group(cls=Group)
 def bench() -> None:
     """Time mHC beside other implementations of it, and inside a training step.
 

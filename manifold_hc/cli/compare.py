@@ -2,13 +2,12 @@
 
 import shlex
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import click
 
 from manifold_hc.cli.keys import override
-from manifold_hc.cli.options import RunCommand, Wanted, json_option, run_options
+from manifold_hc.cli.options import RunCommand, Wanted, json_option, require_effect, run_options
 from manifold_hc.cli.report import check_outputs, publish
 from manifold_hc.cli.terminal import console
 from manifold_hc.compare import Variant
@@ -16,12 +15,6 @@ from manifold_hc.config import ConnectionConfig
 from manifold_hc.errors import ConfigError, StoppedError
 from manifold_hc.parallel import ParallelConfig
 from manifold_hc.training import check
-
-WITHOUT_EFFECT = {
-    "residual": {field.name for field in fields(ConnectionConfig)} - {"kind"},
-    "hc": {"constraint", "iterations", "numerics", "hc_eps"},
-}
-"""Keys that a kind does not read: a variant that names one is not what it says."""
 
 
 @click.command(cls=RunCommand)
@@ -67,7 +60,9 @@ def compare(
     from manifold_hc.data import load
     from manifold_hc.training.folder import locked, refuse_if_in_use
 
-    config = wanted.config()
+    config = wanted.config(kinds=[text.partition(":")[0] for text in variants])
+    if any(pair.startswith("connection.kind=") for pair in wanted.overrides):
+        raise ConfigError("connection.kind: is what --variant decides; leave it out")
     if config.parallel != ParallelConfig():
         raise ConfigError("compare: trains in one process; leave the keys of parallel alone")
     chosen = [parse_variant(text, config.connection) for text in dict.fromkeys(variants)]
@@ -92,8 +87,9 @@ def parse_variant(text: str, connection: ConnectionConfig) -> Variant:
     kind, *pairs = text.split(":")
     if "=" in kind:
         raise ConfigError(f"variant: {text!r} must start with residual, hc or mhc")
-    for key in (pair.partition("=")[0] for pair in pairs):
-        if key == "kind" or key in WITHOUT_EFFECT.get(kind, ()):
-            raise ConfigError(f"variant: {key} has no effect in {text!r}; leave it out")
+    keys = [pair.partition("=")[0] for pair in pairs]
+    if "kind" in keys:
+        raise ConfigError(f"variant: {text!r} names its kind twice; leave kind= out")
+    require_effect(keys, [kind])
     changed = override(connection, [f"kind={kind}", *pairs])
     return Variant(text.replace(":", " ").replace("/", "-"), changed)

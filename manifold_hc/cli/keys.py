@@ -27,19 +27,21 @@ def override(
     """
     tree: dict[str, Any] = {}
     given: list[tuple[str, object]] = list((values or {}).items())
-    for pair in pairs:
+    for place, pair in enumerate(pairs):
         key, equals, text = pair.partition("=")
         if not equals:
-            raise ConfigError(f"{pair!r} is not an option or key=value; see --help for the keys")
+            following = pairs[place + 1] if place + 1 < len(pairs) else ""
+            hint = suggestion(config, key, following) or "see --help for the keys"
+            raise ConfigError(f"{pair!r} is not an option or key=value; {hint}")
         given.append((key, text))
     for key, value in given:
         *sections, name = key.split(".")
-        place = tree
+        branch = tree
         for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
+            branch = branch.setdefault(section, {})
+            if not isinstance(branch, dict):
                 raise ConfigError(f"unknown key {key!r}; {section} has no keys of its own")
-        place[name] = value
+        branch[name] = value
     return _merged(config, tree)
 
 
@@ -70,6 +72,35 @@ def describe(config: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
         if get_origin(hints[field.name]) is Literal:
             sentence += f" One of {', '.join(get_args(hints[field.name]))}."
         yield f"{prefix}{field.name}", _shown(value), sentence.strip()
+
+
+def closest(config: Any, key: str, prefix: str = "") -> str | None:
+    """The key of `config` that `key` most likely means; None if none is like it."""
+    known = [leaf for leaf, _, _ in describe(config, prefix)]
+    last = {leaf.rpartition(".")[2]: leaf for leaf in reversed(known)}
+    name = key.rpartition(".")[2]
+    if key in known:
+        return key
+    if key in last:
+        return last[key]
+    if close := difflib.get_close_matches(key, known, n=1, cutoff=0.6):
+        return close[0]
+    return next((last[match] for match in difflib.get_close_matches(name, last, n=1)), None)
+
+
+def suggestion(config: Any, key: str, following: str) -> str:
+    """What to type in place of `key`, written without its "="; empty if no key is like it.
+
+    following: the next word of the command line, which is the value unless it is an option or
+    another key=value.
+    """
+    meant = closest(config, key.replace("-", "_"))
+    if meant is None:
+        return ""
+    default = next(shown for leaf, shown, _ in describe(config) if leaf == meant)
+    if following and "=" not in following and not following.startswith("--"):
+        return f"did you mean {meant}={following}?"
+    return f"did you mean {meant}={'true' if default in ('true', 'false') else 'VALUE'}?"
 
 
 def _shown(value: Any) -> str:
@@ -109,13 +140,8 @@ def _first_leaf(key: str, value: Any) -> str:
 
 
 def _unknown(key: str, config: Any, prefix: str) -> str:
-    known = [leaf for leaf, _, _ in describe(config, prefix)]
-    last = {leaf.rpartition(".")[2]: leaf for leaf in known}
-    name = key.rpartition(".")[2]
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6) or [
-        last[match] for match in difflib.get_close_matches(name, last, n=1, cutoff=0.6)
-    ]
-    hint = f"did you mean {close[0]}?" if close else "see --help for the keys"
+    close = closest(config, key, prefix)
+    hint = f"did you mean {close}?" if close else "see --help for the keys"
     return f"unknown key {key!r}; {hint}"
 
 

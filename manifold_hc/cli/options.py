@@ -1,15 +1,16 @@
 """What commands have in common: where a RunConfig comes from, where figures go."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import click
 
-from manifold_hc.cli.keys import describe, override, override_from
-from manifold_hc.errors import DataError
+from manifold_hc.cli.keys import describe, override, override_from, suggestion
+from manifold_hc.config import ConnectionConfig
+from manifold_hc.errors import ConfigError, DataError
 from manifold_hc.training import PRESETS, RunConfig, preset
 
 json_option = click.option(
@@ -37,14 +38,63 @@ def judged_device(name: str) -> str:
     return "cpu" if found == "mps" else found
 
 
+WITHOUT_EFFECT = {
+    "residual": {field.name for field in fields(ConnectionConfig)} - {"kind", "backend"},
+    "hc": {"constraint", "iterations", "numerics", "hc_eps"},
+}
+"""Keys of `connection` that a kind does not read."""
+
+
+def require_effect(keys: Iterable[str], kinds: Sequence[str]) -> None:
+    """Raise ConfigError for the first of `keys` of `connection` that none of the `kinds` reads."""
+    for key in keys:
+        if all(key in WITHOUT_EFFECT.get(kind, ()) for kind in kinds):
+            raise ConfigError(
+                f"connection.{key}: has no effect with connection.kind={' or '.join(kinds)}; "
+                "leave it out"
+            )
+
+
+class Group(click.Group):
+    """A group that prints its help, with exit status 2, where no command is given."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does."""
+        if not args:
+            click.echo(ctx.get_help(), err=True)
+            ctx.exit(2)
+        return super().parse_args(ctx, args)
+
+
 class RunCommand(click.Command):
-    """A command whose --help lists the keys of a run."""
+    """A command that takes the keys of a run, which its --help lists."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does, with a hint for a key that was typed as an option."""
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            raise click.UsageError(_no_option(error, given), ctx) from None
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """One row a key, after the options."""
         rows = [(f"{key}={default}", sentence) for key, default, sentence in describe(RunConfig())]
         with formatter.section("Keys, with their defaults"):
             formatter.write_dl(rows)
+
+
+def _no_option(error: click.NoSuchOption, given: Sequence[str]) -> str:
+    """The message for an unknown option: click's own where its name is like that of another."""
+    key = error.option_name.lstrip("-")
+    word = next((word for word in given if word.partition("=")[0] == error.option_name), "")
+    value = word.partition("=")[2] or next(iter(given[given.index(word) + 1 :] if word else ()), "")
+    hint = suggestion(RunConfig(), key, value)
+    is_key = "." in key or hint.rpartition("=")[0].endswith(f".{key.replace('-', '_')}")
+    if error.possibilities and not is_key:
+        return error.format_message()
+    hint = hint or "keys of the configuration are given as key=value, see --help"
+    return f"No such option {error.option_name!r}; {hint}"
 
 
 @dataclass(frozen=True)
@@ -56,14 +106,23 @@ class Wanted:
     data: tuple[str, ...]
     overrides: tuple[str, ...]
 
-    def config(self, base: RunConfig | None = None) -> RunConfig:
-        """Preset, file, --data and KEY=VALUE, one over the other, on top of `base`."""
+    def config(self, base: RunConfig | None = None, kinds: Sequence[str] = ()) -> RunConfig:
+        """Preset, file, --data and KEY=VALUE, one over the other, on top of `base`.
+
+        kinds: of the connections that it is for, the configuration's own if left out. A KEY=VALUE
+        that none of them reads is refused; a file's keys are not, because a run writes all of them.
+        """
         config = base or (preset(self.preset) if self.preset else RunConfig())
         if self.config_file:
             config = override_from(config, self.config_file)
         if "" in self.data:
             raise DataError("data: --data is empty; give a text, or leave the option out")
-        return override(config, self.overrides, {"data.paths": self.data} if self.data else {})
+        data = {"data.paths": self.data} if self.data else {}
+        config = override(config, self.overrides, data)
+        keys = [pair.partition("=")[0] for pair in self.overrides]
+        own = [key.removeprefix("connection.") for key in keys if key.startswith("connection.")]
+        require_effect(own, kinds or [config.connection.kind])
+        return config
 
 
 def run_options(function: Callable[..., None]) -> Callable[..., None]:

@@ -277,9 +277,11 @@ def test_variants():
     assert variant.connection == ConnectionConfig(kind="hc", streams=3, disable=("pre", "post"))
     with pytest.raises(ConfigError, match="must start with residual, hc or mhc"):
         parse_variant("kind=hc", ConnectionConfig())
-    for silent in ("hc:constraint=identity", "residual:streams=8", "mhc:kind=hc"):
+    for silent in ("hc:constraint=identity", "residual:streams=8"):
         with pytest.raises(ConfigError, match="has no effect"):
             parse_variant(silent, ConnectionConfig())
+    with pytest.raises(ConfigError, match="names its kind twice"):
+        parse_variant("mhc:kind=hc", ConnectionConfig())
     with pytest.raises(ConfigError, match="kind: must be one of residual, hc, mhc"):
         parse_variant("gpt", ConnectionConfig())
 

@@ -1,0 +1,101 @@
+"""What a new user types first, and what they get for a slip."""
+
+import pytest
+
+from manifold_hc.cli import commands
+from tests.cli.test_commands import SMALL, mhc
+
+pytestmark = pytest.mark.usefixtures("unchecked")
+
+
+@pytest.mark.parametrize("group", [[], ["bench"]])
+def test_a_group_alone_prints_its_help(capfd, group):
+    status, out, err = mhc(capfd, *group)
+    assert (status, out) == (2, "")
+    assert err == mhc(capfd, *group, "--help")[1]
+
+
+HINTS = {
+    "a whole key": (["--optimizer.lr", "1e-3"], "did you mean optimizer.lr=1e-3?"),
+    "the last part of a key": (["--steps", "100"], "did you mean training.steps=100?"),
+    "with an equals sign": (["--lr=1e-3"], "did you mean optimizer.lr=1e-3?"),
+    "with underscores": (["--init-std", "0.02"], "did you mean model.init_std=0.02?"),
+    "a slip": (["--optimizer.warmpu", "7"], "did you mean optimizer.warmup=7?"),
+    "a switch": (["--training.compile"], "did you mean training.compile=true?"),
+    "no value": (["--steps", "--out", "x"], "did you mean training.steps=VALUE?"),
+    "no equals sign": (["optimizer.lr", "1e-3"], "did you mean optimizer.lr=1e-3?"),
+    "a bare word": (["steps"], "did you mean training.steps=VALUE?"),
+}
+
+
+@pytest.mark.parametrize("name", HINTS)
+def test_a_key_typed_as_an_option_gets_a_hint(capfd, name):
+    arguments, hint = HINTS[name]
+    for command in ("train", "compare"):
+        status, out, err = mhc(capfd, command, *arguments)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert hint in err
+
+
+def test_other_options_keep_clicks_own_hint(capfd):
+    status, _, err = mhc(capfd, "train", "--resum", "x")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "--resume" in err
+    assert "key=value" not in err
+
+
+WITHOUT_EFFECT = {
+    "residual": ("connection.kind=residual", "connection.streams=4"),
+    "hc": ("connection.kind=hc", "connection.constraint=identity"),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_EFFECT)
+def test_a_key_that_the_kind_does_not_read_is_refused_everywhere(capfd, tmp_path, text_file, kind):
+    chosen, pair = WITHOUT_EFFECT[kind]
+    key = pair.partition("=")[0]
+    wanted = f"{key}: has no effect with connection.kind={kind}; leave it out"
+    status, out, err = mhc(capfd, "train", "--dry-run", pair, chosen)
+    assert (status, out, err) == (2, "", f"mhc: error: {wanted}\n")
+    base = ["compare", "--data", text_file, "--out", tmp_path / "c", *SMALL]
+    local = f"{kind}:{pair.removeprefix('connection.')}"
+    for arguments in (["--variant", local], ["--variant", kind, pair]):
+        status, out, err = mhc(capfd, *base, *arguments)
+        assert (status, out) == (2, "")
+        assert wanted in err
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_key_that_one_variant_reads_is_for_that_one(capfd, tmp_path, text_file):
+    base = ["compare", "--data", text_file, "--out", tmp_path / "c", *SMALL]
+    assert mhc(capfd, *base, "connection.constraint=identity")[0] == 0
+
+
+def test_the_variants_decide_on_the_kind(capfd, tmp_path, text_file):
+    base = ["compare", "--data", text_file, "--out", tmp_path / "c", *SMALL]
+    status, _, err = mhc(capfd, *base, "connection.kind=hc")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "connection.kind: is what --variant decides" in err
+    assert not (tmp_path / "c").exists()
+
+
+def test_keys_of_a_file_that_have_no_effect_are_left_alone(capfd, tmp_path, text_file):
+    run = tmp_path / "run"
+    residual = ["connection.kind=residual", *SMALL]
+    assert mhc(capfd, "train", "--data", text_file, "--out", run, *residual)[0] == 0
+    again = ["train", "--config", run / "config.json", "--dry-run"]
+    assert mhc(capfd, *again)[0] == 0
+    assert mhc(capfd, *again, "connection.streams=8")[0] == 2
+    assert mhc(capfd, *again, "connection.kind=mhc", "connection.streams=8")[0] == 0
+
+
+def test_every_command_has_an_example_of_its_own(capfd):
+    def leaves(group, path):
+        for name, command in group.commands.items():
+            yield [*path, name]
+            yield from leaves(command, [*path, name]) if hasattr(command, "commands") else ()
+
+    for path in leaves(commands, []):
+        status, out, _ = mhc(capfd, *path, "--help")
+        assert status == 0
+        assert f"\n  mhc {' '.join(path)}" in out
