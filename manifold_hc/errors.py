@@ -75,13 +75,20 @@ class LostProcessError(ManifoldError, RuntimeError):
     """A process of a run of several that has gone away, or does not answer."""
 
 
+LARGEST_SIZE = 2**31 - 1
+"""Up to which a size or a count may go: products of two of them fit into 64 bits."""
+
+
 def require_number(config: object, *names: str, positive: bool = False) -> None:
     """Raise ConfigError for the first of `config`'s `names` that is not finite and from 0 on.
 
-    With `positive`, 0 is refused too; None is a default that somebody else fills in.
+    With `positive`, 0 is refused too. A whole number is refused above `LARGEST_SIZE`. None is a
+    default that is filled in later.
     """
     for name in names:
         value = getattr(config, name)
+        if isinstance(value, int):
+            _require_no_larger(name, value)
         if value is None or (math.isfinite(value) and (value > 0 or (value == 0 and not positive))):
             continue
         wanted = "a number above 0" if positive else "a number from 0 on"
@@ -89,7 +96,19 @@ def require_number(config: object, *names: str, positive: bool = False) -> None:
 
 
 def require_at_least_one(config: object, *names: str) -> None:
-    """Raise ConfigError for the first of `config`'s sizes `names` that is below 1."""
+    """Raise ConfigError for the first of `config`'s sizes `names` not from 1 to `LARGEST_SIZE`."""
     for name in names:
         if (value := getattr(config, name)) < 1:
-            raise ConfigError(f"{name}: must be at least 1 but is {value}")
+            raise ConfigError(f"{name}: must be at least 1 but is {shown(value)}")
+        _require_no_larger(name, value)
+
+
+def _require_no_larger(name: str, value: int) -> None:
+    if value > LARGEST_SIZE:
+        raise ConfigError(f"{name}: must be at most {LARGEST_SIZE} but is {shown(value)}")
+
+
+def shown(number: int) -> str:
+    """A whole number as text; only its length where it has more digits than a line should."""
+    digits = math.ceil(abs(number).bit_length() * math.log10(2))
+    return str(number) if digits <= 40 else f"a number of {digits} digits"

@@ -59,8 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(_with_notes(error), 128 + error.signal)
     except ManifoldError as error:
         _fail(_with_notes(error), 1)
-    except RuntimeError as error:
-        if "allocate memory" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and "allocate memory" not in str(error):
             raise
         _fail("not enough memory for this configuration; make model or batch smaller", 1)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough

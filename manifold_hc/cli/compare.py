@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -14,7 +15,7 @@ from manifold_hc.compare import Variant
 from manifold_hc.config import ConnectionConfig
 from manifold_hc.errors import ConfigError, StoppedError
 from manifold_hc.parallel import ParallelConfig
-from manifold_hc.training import check
+from manifold_hc.training import check, require_memory
 
 
 @click.command(cls=RunCommand)
@@ -66,6 +67,8 @@ def compare(
     if config.parallel != ParallelConfig():
         raise ConfigError("compare: trains in one process; leave the keys of parallel alone")
     chosen = [parse_variant(text, config.connection) for text in dict.fromkeys(variants)]
+    for variant in chosen:
+        require_memory(replace(config, connection=variant.connection))
     corpus = load(config.data)
     check(config, corpus)
     refuse_if_in_use(out)

@@ -98,6 +98,7 @@ def _run(
 
     path = folder.path
     require_started(config.parallel)
+    training.require_memory(config)
     corpus = load(config.data)
     device = training.check(config, corpus).device
     with joined(config.parallel, device) as processes, ExitStack() as held:

@@ -14,7 +14,7 @@ from manifold_hc.training.config import (
 from manifold_hc.training.folder import RunFolder
 from manifold_hc.training.journal import Observer
 from manifold_hc.training.presets import PRESETS, preset
-from manifold_hc.training.trainer import check, train
+from manifold_hc.training.trainer import check, require_memory, train
 
 __all__ = [
     "PRESETS",
@@ -27,5 +27,6 @@ __all__ = [
     "TrainingConfig",
     "check",
     "preset",
+    "require_memory",
     "train",
 ]

@@ -1,5 +1,6 @@
 """The configuration of a run: one tree, every key usable as `key=value` on the command line."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
@@ -7,9 +8,10 @@ import torch
 
 from manifold_hc.config import ConnectionConfig
 from manifold_hc.data import DataConfig
-from manifold_hc.errors import ConfigError, require_at_least_one, require_number
+from manifold_hc.errors import ConfigError, require_at_least_one, require_number, shown
 from manifold_hc.models import DecoderConfig
 from manifold_hc.parallel.config import SPLITTING, ParallelConfig
+from manifold_hc.training.size import require_possible
 
 LARGEST_SEED = 2**32 - 1
 
@@ -135,7 +137,10 @@ class RunConfig:
     """How many processes share it."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for sections that do not go together."""
+        """Raise ConfigError for sections that do not go together, or cannot be saved."""
+        for key, value in leaves(self):
+            _require_storable(key, value)
+        require_possible(self.model, self.connection)
         experts, sharing = self.model.experts.routed, self.parallel.experts
         if sharing > 1 and (experts == 0 or experts % sharing):
             raise ConfigError(
@@ -188,6 +193,29 @@ class RunConfig:
                     "computes gradients of inputs and of weights apart; "
                     "take 1F1B or Interleaved1F1B"
                 )
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of every key of a configuration, or of a section of it."""
+    for member in fields(config):
+        key, value = f"{prefix}{member.name}", getattr(config, member.name)
+        if is_dataclass(value):
+            yield from leaves(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _require_storable(key: str, value: Any) -> None:
+    """Raise ConfigError for a value that `config.json` cannot hold, or that names no file."""
+    for item in value if isinstance(value, tuple) else (value,):
+        if isinstance(item, int) and not -(2**63) <= item < 2**63:
+            raise ConfigError(f"{key}: must fit into 64 bits but is {shown(item)}")
+        if isinstance(item, str) and not _is_text(item):
+            raise ConfigError(f"{key}: must be UTF-8 without the character 0 but is {item!r}")
+
+
+def _is_text(value: str) -> bool:
+    return "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 FIXED = ("model", "connection", "data", "training.seed")

@@ -32,6 +32,7 @@ from manifold_hc.training.checkpoint import Checkpoints
 from manifold_hc.training.config import RunConfig
 from manifold_hc.training.folder import RunFolder
 from manifold_hc.training.journal import Journal, ObserverFactory, require_tensorboard
+from manifold_hc.training.size import require_room
 from manifold_hc.training.state import TrainState
 from manifold_hc.training.step import count_targets, loss_of, take_step
 from manifold_hc.training.stopping import StopRequest, stop_requests
@@ -184,6 +185,14 @@ def check(config: RunConfig, corpus: Corpus) -> Ready:
         for part in corpus.split(data.sequence, data.validation)
     )
     return Ready(seen, held_out, find_device(training.device))
+
+
+def require_memory(config: RunConfig) -> None:
+    """Raise ConfigError where the model's weights and their state exceed the device's memory."""
+    parallel = config.parallel
+    shares = parallel.pipeline * parallel.shard * parallel.tensor
+    device = find_device(config.training.device)
+    require_room(config.model, config.connection, device, shares)
 
 
 def own_part(batches: Batches, first: int, processes: Processes) -> Batch:

@@ -202,8 +202,17 @@ def test_a_folder_of_somebody_else_is_left_as_it_is(capfd, tmp_path, text_file):
         assert (status, err.count("\n")) == (2, 1)
 
 
-def test_a_model_too_large_is_one_line(capfd, tmp_path, text_file):
-    huge = ["model.channels=100000000000", "--out", tmp_path / "run"]
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_a_model_too_large_is_refused_before_anything_is_read(capfd, tmp_path, command):
+    huge = ["model.channels=3000000", "--data", tmp_path / "nowhere", "--out", tmp_path / "run"]
+    status, out, err = mhc(capfd, command, *huge)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("mhc: error: model: weights, gradients and optimizer state need ")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_too_large_is_one_line(capfd, tmp_path, text_file):
+    huge = ["training.batch=2000000000", "--out", tmp_path / "run"]
     status, _, err = mhc(capfd, "train", "--data", text_file, *huge)
     assert status == 1
     assert err.splitlines()[-1].startswith("mhc: error: not enough memory")
