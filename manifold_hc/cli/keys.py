@@ -14,6 +14,9 @@ from manifold_hc.errors import ConfigError
 
 Config = TypeVar("Config")
 
+LONGEST = 200
+"""Characters of a value that an error repeats."""
+
 
 def override(
     config: Config, pairs: Sequence[str], values: Mapping[str, object] | None = None
@@ -52,7 +55,7 @@ def override_from(config: Config, file: Path) -> Config:
     """
     try:
         return _merged(config, msgspec.json.decode(file.read_bytes(), type=dict[str, Any]))
-    except (msgspec.MsgspecError, UnicodeDecodeError, ConfigError) as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError, ConfigError) as error:
         raise ConfigError(f"config: {file}: {error}") from None
 
 
@@ -151,9 +154,14 @@ def _parsed(key: str, new: Any, hint: Any) -> Any:
         value = [part.strip() for part in new.split(",") if part.strip()]
     try:
         return msgspec.convert(value, hint, strict=False)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeError) as error:
         reason = "" if get_origin(hint) is not tuple else f" ({error})"
-        raise ConfigError(f"{key}: must be {_wanted(hint)} but is {new!r}{reason}") from None
+        raise ConfigError(f"{key}: must be {_wanted(hint)} but is {_quoted(new)}{reason}") from None
+
+
+def _quoted(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def _wanted(hint: Any) -> str:

@@ -84,7 +84,7 @@ def read_json(file: Path) -> Any:
         return msgspec.json.decode(file.read_bytes())
     except FileNotFoundError:
         raise RunFolderError(f"run folder: {file.parent} has no {file.name}") from None
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise RunFolderError(f"run folder: {file} is damaged: {error}") from None
 
 

@@ -15,7 +15,7 @@ from manifold_hc.training import RunConfig, RunFolder
 
 pytestmark = pytest.mark.usefixtures("unchecked")
 
-EXAMPLES = int(os.environ.get("MHC_FUZZ_EXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("MHC_FUZZ_EXAMPLES", "25"))
 """More of them by hand: MHC_FUZZ_EXAMPLES=2000 pytest tests/cli/test_fuzz.py."""
 
 quick = settings(
@@ -95,6 +95,7 @@ PAIRS = st.lists(
 @example(pairs=["data.paths=x\udcff"], name="tiny")
 @example(pairs=["data.text_key=\ud800"], name="tiny")
 @example(pairs=["data.tokenizer=a\0b"], name="tiny")
+@example(pairs=["model.vocabulary=\ud800"], name="tiny")
 @example(pairs=["\ud800=1"], name="tiny")
 def test_keys(pairs, name):
     require_an_answer(answer("train", "--dry-run", "--preset", name, *pairs))
@@ -162,3 +163,11 @@ def test_bytes_of_a_file(tmp_path_factory, cut, put, drop):
     file = tmp_path_factory.mktemp("fuzz") / "config.json"
     file.write_bytes(content[:cut] + put + content[cut + drop :])
     require_an_answer(answer("train", "--dry-run", "--config", file))
+
+
+def test_a_file_nested_without_end(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text('{"model":' * 100_000)
+    require_an_answer(answer("train", "--dry-run", "--config", file))
+    with pytest.raises(RunFolderError, match="is damaged"):
+        RunFolder(tmp_path).config()
