@@ -96,11 +96,11 @@ def test_the_rows_are_what_the_runs_measured(finished):
     own = [r for r in runs if r.variant == "hc"]
     losses = [r.summary["validation_loss"] for r in own]
     assert row.validation_loss == pytest.approx(sum(losses) / 2)
-    assert row.interval == pytest.approx(12.706 * abs(losses[0] - losses[1]) / 2, rel=1e-6)
+    assert row.interval == pytest.approx(12.7062047 * abs(losses[0] - losses[1]) / 2, rel=1e-6)
     base = [r.summary["validation_loss"] for r in runs if r.variant == "residual"]
     paired = [a - b for a, b in zip(losses, base, strict=True)]
     assert row.difference == pytest.approx(sum(paired) / 2)
-    assert row.difference_interval == pytest.approx(12.706 * abs(paired[0] - paired[1]) / 2)
+    assert row.difference_interval == pytest.approx(12.7062047 * abs(paired[0] - paired[1]) / 2)
     gains = [r["gain_backward"] for run in own for r in run.metrics if r["event"] == "gain"]
     assert row.largest_backward_gain == max(gains)
     norms = [r["gradient_norm"] for run in own for r in run.metrics if r["event"] == "step"]
