@@ -1,7 +1,7 @@
 """One sublayer's connection: residual, hyper-connection (HC) or manifold-constrained (mHC)."""
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -18,11 +18,52 @@ Branch = Callable[[Tensor], Tensor]
 """A sublayer, its own norm inside unless the connection has it: [..., C] -> [..., C]."""
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether hooks see it run, its own or those on all modules."""
-    everywhere = nn.modules.module
+_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
+
+KNOWN_FORWARDS: dict[type, Callable[..., Any]] = {}
+"""The forwards that kernels and recompute stand in for, as their classes were written."""
+
+
+def is_written(kind: type, forward: Callable[..., Any]) -> bool:
+    """True if the class body itself defines this forward: neither patched in later nor wrapped."""
+    code = getattr(forward, "__code__", None)
+    return (
+        code is not None
+        and code.co_qualname == f"{kind.__qualname__}.forward"
+        and forward.__module__ == kind.__module__
+    )
+
+
+def known_forward(kind: type) -> Callable[..., Any] | None:
+    """The forward that kernels and recompute may stand in for, by class.
+
+    Either the one in `KNOWN_FORWARDS`, or the one of the class that defines `input_norm`, which
+    promises what its forward computes. A subclass that overrides forward alone has none.
+    """
+    for base in kind.__mro__:
+        if base in KNOWN_FORWARDS:
+            return KNOWN_FORWARDS[base]
+        if "input_norm" in vars(base):
+            made: Callable[..., Any] = cast(type[nn.Module], base).forward
+            return made if any(is_written(owner, made) for owner in base.__mro__) else None
+    return None
+
+
+def is_altered(module: nn.Module) -> bool:
+    """True if a call runs something besides its class's forward.
+
+    That is a replaced or compiled forward, hooks of its own or on all modules, or a
+    parametrization of its weights (`torch.nn.utils.parametrize`).
+    """
+    everywhere, kind = nn.modules.module, type(module)
     return any(
         (
+            kind.__call__ is not _CALL,
+            # Of the instance, not of its __dict__, whose changes torch.compile does not notice.
+            getattr(module._call_impl, "__func__", None) is not _CALL_IMPL,
+            getattr(module.forward, "__func__", None) is not kind.forward,
+            module._compiled_call_impl is not None,
+            "parametrizations" in module._modules,
             module._forward_hooks,
             module._forward_pre_hooks,
             module._backward_hooks,
@@ -35,15 +76,24 @@ def is_watched(module: nn.Module) -> bool:
     )
 
 
-def known_norm(norm: Branch, x: Tensor) -> InputNorm | None:
-    """The norm as a kernel takes it, if it is one that a kernel knows.
+def runs_known_forward(module: nn.Module) -> bool:
+    """True if a call of the module runs `known_forward` and nothing else.
 
-    That is an RMSNorm of torch's over C, in x's own dtype and with an epsilon, or one that says so
-    by `input_norm(dtype)`; and nobody watches it run.
+    The one condition under which a kernel may compute the module, and backward may run it again.
+    """
+    known = known_forward(type(module))
+    return known is not None and type(module).forward is known and not is_altered(module)
+
+
+def known_norm(norm: Branch, x: Tensor) -> InputNorm | None:
+    """The norm as a kernel takes it, or None where the norm itself must run.
+
+    A kernel takes an RMSNorm over C: torch's in x's own dtype and with an epsilon, or one with a
+    method `input_norm(dtype)`. A norm whose forward is replaced, hooked or compiled runs itself.
     """
     if not isinstance(norm, nn.RMSNorm) or norm.normalized_shape != x.shape[-1:]:
         return None
-    if is_watched(norm):
+    if not runs_known_forward(norm):
         return None
     if callable(known := getattr(norm, "input_norm", None)):
         return cast(InputNorm, known(x.dtype))
@@ -154,3 +204,9 @@ class Connection(nn.Module):
     def extra_repr(self) -> str:
         """Kind, streams and channels."""
         return f"{self.config.kind}, streams={self.config.n}, channels={self.channels}"
+
+
+KNOWN_FORWARDS.update({kind: kind.forward for kind in (Connection, Maps, ResidualMaps)})
+KNOWN_FORWARDS.update(
+    {kind: kind.forward for kind in (nn.RMSNorm, nn.LayerNorm) if is_written(kind, kind.forward)}
+)

@@ -21,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
 from manifold_hc import functional
-from manifold_hc.connection import Branch, Connection, is_watched
+from manifold_hc.connection import Branch, Connection, is_altered, runs_known_forward
 from manifold_hc.functional import InputNorm, Reading
 from manifold_hc.maps import Unwritten
 
@@ -218,7 +218,7 @@ class Recording:
     ) -> None:
         """Take over a sublayer: its streams and inputs become handles wherever they are saved."""
         reading = unwritten.reading
-        hooked = is_watched(connection) or is_watched(connection.maps)
+        hooked = not all(map(runs_known_forward, (connection, connection.maps)))
         post, res = reading.post.detach(), reading.res.detach()
         if unwritten.config.kind == "residual":  # which adds, whatever its maps say
             post, res = torch.ones_like(post), torch.ones_like(res)
@@ -341,9 +341,8 @@ class Forgetful(torch.autograd.Function):
 
 
 def may_run_again(norm: nn.Module) -> bool:
-    """Whether it is known to give the same for the same input, and nobody notices."""
-    known = type(norm) in (nn.RMSNorm, nn.LayerNorm) or hasattr(norm, "input_norm")
-    return known and not any(map(is_watched, norm.modules()))
+    """True if the norm is pure and unaltered, parts included, so that backward may run it again."""
+    return runs_known_forward(norm) and not any(map(is_altered, norm.modules()))
 
 
 def is_read(reading: Reading, norm: InputNorm | None, backend: str) -> bool:

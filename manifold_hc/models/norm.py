@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
+from manifold_hc.connection import KNOWN_FORWARDS
 from manifold_hc.functional import InputNorm
 
 
@@ -21,3 +22,6 @@ class RMSNorm(nn.RMSNorm):
             return None
         wide = torch.promote_types(dtype, torch.float32)
         return InputNorm(self.weight.to(dtype).to(wide), self.eps)
+
+
+KNOWN_FORWARDS[RMSNorm] = RMSNorm.forward

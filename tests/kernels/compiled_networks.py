@@ -6,6 +6,7 @@ import torch
 
 import manifold_hc as mhc
 from manifold_hc.config import ConnectionConfig
+from manifold_hc.models.norm import RMSNorm
 
 
 def network(backend, **options):
@@ -39,6 +40,18 @@ def check(backend, branch=torch.sin, compiler="aot_eager", fullgraph=True, dynam
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def check_replaced(kind):
+    """A norm whose forward is replaced after it was compiled runs itself from then on."""
+    torch._dynamo.reset()
+    stack, h = mhc.Stack(8, ConnectionConfig(), 2), torch.randn(3, 8)
+    norms = [kind(8, eps=1e-5) for _ in range(2)]
+    run = torch.compile(lambda h: stack(h, [torch.sin] * 2, norms), backend="eager", fullgraph=True)
+    torch.testing.assert_close(run(h), stack(h, [torch.sin] * 2, norms))
+    norms[1].forward = lambda u: 2 * u
+    inside = [lambda u: norms[0](u).sin(), lambda u: (2 * u).sin()]
+    torch.testing.assert_close(run(h), stack(h, inside))
+
+
 if __name__ == "__main__":
     backend = sys.argv[1]
     check(backend)
@@ -47,3 +60,5 @@ if __name__ == "__main__":
     check(backend, branch=breaking, fullgraph=False)
     check("auto", dynamic=True)
     check(backend, compiler="inductor")
+    check_replaced(torch.nn.RMSNorm)
+    check_replaced(RMSNorm)
