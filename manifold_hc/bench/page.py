@@ -30,6 +30,8 @@ from manifold_hc.bench.results import Record, load
 from manifold_hc.bench.stacks import StackTable
 from manifold_hc.bench.step import StepTable
 
+CHART = "![One connection, forward and backward, by implementation](images/benchmarks.svg)"
+
 PAGE = Path("docs/benchmarks.md")
 
 TITLES = {"cpu": "CPU", "cuda": "GPU"}
@@ -46,8 +48,15 @@ paper's models and adds them up to its full depth; the overhead is what mHC adds
 share of the whole step with residual connections. `mhc bench memory` counts what a stack of
 connections holds for its backward pass, by the length of the blocks that recompute rebuilds.
 
-To measure on your machine: `pip install 'manifold-hc[bench]'`, then `mhc bench ops --save`,
-`mhc bench step --preset 3b --save`, `mhc bench memory --save`, `mhc bench page`.
+To measure on your machine, and make this page and the chart again:
+
+```bash dry
+pip install 'manifold-hc[bench]'
+mhc bench ops --save
+mhc bench step --preset 3b --save
+mhc bench memory --save
+mhc bench page
+```
 """
 
 
@@ -55,6 +64,8 @@ def page(folder: Path) -> str:
     """The page in Markdown. Raises DataError for a file that is no result."""
     records = [load(file) for file in sorted(folder.glob("*.json"))]
     lines = [INTRODUCTION]
+    if any(record.ops for record in records):
+        lines += [CHART, ""]
     for kind, title in TITLES.items():
         lines += [f"## {title}", ""]
         mine = _newest([record for record in records if record.machine.kind == kind])

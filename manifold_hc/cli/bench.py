@@ -255,15 +255,21 @@ def memory(
     help="The page.",
 )
 def page(results: Path, out: Path) -> None:
-    """Make the page of all benchmarks from the result files.
+    """Make the page of all benchmarks from the result files, and images/benchmarks.svg beside it.
 
     \b
     mhc bench page
     """
+    from manifold_hc.bench.chart import chart
     from manifold_hc.bench.page import page
 
     write_atomically(out, page(results))
     click.echo(f"page: {out}")
+    if drawn := chart(results):
+        file = out.parent / "images/benchmarks.svg"
+        file.parent.mkdir(exist_ok=True)
+        write_atomically(file, drawn)
+        click.echo(f"chart: {file}")
 
 
 def _write(device: str, save: bool, json_file: Path | None, **tables: Any) -> None:

@@ -1,16 +1,20 @@
-"""Result files and the page that is made from them."""
+"""Result files, and the page and the chart that are made from them."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from manifold_hc.bench import results
+from manifold_hc.bench.chart import chart
 from manifold_hc.bench.page import page
 from manifold_hc.cli.bench import _command
 from manifold_hc.errors import DataError
 from tests.cli.test_commands import mhc
 
 ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+OPS = "amd-epyc-avx512-2026-11-23-ops.json"
 
 
 def test_a_result_comes_back_as_it_was(tmp_path, ops_table, step_table):
@@ -62,7 +66,30 @@ def test_the_newest_of_a_device_counts(tmp_path, ops_table):
 
 def test_the_committed_page_is_what_the_files_say():
     committed = ROOT / "docs" / "benchmarks.md"
-    assert committed.read_text() == page(ROOT / "benchmarks" / "results")
+    assert committed.read_text() == page(RESULTS)
+
+
+def test_the_committed_chart_is_what_the_files_say():
+    drawn = chart(RESULTS)
+    committed = (ROOT / "docs" / "images" / "benchmarks.svg").read_bytes()
+    assert labels(drawn) == labels(committed)
+
+
+def test_the_chart_has_a_bar_for_every_implementation_that_was_timed(tmp_path, ops_table):
+    assert chart(tmp_path) is None
+    results.save(results.record("cpu", "mhc bench ops", [ops_table]), tmp_path)
+    drawn = labels(chart(tmp_path))
+    timed = [row for row in ops_table.rows if row.state == "timed"]
+    for row in timed:
+        assert row.implementation in drawn
+        assert f"{1e3 * row.total:.3g}" in drawn
+    assert "wrong but fast" not in drawn
+    assert chart(tmp_path) == chart(tmp_path)
+
+
+def labels(svg):
+    """The texts in an SVG, whatever version of matplotlib has placed them."""
+    return re.findall(r"<text[^>]*>([^<]*)</text>", svg.decode())
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -71,6 +98,9 @@ def test_page_command(capfd, tmp_path):
     status, printed, _ = mhc(capfd, "bench", "page", "--results", tmp_path, "--out", out)
     assert (status, printed) == (0, f"page: {out}\n")
     assert out.read_text() == page(tmp_path)
+    (tmp_path / "ops.json").write_bytes((RESULTS / OPS).read_bytes())
+    _, printed, _ = mhc(capfd, "bench", "page", "--results", tmp_path, "--out", out)
+    assert printed == f"page: {out}\nchart: {tmp_path / 'images/benchmarks.svg'}\n"
     (tmp_path / "broken.json").write_text("{}")
     with pytest.raises(DataError, match=r"broken\.json is no result file"):
         page(tmp_path)

@@ -1,0 +1,287 @@
+"""Every block of README and docs runs; how a block is marked says how.
+
+| block | what happens to it |
+|---|---|
+| ```python | runs; the blocks of a page share their names; `>>>` is compared as doctest does |
+| ```bash | runs, `mhc train` and `mhc compare` with a small model and few steps |
+| ```bash dry | takes minutes, the network, several processes or a GPU: its lines are parsed |
+| ```diff, ```text, ```json | is not run; the README's diff has a test of its own |
+"""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from itertools import takewhile
+from pathlib import Path
+from types import SimpleNamespace
+
+import click
+import pytest
+import torch
+from sybil import Sybil
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
+from torch import nn
+
+import manifold_hc as mhc
+from manifold_hc.cli import commands, main
+from manifold_hc.cli.options import Wanted
+from manifold_hc.errors import ConfigError
+from tests.conftest import generated_text
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+LANGUAGES = {"python", "bash", "bash dry", "diff", "text", "json"}
+
+SMALL = [
+    "model.channels=16",
+    "model.blocks=2",
+    "model.feed_forward=16",
+    "data.sequence=16",
+    "training.batch=2",
+    "training.validation_batches=1",
+    "checkpoint.best=false",
+]
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, bpe):
+    """A folder with the files that the pages speak of; the working directory."""
+    text = generated_text(6_000)
+    (tmp_path / "books").mkdir()
+    for name in ("book.txt", "books/one.txt", "books/two.txt"):
+        (tmp_path / name).write_text(text)
+    for name in ("more.jsonl", "code.jsonl"):
+        (tmp_path / name).write_text(f'{{"text": "{text[:2000].replace(chr(10), " ")}"}}\n' * 3)
+    shutil.copy(bpe(300), tmp_path / "tokenizer.json")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def blocks():
+    """A function from a page to its examples, in their order."""
+    parsers = [
+        PythonCodeBlockParser(),
+        CodeBlockParser("bash", run_commands),
+        CodeBlockParser("bash dry", parse_commands),
+    ]
+    return lambda page: Sybil(parsers, path=str(ROOT)).parse(page).examples()
+
+
+@every_page
+def test_blocks_run(page, blocks, folder, unchecked):
+    for block in blocks(page):
+        block.evaluate()
+
+
+@every_page
+def test_code_is_fenced_and_its_language_is_known(page):
+    fenced, before = False, ""
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        if match := re.match(r"\s*(?:> )?```(.*)", line):
+            fenced = not fenced
+            assert not fenced or match[1] in LANGUAGES, f"{page.name}:{number}"
+        elif not fenced and not before.strip():
+            assert not line.startswith("    "), f"{page.name}:{number}: indented code"
+        before = line
+    assert not fenced
+
+
+@every_page
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+def test_the_index_names_every_page():
+    index = (ROOT / "docs/README.md").read_text()
+    for page in PAGES:
+        if page.parent.name == "docs" and page.name != "README.md":
+            assert f"({page.name})" in index
+
+
+def test_the_readmes_first_block_prints_gains_in_an_empty_folder(tmp_path):
+    block = next(iter(fences("python")))
+    (tmp_path / "first.py").write_text(block)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "first.py"],
+        cwd=tmp_path,
+        env={**__import__("os").environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    forward, backward = (float(figure) for figure in re.findall(r"\d\.\d+", done.stdout))
+    assert forward == pytest.approx(1, abs=1e-3)
+    assert backward == pytest.approx(1, abs=0.05)
+    assert len(block.splitlines()) <= 20
+
+
+def test_the_readmes_diff_gives_a_block_that_starts_as_the_old_one():
+    diff = next(iter(fences("diff")))
+    block, rest = diff.split(" # GPT.__init__\n")
+    _, rest = rest.split(" # GPT.forward\n")
+
+    class CausalSelfAttention(nn.Linear):
+        def __init__(self, config):
+            super().__init__(config.n_embd, config.n_embd)
+
+    class GPT(nn.Module):
+        def __init__(self, Block, *layer):
+            super().__init__()
+            h = nn.ModuleList(Block(config, *layer[: i + 1][-1:]) for i in range(3))
+            self.transformer = nn.ModuleDict({"drop": nn.Identity(), "h": h, "ln_f": nn.Identity()})
+
+    config = SimpleNamespace(n_embd=8, bias=False)
+    outputs = []
+    for side, layers in (("-", ()), ("+", (0, 1, 2))):
+        names = {
+            "nn": nn,
+            "LayerNorm": lambda C, bias: nn.LayerNorm(C, bias=bias),
+            "CausalSelfAttention": CausalSelfAttention,
+            "MLP": CausalSelfAttention,
+        }
+        exec(one_side(block, side), names)
+        torch.manual_seed(0)
+        gpt = GPT(names["Block"], *layers)
+        names |= {"self": gpt, "tok_emb": torch.randn(2, 5, 8), "pos_emb": torch.randn(5, 8)}
+        exec(one_side(rest, side), names)
+        outputs.append(names["x"])
+    torch.testing.assert_close(*outputs)
+
+
+def test_a_marked_command_with_a_mistake_is_found(folder):
+    for line in (
+        "mhc train trainin.steps=3",
+        "mhc trian",
+        "mhc bench ops --tokens many",
+        "torchrun --nproc-per-nod 2 -m manifold_hc train",
+        "make tests",
+        "pip install 'manifold-hc[gpu]'",
+        "python examples/absent.py",
+        "nothing --known",
+    ):
+        with pytest.raises((click.ClickException, ConfigError, AssertionError, SystemExit)):
+            parse_line(line)
+
+
+def fences(language, page=ROOT / "README.md"):
+    """The sources of a page's blocks."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def one_side(diff, side):
+    """The lines of a diff on one side, "-" or "+", without the marks and the common indent."""
+    lines = [line[1:] for line in diff.splitlines() if line[:1] in ("", " ", side)]
+    indent = len(lines[0]) - len(lines[0].lstrip())
+    return "\n".join(line[indent:] for line in lines)
+
+
+def lines_of(script):
+    """Its commands: comments and line continuations are gone."""
+    joined = re.sub(r"\\\n\s*", "", script)
+    return [line for line in joined.splitlines() if shlex.split(line, comments=True)]
+
+
+def run_commands(block):
+    """Run the lines of a block that are commands of mhc; anything else is an error."""
+    for line in lines_of(block.parsed):
+        words = shlex.split(line, comments=True)
+        assert words[0] == "mhc", f"{line!r}: only mhc is run here; mark the block: bash dry"
+        try:
+            main(shrunk(words[1:]))
+        except SystemExit as stop:
+            raise AssertionError(f"{line!r} ended with status {stop.code}") from None
+
+
+def shrunk(arguments):
+    """The same command for a small model; one that goes on makes steps beyond those it has."""
+    if arguments[0] not in ("train", "compare") or {"--dry-run", "--help"} & set(arguments):
+        return arguments
+    if "--resume" not in arguments:
+        experts = ["model.experts.width=16"] if "tiny-moe" in arguments else []
+        return [*arguments, *SMALL, *experts, "training.steps=2"]
+    run = Path(arguments[arguments.index("--resume") + 1])
+    done = len((run / "metrics.jsonl").read_text().splitlines())
+    return [*arguments, f"training.steps={done + 1}"]
+
+
+def parse_commands(block):
+    """Check the lines of a block, without running them; of a script, what it would start."""
+    if block.parsed.startswith("#!"):
+        parse_line(shlex.join(job_of(block.parsed)))
+        return
+    for line in lines_of(block.parsed):
+        parse_line(line)
+
+
+def job_of(script):
+    """The command that a Slurm script hands to srun."""
+    stubs = 'scontrol() { echo node; }; srun() { printf "%s\\n" "$@"; }; set -eu\n'
+    command = ["bash", "-c", stubs + script]
+    done = subprocess.run(
+        command, env={"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def parse_line(line):
+    """Raise for a command line that its program would refuse."""
+    words = shlex.split(line, comments=True)
+    words = words[len(list(takewhile(lambda word: re.match(r"\w+=", word), words))) :]
+    program, *rest = words
+    if program == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        options = get_args_parser().parse_args(rest)
+        program, rest = options.training_script, options.training_script_args
+        program = "mhc" if options.module else program
+    elif program == "python" and rest[:2] == ["-m", "manifold_hc"]:
+        program, rest = "mhc", rest[2:]
+    if program == "mhc":
+        parse_mhc(rest)
+    elif program == "make":
+        done = subprocess.run(["make", "-n", *rest], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    elif program == "pip":
+        parse_pip(rest)
+    elif program.endswith(".py"):
+        assert (ROOT / program).exists(), program
+    elif program == "python" and rest[0].endswith(".py"):
+        assert (ROOT / rest[0]).exists(), line
+    else:
+        known = ["git clone", "python -m", "cd", "source", ".venv/bin/pre-commit install"]
+        assert any(line.startswith(start) for start in known), f"{line!r}: unknown program"
+
+
+def parse_mhc(arguments):
+    command, rest = commands, list(arguments)
+    while isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
+        found = command.get_command(click.Context(command), rest[0])
+        assert found, f"mhc {' '.join(arguments)}: no command {rest[0]!r}"
+        command, rest = found, rest[1:]
+    if "--help" in rest:
+        return
+    if "--resume" in rest:
+        Path(rest[rest.index("--resume") + 1]).mkdir(parents=True, exist_ok=True)
+    given = command.make_context("mhc", rest).params
+    if "overrides" in given:
+        Wanted(given["preset"], None, given["data"], given["overrides"]).config()
+
+
+def parse_pip(words):
+    """Extras that the package has."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].keys()
+    for name in re.findall(r"(?:manifold-hc|\.)\[([\w,-]+)\]", " ".join(words)):
+        assert set(name.split(",")) <= extras, f"manifold-hc has no extra {name!r}"
+    assert words[0] == "install"
