@@ -26,7 +26,6 @@ from sybil import Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 from torch import nn
 
-import manifold_hc as mhc
 from manifold_hc.cli import commands, main
 from manifold_hc.cli.options import Wanted
 from manifold_hc.errors import ConfigError
@@ -123,7 +122,7 @@ def test_the_readmes_first_block_prints_gains_in_an_empty_folder(tmp_path):
     forward, backward = (float(figure) for figure in re.findall(r"\d\.\d+", done.stdout))
     assert forward == pytest.approx(1, abs=1e-3)
     assert backward == pytest.approx(1, abs=0.05)
-    assert len(block.splitlines()) <= 20
+    assert len(list(filter(None, block.splitlines()))) <= 16
 
 
 def test_the_readmes_diff_gives_a_block_that_starts_as_the_old_one():
