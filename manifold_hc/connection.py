@@ -194,6 +194,10 @@ class Connection(nn.Module):
             return None
         return known_norm(norm, x.reading.x)
 
+    def reset_parameters(self) -> None:
+        """Set the initial values that `Maps` names: the connection starts as a residual one."""
+        self.maps.reset_parameters()
+
     def _mixes_to_one(self) -> bool:
         """Whether the rows of res sum to 1 whatever its logits are."""
         return (

@@ -50,7 +50,10 @@ def _sinkhorn_paper(
 def _sinkhorn_deepseek_v4(
     logits: Float[Tensor, "source target *batch"], iterations: int, numerics: Numerics
 ) -> Float[Tensor, "target source *batch"]:
-    """Softmax over rows first, columns last, `hc_eps` in every denominator; res = comb^T."""
+    """Softmax over comb's rows first, its columns last; `hc_eps` in every denominator.
+
+    res = comb^T, so the rows of res come last and are exact, up to `hc_eps`.
+    """
     eps = numerics.hc_eps
     comb = logits.softmax(1) + eps
     comb = comb / (comb.sum(0, keepdim=True) + eps)
@@ -186,8 +189,8 @@ class Constraint:
 
     size: Callable[[int], int]
     """n -> number k of logits a token."""
-    initial: Callable[[int], Tensor]
-    """n -> their initial bias [k], at or near the identity."""
+    initial: Callable[[int], list[float]]
+    """n -> their k initial biases, at or near the identity."""
     build: Callable[[Tensor, int, int, Numerics], Tensor]
     """(logits [*batch, k], n, iterations, numerics) -> res [*batch, o, i]."""
     rows_sum_to_one: bool = True
@@ -202,12 +205,12 @@ def _oriented(res: Tensor, numerics: Numerics) -> Tensor:
     return res.mT if numerics.res_is_transposed else res
 
 
-def _near_identity(n: int) -> Tensor:
-    return torch.full((n, n), OFF_DIAGONAL).fill_diagonal_(0).flatten()
+def _near_identity(n: int) -> list[float]:
+    return [0.0 if i == o else OFF_DIAGONAL for o in range(n) for i in range(n)]
 
 
-def _first_of(size: int) -> Tensor:
-    return torch.full((size,), OFF_DIAGONAL).index_fill_(0, torch.tensor([0]), 0.0)
+def _first_of(size: int) -> list[float]:
+    return [0.0] + [OFF_DIAGONAL] * (size - 1)
 
 
 CONSTRAINTS: dict[str, Constraint] = {
@@ -220,7 +223,7 @@ CONSTRAINTS: dict[str, Constraint] = {
     ),
     "identity": Constraint(
         size=lambda n: 0,
-        initial=lambda n: torch.zeros(0),
+        initial=lambda n: [],
         build=lambda logits, n, iterations, numerics: identity(n, logits),
     ),
     "permutation": Constraint(
@@ -230,7 +233,7 @@ CONSTRAINTS: dict[str, Constraint] = {
     ),
     "kronecker": Constraint(
         size=lambda n: 2 * (n.bit_length() - 1),
-        initial=lambda n: _first_of(2).repeat(n.bit_length() - 1),
+        initial=lambda n: _first_of(2) * (n.bit_length() - 1),
         build=lambda logits, n, iterations, numerics: kronecker(logits, n),
     ),
     "exact": Constraint(
@@ -242,7 +245,7 @@ CONSTRAINTS: dict[str, Constraint] = {
     ),
     "none": Constraint(
         size=lambda n: n * n,
-        initial=lambda n: torch.eye(n).flatten(),
+        initial=lambda n: [float(i == o) for o in range(n) for i in range(n)],
         build=lambda logits, n, iterations, numerics: _oriented(_matrix(logits, n), numerics),
         rows_sum_to_one=False,
     ),

@@ -28,7 +28,7 @@ class WideModule(nn.Module):
     """
 
     def __init__(self) -> None:
-        """Parameters are made by the subclasses, in `_wide()`."""
+        """Parameters are made by the subclasses, in `wide_dtype()`."""
         super().__init__()
         self.register_load_state_dict_pre_hook(_widen_entries)
 
@@ -73,7 +73,15 @@ class Maps(WideModule):
     """The learned maps of one connection: streams, written or not -> `functional.Reading`.
 
     Parameters `phi`, `alpha` and `bias`, packed as `functional.coefficients` and
-    `functional.hc_coefficients` say. A forward hook here sees the streams and the coefficients that
+    `functional.hc_coefficients` say, in float32 or float64. Initial values (`reset_parameters`):
+
+    - `phi`: 0, or normal with standard deviation `phi_std`; `alpha`: `config.alpha`, 0.01.
+    - mhc's `bias`: pre -ln(n - 1), so that pre = 1/n (40 for n = 1); post 0.2 linspace(-1, 1, n),
+      so that the posts differ and average to 1; res 0 on the diagonal and -5 off it. With the
+      constraints permutation and kronecker, 0 for the identity and -5 for the others; with none, I.
+    - hc's `bias`: pre one-hot at stream `sublayer % n`, post 1, res I.
+
+    A forward hook here sees the streams and the coefficients that
     the forward pass uses; one that returns others replaces them, `u` included.
     """
 
@@ -84,19 +92,33 @@ class Maps(WideModule):
         super().__init__()
         self.config = config
         self.channels = channels
+        self.sublayer = sublayer
         self.learn_res = learn_res
-        n = config.n
-        initial = _hc_bias(n, sublayer) if config.kind == "hc" else _mhc_bias(n, config.mixing)
-        self.bias = nn.Parameter(initial.to(_wide()))
+        n, is_hc, wide = config.n, config.kind == "hc", wide_dtype()
+        k = n * n if is_hc else constraints.CONSTRAINTS[config.mixing].size(n)
+        self.bias = nn.Parameter(torch.empty(2 * n + k, dtype=wide))
         if config.dynamic:
-            shape = (2 + n, channels) if config.kind == "hc" else (len(initial), n * channels)
-            self.phi = nn.Parameter(torch.empty(shape, dtype=_wide()))
-            self.alpha = nn.Parameter(torch.full((3,), config.alpha, dtype=_wide()))
-            _fill(self.phi, config.phi_std)
+            shape = (2 + n, channels) if is_hc else (2 * n + k, n * channels)
+            self.phi = nn.Parameter(torch.empty(shape, dtype=wide))
+            self.alpha = nn.Parameter(torch.empty(3, dtype=wide))
         else:
             self.register_parameter("phi", None)
             self.register_parameter("alpha", None)
         self.requires_grad_(bool(self._live_parts()))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the initial values that the class names; only a `phi_std` draws random numbers."""
+        n, mixing = self.config.n, self.config.mixing
+        dtype, device = self.bias.dtype, self.bias.device
+        if self.config.kind == "hc":
+            self.bias.copy_(_hc_bias(n, self.sublayer, dtype, device))
+        else:
+            self.bias.copy_(_mhc_bias(n, mixing, dtype, device))
+        if self.phi is not None:
+            _fill(self.phi, self.config.phi_std)
+            self.alpha.fill_(self.config.alpha)
 
     def forward(
         self,
@@ -197,6 +219,9 @@ def first_read(pre: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
 class ResidualMaps(nn.Module):
     """The maps of a plain residual connection: one stream, every coefficient 1."""
 
+    def reset_parameters(self) -> None:
+        """Nothing to set: there are no parameters."""
+
     def forward(
         self,
         source: Float[Tensor, "*batch 1 C"] | Unwritten,
@@ -215,18 +240,27 @@ class ResidualMaps(nn.Module):
 class LearnedExit(WideModule):
     """DeepSeek-V4's exit: the streams summed with weights computed from them (`hc_head`).
 
-    Starts as the mean.
+    Starts as the mean: `phi` 0, or normal with standard deviation `phi_std`; `alpha`
+    `config.alpha`; `bias` -ln(n - 1), whose sigmoid is 1/n.
     """
 
     def __init__(self, channels: int, config: ConnectionConfig) -> None:
         """`phi` [n, nC], `alpha` [1], `bias` [n]."""
         super().__init__()
         self.config = config
-        n = config.n
-        self.phi = nn.Parameter(torch.empty(n, n * channels, dtype=_wide()))
-        self.alpha = nn.Parameter(torch.full((1,), config.alpha, dtype=_wide()))
-        self.bias = nn.Parameter(torch.full((n,), _logit_of_mean(n), dtype=_wide()))
-        _fill(self.phi, config.phi_std)
+        self.channels = channels
+        n, wide = config.n, wide_dtype()
+        self.phi = nn.Parameter(torch.empty(n, n * channels, dtype=wide))
+        self.alpha = nn.Parameter(torch.empty(1, dtype=wide))
+        self.bias = nn.Parameter(torch.empty(n, dtype=wide))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the initial values that the class names."""
+        _fill(self.phi, self.config.phi_std)
+        self.alpha.fill_(self.config.alpha)
+        self.bias.fill_(_logit_of_mean(self.config.n))
 
     def forward(self, x: Float[Tensor, "*batch n C"]) -> Float[Tensor, "*batch C"]:
         """[..., n, C] -> [..., C]."""
@@ -249,21 +283,22 @@ def _logit_of_mean(n: int) -> float:
     return -math.log(max(n - 1, math.exp(-SATURATED)))
 
 
-def _mhc_bias(n: int, constraint: str) -> Tensor:
+def _mhc_bias(n: int, constraint: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """pre = 1/n, post different for every stream with mean 1, res near the identity.
 
     The mean of the streams then moves exactly as the residual network's state.
     """
-    pre = torch.full((n,), _logit_of_mean(n))
-    position = (2 * torch.arange(n) - (n - 1)) / max(n - 1, 1)
-    return torch.cat([pre, POST_SPREAD * position, constraints.CONSTRAINTS[constraint].initial(n)])
+    pre = torch.full((n,), _logit_of_mean(n), dtype=dtype, device=device)
+    position = (2 * torch.arange(n, dtype=dtype, device=device) - (n - 1)) / max(n - 1, 1)
+    initial = constraints.CONSTRAINTS[constraint].initial(n)
+    res = torch.tensor(initial, dtype=dtype, device=device)
+    return torch.cat([pre, POST_SPREAD * position, res])
 
 
-def _hc_bias(n: int, sublayer: int) -> Tensor:
+def _hc_bias(n: int, sublayer: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Read stream `sublayer % n`, write to all, mix nothing (arXiv 2409.19606, equation 14)."""
-    pre = torch.zeros(n)
-    pre[sublayer % n] = 1
-    return torch.cat([pre, torch.ones(n), torch.eye(n).flatten()])
+    eye = torch.eye(n, dtype=dtype, device=device)
+    return torch.cat([eye[sublayer % n], torch.ones_like(eye[0]), eye.flatten()])
 
 
 def _fill(phi: Tensor, std: float) -> None:
@@ -272,7 +307,7 @@ def _fill(phi: Tensor, std: float) -> None:
         phi.normal_(0, std) if std else phi.zero_()
 
 
-def _wide() -> torch.dtype:
+def wide_dtype() -> torch.dtype:
     """float32, or float64 where that is torch's default."""
     return torch.promote_types(torch.get_default_dtype(), torch.float32)
 

@@ -75,6 +75,12 @@ class Stack(nn.Module):
         """Streams start equal, and stay so where nothing writes a different share to each."""
         return sublayer == 0 or "post" in self.config.disable
 
+    def reset_parameters(self) -> None:
+        """Set the initial values of every connection and of the exit, in depth order."""
+        for module in (*present(self.connections), self.exit):
+            if module is not None:
+                cast(Connection | LearnedExit, module).reset_parameters()
+
     def part(self, sublayers: Sequence[int]) -> "Stack":
         """The connections of consecutive sublayers, under the names that they have here.
 

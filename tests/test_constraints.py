@@ -169,14 +169,16 @@ def test_unconstrained_is_the_logits_row_major():
 def test_initial_bias_is_at_or_near_the_identity(name):
     for n in (1, 2, 4):
         build = CONSTRAINTS[name]
-        res = build.build(build.initial(n).double(), n, 20, PAPER)
+        res = build.build(torch.tensor(build.initial(n)).double(), n, 20, PAPER)
         assert (res - torch.eye(n)).abs().max() < 0.15, "far from the identity"
         if name not in ("identity", "none") and n > 1:
             assert res[0, 1] > 1e-3, "saturated: no gradient"
 
 
 def test_the_initial_sinkhorn_matrix_is_the_documented_one():
-    res = constraints.sinkhorn(CONSTRAINTS["sinkhorn"].initial(4).view(4, 4), 20, PAPER)
+    res = constraints.sinkhorn(
+        torch.tensor(CONSTRAINTS["sinkhorn"].initial(4)).view(4, 4), 20, PAPER
+    )
     assert res[0, 1].item() == pytest.approx(0.0066, abs=1e-4)
 
 

@@ -50,6 +50,14 @@ class LatentAttention(nn.Module):
         self.decompress = Linear(config.latent_size, heads * 2 * size)
         self.output = Linear(heads * size, channels)
 
+    def reset_parameters(self) -> None:
+        """Draw every matrix anew, as torch's linear layers do; the norm's weight becomes 1."""
+        self.query.reset_parameters()
+        self.compress.reset_parameters()
+        self.latent_norm.reset_parameters()
+        self.decompress.reset_parameters()
+        self.output.reset_parameters()
+
     def forward(
         self, u: Float[Tensor, "B T C"], documents: Documents | None = None
     ) -> Float[Tensor, "B T C"]:

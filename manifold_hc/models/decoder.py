@@ -1,10 +1,12 @@
 """A decoder, dense or with experts: tokens -> streams -> sublayers -> exit -> logits."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -86,16 +88,40 @@ class Decoder(nn.Module):
         self.norms = nn.ModuleList(RMSNorm(C, eps=config.norm_eps) for _ in self.branches)
         self.norm = RMSNorm(C, eps=config.norm_eps)
         self.head = nn.Linear(C, config.vocabulary, bias=False)
-        for parameter in self.parameters():
-            if parameter.ndim >= 2:
-                nn.init.normal_(parameter, std=config.init_std)
+        self._fill_matrices()
         self.stack = Stack(C, connection, config.sublayers, recompute)
 
     def _feed_forward(self, block: int) -> nn.Module:
         config = self.config
         if config.experts.routed and block >= config.experts.dense_blocks:
-            return Experts(config.channels, config.experts)
+            with _spared_draws():
+                experts = Experts(config.channels, config.experts)
+            _draw_shared(experts)
+            return experts
         return GatedFeedForward(config.channels, config.feed_forward)
+
+    def reset_parameters(self) -> None:
+        """Initialise anew, with the numbers that the constructor draws from the same random state.
+
+        Every matrix is normal with standard deviation `init_std`, every norm's weight 1, every
+        connection as `Maps` says. After `to_empty`, this makes a model of the meta device whole.
+        """
+        for module in (self.embedding, *self.branches, *self.norms, self.norm, self.head):
+            if isinstance(module, Experts):
+                with _spared_draws():
+                    module.reset_parameters()
+                _draw_shared(module)
+            elif module is not None:
+                cast(nn.Linear, module).reset_parameters()
+        self._fill_matrices()
+        self.stack.reset_parameters()
+
+    def _fill_matrices(self) -> None:
+        own = (self.embedding, self.branches, self.norms, self.norm, self.head)
+        for module in own:
+            for parameter in () if module is None else module.parameters():
+                if parameter.ndim >= 2:
+                    nn.init.normal_(parameter, std=self.config.init_std)
 
     def part(self, sublayers: Sequence[int]) -> "Decoder":
         """Consecutive sublayers, under the names that they have here, and the ends with them.
@@ -140,6 +166,18 @@ class Decoder(nn.Module):
             partial(branch, documents=groups) if isinstance(branch, LatentAttention) else branch
             for branch in branches
         ]
+
+
+def _spared_draws() -> AbstractContextManager[None]:
+    """Draws in here do not advance the random state of the CPU, which later draws begin with."""
+    return torch.random.fork_rng(devices=[])
+
+
+def _draw_shared(experts: Experts) -> None:
+    # Of a mixture the shared experts alone advance the random state before the decoder fills all
+    # matrices: recorded runs began with these numbers.
+    if experts.shared is not None:
+        experts.shared.reset_parameters()
 
 
 class ParameterCount(NamedTuple):

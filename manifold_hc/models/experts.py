@@ -1,5 +1,6 @@
 """Mixture of experts without drops (DeepSeekMoE, arXiv 2401.06066; routing of arXiv 2412.19437)."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from torch.nn.functional import grouped_mm, linear, silu
 
 from manifold_hc.autocast import compute_dtype
 from manifold_hc.errors import ConfigError, require_at_least_one, require_number
-from manifold_hc.maps import WideModule
+from manifold_hc.maps import WideModule, wide_dtype
 from manifold_hc.models.feed_forward import GatedFeedForward
 from manifold_hc.models.linear import here
 
@@ -60,9 +61,18 @@ class Router(WideModule):
         """channels: C; experts: E; active: K."""
         super().__init__()
         self.active = active
-        self.weight = nn.Parameter(torch.empty(experts, channels))
-        self.register_buffer("bias", torch.zeros(experts))
-        self.register_buffer("load", torch.zeros(experts, dtype=torch.int64), persistent=False)
+        self.weight = nn.Parameter(torch.empty(experts, channels, dtype=wide_dtype()))
+        self.register_buffer("bias", torch.empty(experts, dtype=wide_dtype()))
+        self.register_buffer("load", torch.empty(experts, dtype=torch.int64), persistent=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the weight [E, C] uniformly within 1/sqrt(C) of 0; bias and load become 0."""
+        bound = 1 / math.sqrt(self.weight.shape[-1])
+        self.weight.uniform_(-bound, bound)
+        self.bias.zero_()
+        self.load.zero_()
 
     def forward(self, tokens: Float[Tensor, "N C"]) -> tuple[Float[Tensor, "N K"], Tensor]:
         """Gates and indices [N, K] of the chosen experts."""
@@ -95,6 +105,14 @@ class RoutedExperts(nn.Module):
         E, width = config.routed, config.width
         self.gate_up = nn.Parameter(torch.empty(E, channels, 2 * width))
         self.down = nn.Parameter(torch.empty(E, width, channels))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw every weight W [E, in, out] uniformly within 1/sqrt(in) of 0."""
+        for weight in (self.gate_up, self.down):
+            bound = 1 / math.sqrt(weight.shape[-2])
+            weight.uniform_(-bound, bound)
 
     def forward(self, rows: Float[Tensor, "R C"], load: Int[Tensor, " E"]) -> Float[Tensor, "R C"]:
         """Rows in the order of experts, `load` of them for each."""
@@ -113,6 +131,13 @@ class Experts(nn.Module):
         self.router = Router(channels, config.routed, config.active)
         shared = config.shared * config.width
         self.shared = GatedFeedForward(channels, shared) if shared else None
+
+    def reset_parameters(self) -> None:
+        """Draw the weights of all experts and of the router anew; balancing begins anew."""
+        self.routed.reset_parameters()
+        self.router.reset_parameters()
+        if self.shared is not None:
+            self.shared.reset_parameters()
 
     def forward(self, u: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
         """[..., C] -> [..., C]."""

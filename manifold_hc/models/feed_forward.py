@@ -17,8 +17,17 @@ class GatedFeedForward(nn.Module):
         """channels: C; width: hidden size. gate_up: both matrices, [2, width, C]."""
         super().__init__()
         self.gate_up = nn.Parameter(torch.empty(2, width, channels))
-        nn.init.uniform_(self.gate_up, -1 / math.sqrt(channels), 1 / math.sqrt(channels))
+        self._fill_gate_up()
         self.down = Linear(width, channels)
+
+    def reset_parameters(self) -> None:
+        """Draw every weight W [out, in] from the uniform distribution within 1/sqrt(in) of 0."""
+        self._fill_gate_up()
+        self.down.reset_parameters()
+
+    def _fill_gate_up(self) -> None:
+        bound = 1 / math.sqrt(self.gate_up.shape[-1])
+        nn.init.uniform_(self.gate_up, -bound, bound)
 
     def forward(self, u: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
         """[..., C] -> [..., C]."""
