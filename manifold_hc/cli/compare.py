@@ -69,7 +69,7 @@ def compare(
     chosen = [parse_variant(text, config.connection) for text in dict.fromkeys(variants)]
     for variant in chosen:
         require_memory(replace(config, connection=variant.connection))
-    corpus = load(config.data)
+    corpus = load(config.data, config.model.vocabulary, console(stderr=True))
     check(config, corpus)
     refuse_if_in_use(out)
     comparison.check_folder(out)

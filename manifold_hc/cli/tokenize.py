@@ -1,5 +1,6 @@
 """`mhc tokenize`."""
 
+import logging
 import shutil
 import time
 from pathlib import Path
@@ -10,9 +11,11 @@ from rich.table import Table
 
 from manifold_hc.cli.options import json_option
 from manifold_hc.cli.terminal import console
-from manifold_hc.data.shards import SHARD_TOKENS
+from manifold_hc.data.shard_writer import SHARD_TOKENS
 from manifold_hc.errors import DataError, ManifoldError, RunFolderError
 from manifold_hc.files import write_atomically
+
+logger = logging.getLogger("manifold_hc")
 
 
 @click.command()
@@ -49,6 +52,11 @@ from manifold_hc.files import write_atomically
     show_default=True,
     help="Tokens in a shard; no document is cut.",
 )
+@click.option(
+    "--skip-broken",
+    is_flag=True,
+    help="Leave out rows that cannot be read, and count them; the first one ends it otherwise.",
+)
 @json_option
 def tokenize(
     sources: tuple[Path, ...],
@@ -57,6 +65,7 @@ def tokenize(
     boundary: str,
     text_key: str,
     shard_tokens: int,
+    skip_broken: bool,
     json_file: Path | None,
 ) -> None:
     """Turn texts into shards of token ids, which training maps instead of reading.
@@ -65,8 +74,11 @@ def tokenize(
     mhc tokenize books/ more.jsonl --tokenizer tokenizer.json --out shards/books
     mhc train --data shards/books model.vocabulary=32768
     """
-    from manifold_hc.data.documents import documents
-    from manifold_hc.data.shards import is_shards, write
+    from manifold_hc.data.documents import Skipped, documents
+    from manifold_hc.data.listing import files
+    from manifold_hc.data.progress import ReadingProgress
+    from manifold_hc.data.shard_writer import write
+    from manifold_hc.data.shards import is_shards
     from manifold_hc.data.tokenizer import tokenizer
     from manifold_hc.training.folder import is_empty
 
@@ -76,6 +88,10 @@ def tokenize(
     if not is_empty(out) or out.is_file():
         raise RunFolderError(f"tokenize: {out} is not empty; choose another with --out")
     chosen = tokenizer(name, boundary)
+    listed = {source: files(source) for source in sources}
+    total = sum(file.stat().st_size for found in listed.values() for file in found)
+    chosen.announce()
+    skipped = Skipped(allowed=skip_broken)
     start = time.perf_counter()
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -86,8 +102,13 @@ def tokenize(
             f"tokenize: {out} cannot be made ({error.strerror}); choose another with --out"
         ) from None
     try:
-        texts = (text for source in sources for text in documents(source, text_key))
-        index = write(texts, chosen, unfinished, shard_tokens)
+        with ReadingProgress(console(stderr=True), total) as progress:
+            texts = (
+                text
+                for source in sources
+                for text in documents(source, text_key, skipped, progress.advance, listed[source])
+            )
+            index = write(texts, chosen, unfinished, shard_tokens, skipped)
         if out.is_dir():
             out.rmdir()
         unfinished.rename(out)
@@ -102,12 +123,17 @@ def tokenize(
         "tokens": index.tokens,
         "shards": len(index.shards),
         "vocabulary": index.vocabulary,
+        "broken_rows": skipped.reasons.total(),
         "tokens_per_second": index.tokens / seconds,
     }
     table = Table(box=None, show_header=False, pad_edge=False)
     for label, value in figures.items():
         table.add_row(label.replace("_", " "), f"{value:,.0f}")
+    if chosen.boundary is not None:
+        table.add_row("between documents", f"{chosen.boundary_name} (id {chosen.boundary})")
     console().print(table)
+    if skipped.reasons:
+        logger.warning("tokenize: %s", skipped)
     click.echo(f"shards: {out}")
     if json_file:
         write_atomically(json_file, msgspec.json.format(msgspec.json.encode(figures)))

@@ -99,7 +99,7 @@ def _run(
     path = folder.path
     require_started(config.parallel)
     training.require_memory(config)
-    corpus = load(config.data)
+    corpus = load(config.data, config.model.vocabulary, console(stderr=True))
     device = training.check(config, corpus).device
     with joined(config.parallel, device) as processes, ExitStack() as held:
         restarted = any(processes.gathered(is_restarted()))

@@ -20,6 +20,8 @@ class DataConfig:
     """Token between documents; left out: the tokenizer's end of text, the byte 0 for bytes."""
     text_key: str = "text"
     """Key of the text in JSON lines, column of the text in Parquet."""
+    skip_broken: bool = False
+    """Whether rows that cannot be read are counted and left out, instead of ending the run."""
     sequence: int = 128
     """Tokens in a sequence."""
     verify: bool = True
@@ -32,6 +34,13 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Raise ConfigError for values that cannot be used."""
         require_at_least_one(self, "sequence")
+        for key in ("paths", "tokenizer", "boundary", "text_key"):
+            value = getattr(self, key)
+            for text in value if isinstance(value, tuple) else (value,):
+                if text != text.encode(errors="ignore").decode():
+                    raise ConfigError(
+                        f"{key}: {text!r} is not valid UTF-8; rename the file or the key"
+                    )
         if not 0 < self.validation < 1:
             raise ConfigError(f"validation: must be between 0 and 1 but is {self.validation}")
         if self.weights and len(self.weights) != len(self.paths):

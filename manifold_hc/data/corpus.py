@@ -1,54 +1,106 @@
 """From a configuration to tokens."""
 
+import logging
 from collections.abc import Iterable
-from pathlib import Path
+
+from rich.console import Console
 
 from manifold_hc.data.config import DataConfig
 from manifold_hc.data.documentation import documentation
-from manifold_hc.data.documents import documents
-from manifold_hc.data.shards import ShardFolder, encode, is_shards, joined, short
-from manifold_hc.data.tokenizer import Tokenizer, tokenizer
+from manifold_hc.data.documents import Document, Skipped, documents
+from manifold_hc.data.encoding import encode, joined
+from manifold_hc.data.listing import files
+from manifold_hc.data.progress import ReadingProgress
+from manifold_hc.data.shards import ShardFolder, is_shards, short
+from manifold_hc.data.tokenizer import Tokenizer, require_room, tokenizer, user_path
 from manifold_hc.data.tokens import ArrayPart, Corpus, Tokens
 from manifold_hc.errors import DataError
+from manifold_hc.parallel import is_first
+
+logger = logging.getLogger("manifold_hc")
 
 
-def load(config: DataConfig) -> Corpus:
+def load(
+    config: DataConfig, vocabulary: int | None = None, console: Console | None = None
+) -> Corpus:
     """The tokens of all sources: shards are mapped, anything else is tokenized now.
 
+    vocabulary: of the model, held against the tokenizer's before anything is read; console: where
+    to show how far it is.
     Raises DataError for a source that cannot be used, or shards of another tokenizer.
     """
-    paths = [Path(path).expanduser() for path in config.paths]
+    paths = [user_path(path, "data") for path in config.paths]
     folders = {path: ShardFolder(path) for path in paths if is_shards(path)}
     chosen = _tokenizer(config, list(folders.values()))
     for folder in folders.values():
-        if folder.index.tokenizer != chosen.fingerprint:
-            raise DataError(
-                f"data: {folder.path} was made with another tokenizer "
-                f"({short(folder.index.tokenizer)}) than {chosen.name} "
-                f"({short(chosen.fingerprint)}); tokenize it again or change data.tokenizer"
-            )
-        if config.verify:
-            folder.verify()
-    sources = [
-        Tokens(folders[path].shards)
-        if path in folders
-        else _in_memory(documents(path, config.text_key), chosen)
-        for path in paths
-    ]
+        _require_same(folder, chosen, config)
+    if vocabulary is not None:
+        require_room(chosen.name, chosen.vocabulary, vocabulary)
+    for folder in folders.values() if config.verify else ():
+        folder.verify()
     if not paths:
-        sources = [_in_memory([documentation()], chosen)]
+        return Corpus(
+            [_in_memory([(documentation(),)], chosen)], chosen.vocabulary, (), chosen.name
+        )
+    listed = {path: files(path) for path in paths if path not in folders}
+    if listed:
+        chosen.announce()
+    skipped = Skipped(allowed=config.skip_broken)
+    total = sum(file.stat().st_size for found in listed.values() for file in found)
+    sources = []
+    with ReadingProgress(console if is_first() else None, total) as progress:
+        for path in paths:
+            if path in folders:
+                sources.append(Tokens(folders[path].shards))
+                continue
+            texts = documents(path, config.text_key, skipped, progress.advance, listed[path])
+            sources.append(_in_memory(texts, chosen, str(path)))
+    if skipped.reasons:
+        logger.warning("data: %s", skipped)
     return Corpus(sources, chosen.vocabulary, config.weights, chosen.name)
 
 
-def _in_memory(texts: Iterable[str], chosen: Tokenizer) -> Tokens:
+def _require_same(folder: ShardFolder, chosen: Tokenizer, config: DataConfig) -> None:
+    """Raise DataError unless the shards are what `chosen` and the configuration give."""
+    index = folder.index
+    if index.tokenizer != chosen.fingerprint:
+        raise DataError(
+            f"data: {folder.path} was made with another tokenizer "
+            f"({short(index.tokenizer)}) than {chosen.name} "
+            f"({short(chosen.fingerprint)}); tokenize it again or change data.tokenizer"
+        )
+    if config.boundary and index.boundary != chosen.boundary:
+        raise DataError(
+            f"data: {folder.path} has the id {index.boundary} between documents, but "
+            f"data.boundary={config.boundary} is {chosen.boundary}; tokenize it again or leave "
+            "data.boundary out"
+        )
+    if chosen.source and not index.text_as_text:
+        logger.warning(
+            "data: %s was made by an earlier version: a text that spells a special token became "
+            "that token; tokenize it again for a new run",
+            folder.path,
+        )
+
+
+def _in_memory(texts: Iterable[Document], chosen: Tokenizer, name: str = "") -> Tokens:
     """One source of documents, tokenized now."""
-    ids, starts = joined(list(encode(texts, chosen)))
+    ids, starts = joined(encode(texts, chosen))
+    if not len(ids):
+        raise DataError(f"data: {name} gives no tokens with {chosen.name}; give another tokenizer")
     return Tokens([ArrayPart(ids, starts)])
 
 
 def _tokenizer(config: DataConfig, folders: list[ShardFolder]) -> Tokenizer:
-    """The one that is named, or that the first shards were made with, or bytes."""
-    if not config.tokenizer and folders:
-        file = folders[0].tokenizer_file
-        return tokenizer(str(file) if file else "bytes", config.boundary)
-    return tokenizer(config.tokenizer, config.boundary)
+    """The one that is named, or that the first shards were made with, or bytes.
+
+    Texts beside shards get the boundary that the shards have.
+    """
+    if not folders:
+        return tokenizer(config.tokenizer, config.boundary)
+    first = folders[0]
+    file = first.tokenizer_file
+    name = config.tokenizer or (str(file) if file else "bytes")
+    if not file or name == "bytes" or config.boundary:
+        return tokenizer(name, config.boundary)
+    return tokenizer(name, first.index.boundary)

@@ -1,91 +1,192 @@
 """Documents as they lie on disk: text, JSON lines, Parquet, or folders of these."""
 
-from codecs import BOM_UTF8
-from collections.abc import Callable, Iterator
+import codecs
+import json
+import lzma
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 
+from manifold_hc.data.listing import PACKED, Format, files
 from manifold_hc.errors import DataError
 
 ROWS = 1024
 """Rows of a Parquet file that are held at a time."""
 
+STRETCH = 1_000_000
+"""Bytes of a text file that are held at a time."""
 
-def documents(path: Path, text_key: str = "text") -> Iterator[str]:
+Document = Iterable[str]
+"""A document's text in one or more stretches, so that no file need fit into memory."""
+
+Advance = Callable[[int], object]
+"""Is told how many bytes of a file were read since it was told last."""
+
+
+class BrokenRowError(DataError):
+    """A row or text that cannot be read, though its file can."""
+
+    def __init__(self, place: str, reason: str, problem: str) -> None:
+        """place: file and line; reason: short, the same for all of its kind; problem: whole."""
+        super().__init__(f"data: {problem}")
+        self.place = place
+        self.reason = reason
+
+
+class Skipped:
+    """Broken rows that were left out: how many, why, and where the first is."""
+
+    def __init__(self, *, allowed: bool) -> None:
+        """allowed: whether rows may be left out; the first broken one is raised if not."""
+        self.allowed = allowed
+        self.reasons = Counter[str]()
+        self.first = ""
+
+    def add(self, row: BrokenRowError) -> None:
+        """Count a row, or raise its error."""
+        if not self.allowed:
+            raise row
+        self.first = self.first or row.place
+        self.reasons[row.reason] += 1
+
+    def __str__(self) -> str:
+        """One line for people."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
+        count = self.reasons.total()
+        return f"broken rows left out: {count} ({reasons}), the first is {self.first}"
+
+
+def documents(
+    path: Path,
+    text_key: str = "text",
+    skipped: Skipped | None = None,
+    advance: Advance = lambda _: None,
+    listed: list[Path] | None = None,
+) -> Iterator[Document]:
     """The documents at `path`: a text file is one, a JSON line or a row of Parquet is one.
 
-    A folder gives those of all its files in the order of their names. Empty documents are left out.
+    A folder gives those of all its files in the order of their names. Files may be compressed
+    (.gz, .bz2, .xz; .zst from Python 3.14 on). Empty documents are left out. A document must be
+    read before the next one is asked for.
+
+    skipped: takes rows that are broken, if it may; without, the first is an error.
+    listed: what `files` gives for `path`, where it has been asked.
     Raises DataError, with file and line, for what is missing, unreadable, broken or binary.
     """
+    skipped = skipped or Skipped(allowed=False)
+    readers = {"text": _text, "lines": _json_lines, "parquet": _parquet}
     found = False
-    for file in files(path):
-        for text in _reader(file)(file, text_key):
+    for file in files(path) if listed is None else listed:
+        reader = readers[Format.of(file).kind or "text"]
+        for document in reader(file, text_key, skipped, advance):
             found = True
-            yield text
+            yield document
+    if not found and skipped.reasons:
+        raise DataError(f"data: {path} has no row that can be read: {skipped}")
     if not found:
         raise DataError(f"data: {path} is empty; give a text with --data")
 
 
-def files(path: Path) -> list[Path]:
-    """The file `path`, or the files in the folder `path` that have a known suffix, sorted."""
-    if str(path).encode(errors="replace") != str(path).encode(errors="backslashreplace"):
-        raise DataError(f"data: the path {path} is not valid UTF-8; rename the file")
-    if not path.exists():
-        raise DataError(f"data: {path} does not exist; give a text with --data")
-    if not path.is_dir():
-        return [path]
-    found = sorted(
-        file
-        for file in path.rglob("*")
-        if file.suffix in READERS and not file.name.startswith(".") and file.is_file()
-    )
-    if not found and any(path.glob("shard-*.safetensors")):
-        raise DataError(f"data: {path} holds shards without their shards.json; it is not whole")
-    if not found:
-        raise DataError(f"data: {path} is a folder without {', '.join(READERS)} files or shards")
-    return found
+def _text(file: Path, _: str, skipped: Skipped, advance: Advance) -> Iterator[Document]:
+    """The one document of a text file, unless it is empty."""
+    if skipped.allowed and file.is_file():
+        try:
+            for _stretch in _stretches(file, lambda _: None):
+                pass
+        except BrokenRowError as error:
+            skipped.add(error)
+            advance(file.stat().st_size)
+            return
+    stretches = _stretches(file, advance)
+    before = ""
+    for stretch in stretches:
+        before += stretch
+        if before.strip():
+            yield _chained(before, stretches)
+            return
 
 
-def _reader(file: Path) -> Callable[[Path, str], Iterator[str]]:
-    return READERS.get(file.suffix, _text)
+def _chained(first: str, others: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from others
 
 
-def _text(file: Path, _: str) -> Iterator[str]:
-    text = _decoded(_read(file), f"{file} is not UTF-8 text but binary; give a text with --data")
-    if text.strip():
-        yield text
+def _stretches(file: Path, advance: Advance) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    with _opened(file, advance) as (content, report):
+        while True:
+            block = content.read(STRETCH)
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeError:
+                text = "\0"
+            if "\0" in text:
+                problem = f"{file} is not UTF-8 text but binary; give a text with --data"
+                raise BrokenRowError(str(file), "binary", problem)
+            report()
+            if text:
+                yield text
+            if not block:
+                return
 
 
-def _json_lines(file: Path, key: str) -> Iterator[str]:
-    try:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                line = line.removeprefix(BOM_UTF8)
-                if line.strip():
-                    yield from _whole(_json_text(line, key, f"{file}, line {number}"))
-    except OSError as error:
-        raise DataError(f"data: {file} cannot be read: {error.strerror}") from error
+def _json_lines(file: Path, key: str, skipped: Skipped, advance: Advance) -> Iterator[Document]:
+    with _opened(file, advance) as (lines, report):
+        for number, line in enumerate(lines, start=1):
+            line = line.removeprefix(codecs.BOM_UTF8)
+            report()
+            if not line.strip():
+                continue
+            try:
+                text = _json_text(line, key, f"{file}, line {number}")
+            except BrokenRowError as error:
+                skipped.add(error)
+                continue
+            if text:
+                yield (text,)
 
 
 def _json_text(line: bytes, key: str, place: str) -> str:
+    """The text of one line."""
     try:
-        record: Any = msgspec.json.decode(line)
+        record = _record(line)
     except UnicodeDecodeError:
-        raise DataError(f"data: {place}: not valid JSON: it is not UTF-8") from None
+        problem = f"{place}: not valid JSON: it is not UTF-8"
+        raise BrokenRowError(place, "no JSON", problem) from None
     except (msgspec.MsgspecError, RecursionError) as error:
-        raise DataError(f"data: {place}: not valid JSON: {error}") from None
+        raise BrokenRowError(place, "no JSON", f"{place}: not valid JSON: {error}") from None
     if not isinstance(record, dict):
-        raise DataError(f"data: {place}: must be an object with the key {key!r}")
+        problem = f"{place}: must be an object with the key {key!r}"
+        raise BrokenRowError(place, "no objects", problem)
     text = record.get(key)
     if not isinstance(text, str):
-        problem = "is no text" if key in record else f"is missing; there are {', '.join(record)}"
-        raise DataError(f"data: {place}: the key {key!r} {problem}; see data.text_key")
-    return _decoded(text, f"{place}: the text is binary, it has a NUL character")
+        state = "is no text" if key in record else f"is missing; there are {', '.join(record)}"
+        problem = f"{place}: the key {key!r} {state}; see data.text_key"
+        raise BrokenRowError(place, "without a text", problem)
+    return _clean(text, place)
 
 
-def _parquet(file: Path, key: str) -> Iterator[str]:
+def _record(line: bytes) -> Any:
+    """A JSON value; half a surrogate pair and NaN, which Python writes, are let through."""
+    try:
+        return msgspec.json.decode(line)
+    except msgspec.MsgspecError:
+        try:
+            return json.loads(line.decode())
+        except ValueError:
+            pass
+        raise
+
+
+def _parquet(file: Path, key: str, skipped: Skipped, advance: Advance) -> Iterator[Document]:
+    if packed := Format.of(file).packed:
+        raise DataError(f"data: {file} is Parquet inside {packed}, which is not read; unpack it")
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
@@ -98,46 +199,79 @@ def _parquet(file: Path, key: str) -> Iterator[str]:
                 raise DataError(
                     f"data: {file} has no column {key!r} but {', '.join(names)}; see data.text_key"
                 )
+            size = file.stat().st_size / max(1, table.metadata.num_rows)
             row = 0
             for batch in table.iter_batches(ROWS, columns=[key]):
-                for text in batch.column(0).to_pylist():
+                for text in _values(batch.column(0)):
                     row += 1
-                    if not isinstance(text, str):
-                        raise DataError(f"data: {file}, row {row}: {key!r} is no text")
-                    problem = f"{file}, row {row}: the text is binary, it has a NUL character"
-                    yield from _whole(_decoded(text, problem))
+                    place = f"{file}, row {row}"
+                    try:
+                        if not isinstance(text, str):
+                            problem = f"{place}: {key!r} is no text"
+                            raise BrokenRowError(place, "without a text", problem)
+                        text = _clean(text, place)
+                    except BrokenRowError as error:
+                        skipped.add(error)
+                        continue
+                    if text:
+                        yield (text,)
+                advance(round(size * len(batch)))
     except (ArrowException, OSError) as error:
         raise DataError(f"data: {file} cannot be read as Parquet: {error}") from None
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
-    ".txt": _text,
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
-    ".parquet": _parquet,
-}
-"""Suffixes that a folder is searched for; a single file of another suffix is read as text."""
-
-
-def _whole(text: str) -> Iterator[str]:
-    if text:
-        yield text
-
-
-def _read(file: Path) -> bytes:
+def _values(column: Any) -> Iterator[Any]:
+    """Values of a column; None for one that is no UTF-8, which Parquet does not rule out."""
     try:
-        return file.read_bytes()
+        yield from column.to_pylist()
+        return
+    except UnicodeDecodeError:
+        pass
+    for value in column:
+        try:
+            yield value.as_py()
+        except UnicodeDecodeError:
+            yield None
+
+
+@contextmanager
+def _opened(file: Path, advance: Advance) -> Iterator[tuple[IO[bytes], Callable[[], None]]]:
+    """The content of a file, unpacked, and what tells `advance` how far it is."""
+    packed = Format.of(file).packed
+    try:
+        library = import_module(PACKED[packed]) if packed else None
+    except ImportError:
+        raise DataError(
+            f"data: {file} is packed as {packed}, which this Python does not read; unpack it"
+        ) from None
+    damages = (EOFError, zlib.error, lzma.LZMAError, getattr(library, "ZstdError", EOFError))
+    try:
+        with file.open("rb") as raw:
+            seekable, told = raw.seekable(), 0
+
+            def report(least: int = STRETCH) -> None:
+                nonlocal told
+                if seekable and (position := raw.tell()) >= told + least:
+                    advance(position - told)
+                    told = position
+
+            yield library.open(raw, "rb") if library else raw, report
+            report(least=0)
+    except damages as error:
+        raise DataError(f"data: {file} is damaged, it cannot be unpacked: {error}") from None
     except OSError as error:
-        raise DataError(f"data: {file} cannot be read: {error.strerror}") from error
+        reason = error.strerror or error
+        raise DataError(f"data: {file} cannot be read: {reason}") from error
 
 
-def _decoded(content: bytes | str, problem: str) -> str:
-    """Text without NUL, which is the boundary between documents of bytes."""
+def _clean(text: str, place: str) -> str:
+    """Text without NUL, which is the boundary between documents of bytes, that UTF-8 can hold."""
     try:
-        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
         text.encode("utf-8")
     except UnicodeError:
-        raise DataError(f"data: {problem}") from None
+        problem = f"{place}: the text has half a surrogate pair, which is no character"
+        raise BrokenRowError(place, "with half a surrogate pair", problem) from None
     if "\0" in text:
-        raise DataError(f"data: {problem}")
+        problem = f"{place}: the text is binary, it has a NUL character"
+        raise BrokenRowError(place, "binary", problem)
     return text

@@ -5,29 +5,19 @@ A folder of shards holds `shard-00000.safetensors`, ..., the tokenizer.json they
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 import msgspec
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from manifold_hc.data.tokenizer import Tokenizer, narrowest
 from manifold_hc.data.tokens import Part
 from manifold_hc.errors import DataError
-from manifold_hc.files import write_atomically
 
 INDEX = "shards.json"
 TOKENIZER = "tokenizer.json"
-
-SHARD_TOKENS = 2**28
-"""Tokens in a shard: half a gigabyte of ids below 65536."""
-
-BATCH_CHARACTERS = 4_000_000
-"""Characters that are tokenized at a time."""
 
 OPEN_STARTS = 16
 """Shards whose document starts are held in memory at a time."""
@@ -52,6 +42,13 @@ class ShardIndex:
     vocabulary: int
     boundary: int | None
     shards: tuple[ShardEntry, ...]
+    text_as_text: bool = False
+    """Whether a text that spells a special token gave the ids of its characters.
+
+    Shards made before this field was there have that token instead.
+    """
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Broken rows that were left out, by reason."""
 
     @property
     def tokens(self) -> int:
@@ -157,68 +154,3 @@ def is_shards(path: Path) -> bool:
 def short(fingerprint: str | None) -> str:
     """A fingerprint for messages."""
     return "unknown" if fingerprint is None else fingerprint[:12]
-
-
-def encode(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Ids of every document that has any, the boundary before each but the first."""
-    dtype = narrowest(tokenizer.vocabulary)
-    before = np.empty(0, dtype=dtype)
-    for batch in _batches(texts):
-        for ids in tokenizer.encode(batch):
-            if len(ids):
-                yield np.concatenate([before, ids.astype(dtype)])
-                before = np.array([t for t in [tokenizer.boundary] if t is not None], dtype=dtype)
-
-
-def pack(documents: Iterable[np.ndarray], limit: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(ids, starts) of as many whole documents as fit in `limit` tokens; a longer one is alone."""
-    held: list[np.ndarray] = []
-    size = 0
-    for ids in documents:
-        if held and size + len(ids) > limit:
-            yield joined(held)
-            held, size = [], 0
-        held.append(ids)
-        size += len(ids)
-    if held:
-        yield joined(held)
-
-
-def joined(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Documents in one line: ids [N], starts [D] int64."""
-    starts = np.cumsum([0, *map(len, documents)], dtype=np.int64)[:-1]
-    return np.concatenate(documents or [np.empty(0, dtype=np.uint8)]), starts
-
-
-def write(
-    texts: Iterable[str], tokenizer: Tokenizer, folder: Path, limit: int = SHARD_TOKENS
-) -> ShardIndex:
-    """Tokenize into `folder`, which must exist; its index is written last and marks it whole."""
-    entries = []
-    for number, (ids, starts) in enumerate(pack(encode(texts, tokenizer), limit)):
-        content = save({"ids": ids, "starts": starts}, {"tokenizer": tokenizer.fingerprint})
-        file = f"shard-{number:05}.safetensors"
-        write_atomically(folder / file, content)
-        digest = hashlib.sha256(content).hexdigest()
-        entries.append(ShardEntry(file, len(ids), len(starts), digest))
-    if tokenizer.source:
-        write_atomically(folder / TOKENIZER, tokenizer.source)
-    index = ShardIndex(
-        tokenizer.fingerprint, tokenizer.vocabulary, tokenizer.boundary, tuple(entries)
-    )
-    content = msgspec.json.format(msgspec.json.encode(asdict(index)))
-    write_atomically(folder / INDEX, content)
-    return index
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    held: list[str] = []
-    size = 0
-    for text in texts:
-        held.append(text)
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            yield held
-            held, size = [], 0
-    if held:
-        yield held

@@ -54,8 +54,10 @@ class ArrayPart(Part):
     @property
     def digest(self) -> str:
         """SHA-256 of the ids, and of the starts where there are several."""
-        starts = self._starts.tobytes() if len(self._starts) > 1 else b""
-        return hashlib.sha256(np.ascontiguousarray(self.ids).tobytes() + starts).hexdigest()
+        found = hashlib.sha256(np.ascontiguousarray(self.ids).data)
+        if len(self._starts) > 1:
+            found.update(np.ascontiguousarray(self._starts).data)
+        return found.hexdigest()
 
     def __len__(self) -> int:
         """Number of tokens."""
@@ -180,13 +182,20 @@ class Corpus:
 
 
 def _cut(source: Tokens, sequence: int, fraction: float) -> int:
-    held_out = max(round(len(source) * fraction), sequence + 1)
+    least = sequence + 1
+    held_out = max(round(len(source) * fraction), least)
     cut = len(source) - held_out
-    if cut < sequence + 1:
+    if len(source) < 2 * least:
         raise DataError(
-            f"data: the text must have at least {2 * (sequence + 1)} tokens, one sequence of "
+            f"data: the text must have at least {2 * least} tokens, one sequence of "
             f"{sequence} and its next token for training and one for validation, but has "
             f"{len(source)}; give more text or a smaller data.sequence"
+        )
+    if cut < least:
+        raise DataError(
+            f"data: data.validation={fraction:g} leaves {cut} of {len(source)} tokens for "
+            f"training, which needs at least {least}, one sequence of {sequence} and its next "
+            f"token; give data.validation={0.99 * (1 - least / len(source)):.2g} or less"
         )
     start = source.document_start(cut)
     return start if len(source) - start > max(held_out // 2, sequence) else cut

@@ -174,7 +174,8 @@ def test_shards_train_as_their_text_does(capfd, tmp_path, text_file, bpe):
         capfd, "tokenize", text_file, "--tokenizer", tokenizer, "--out", shards,
         "--json", tmp_path / "figures.json",
     )  # fmt: skip
-    assert (status, err) == (0, "")
+    said = f"{tokenizer}: documents are separated by <|endoftext|> (id 0), by its name\n"
+    assert (status, err) == (0, said)
     assert f"shards: {shards}" in out
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert (figures["documents"], figures["shards"], figures["vocabulary"]) == (1, 1, 300)
@@ -233,6 +234,12 @@ def test_an_interrupted_tokenize_leaves_nothing(capfd, tmp_path):
     assert status == 2
     assert "lines.jsonl, line 51: not valid JSON" in err
     assert [path.name for path in tmp_path.iterdir()] == ["lines.jsonl"]
+    figures = ["--skip-broken", "--json", tmp_path / "figures.json"]
+    status, _, err = mhc(capfd, *command, "--shard-tokens", "10", *figures)
+    assert status == 0
+    assert "broken rows left out: 1 (1 no JSON), the first is" in err
+    assert json.loads((tmp_path / "figures.json").read_text())["broken_rows"] == 1
+    assert json.loads((tmp_path / "out" / "shards.json").read_text())["skipped"] == {"no JSON": 1}
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(capfd, tmp_path, text_file):

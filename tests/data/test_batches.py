@@ -1,8 +1,10 @@
+from io import StringIO
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from manifold_hc.data import Batches, Corpus, DataConfig, load
 from manifold_hc.data.batches import NO_TARGET
@@ -148,6 +150,13 @@ def test_a_text_too_short_is_refused():
         corpus(21).split(sequence=10, fraction=0.05)
 
 
+def test_a_share_that_leaves_too_little_for_training_is_named():
+    message = r"data\.validation=0\.999 leaves 3 of 2700 tokens .* at least 17, .*=0\.98 or less"
+    with pytest.raises(DataError, match=message):
+        corpus(2700).split(sequence=16, fraction=0.999)
+    corpus(2700).split(sequence=16, fraction=0.98)
+
+
 def test_digests_tell_texts_apart(tmp_path):
     a, b = np.zeros(3, dtype=np.uint8), np.ones(3, dtype=np.uint8)
     assert Corpus.of(a).digest == Corpus.of(a.copy()).digest != Corpus.of(b).digest
@@ -164,11 +173,53 @@ def test_a_files_bytes_are_the_tokens_and_0_stands_between_documents(tmp_path):
     assert both.documents(0, len(both)).tolist() == [1] * 8 + [2] * 2
 
 
+def test_a_vocabulary_too_small_is_refused_before_anything_is_read(tmp_path):
+    (tmp_path / "a.jsonl").write_text("broken")
+    with pytest.raises(DataError, match=r"bytes has 256 ids but model\.vocabulary is 255"):
+        load(DataConfig(paths=(str(tmp_path),)), 255)
+
+
+def test_a_source_without_tokens(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    (tmp_path / "a.txt").write_text("text")
+    Tokenizer(models.BPE({"b": 0}, [])).save(str(tmp_path / "t.json"))
+    config = DataConfig(paths=(str(tmp_path / "a.txt"),), tokenizer=str(tmp_path / "t.json"))
+    with pytest.raises(DataError, match=r"a\.txt gives no tokens with"):
+        load(config)
+
+
+def test_broken_rows_are_counted_in_the_log(tmp_path, caplog):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{\n')
+    paths = (str(tmp_path / "a.jsonl"),)
+    assert len(load(DataConfig(paths=paths, skip_broken=True))) == 3
+    assert "data: broken rows left out: 1 (1 no JSON), the first is" in caplog.text
+    with pytest.raises(DataError, match="line 2"):
+        load(DataConfig(paths=paths))
+
+
+def test_a_home_folder_that_nobody_has():
+    with pytest.raises(DataError, match=r"data: ~nobody-here/a\.txt is no path"):
+        load(DataConfig(paths=("~nobody-here/a.txt",)))
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown(tmp_path, monkeypatch, terminal):
+    monkeypatch.setattr("manifold_hc.data.progress.LINE_SECONDS", 0)
+    (tmp_path / "a.txt").write_text("text" * 500_000)
+    screen = Console(file=StringIO(), force_terminal=terminal, width=100)
+    load(DataConfig(paths=(str(tmp_path / "a.txt"),)), 256, screen)
+    shown = screen.file.getvalue()
+    assert ("2.0/2.0 MB" if terminal else "tokenizing: 2 of 2 MB") in shown
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: DataConfig(sequence=0), "sequence: must be at least 1"),
+        (lambda: DataConfig(text_key="\ud800"), "text_key: .* is not valid UTF-8"),
+        (lambda: DataConfig(paths=("a", "\udcff")), "paths: .* is not valid UTF-8"),
         (lambda: DataConfig(validation=1.0), "validation: must be between 0 and 1"),
         (lambda: DataConfig(paths=("a", "b"), weights=(1.0,)), "weights: must be one for every"),
         (lambda: DataConfig(paths=("a",), weights=(0.0,)), "weights: must be numbers above 0"),

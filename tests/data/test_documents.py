@@ -1,11 +1,21 @@
+import bz2
+import gzip
 import json
+import lzma
+import sys
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
-from manifold_hc.data.documents import documents
+from manifold_hc.data import documents as place
+from manifold_hc.data.documents import Skipped
 from manifold_hc.errors import DataError
+
+
+def documents(path, *arguments):
+    """The documents at `path`, each whole."""
+    return ["".join(stretches) for stretches in place.documents(path, *arguments)]
 
 
 @pytest.fixture
@@ -24,23 +34,23 @@ def folder(tmp_path):
 
 
 def test_a_folder_gives_all_its_documents_in_order(folder):
-    assert list(documents(folder)) == ["first\ntext", "second", "Straße", "fourth", "fifth"]
+    assert documents(folder) == ["first\ntext", "second", "Straße", "fourth", "fifth"]
 
 
 def test_a_text_file_is_one_document_whatever_its_name(folder):
-    assert list(documents(folder / "notes.csv")) == ["not a text"]
+    assert documents(folder / "notes.csv") == ["not a text"]
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "a.txt").write_text("text", encoding="utf-8-sig")
     (tmp_path / "b.jsonl").write_text('{"text": "line"}', encoding="utf-8-sig")
-    assert list(documents(tmp_path)) == ["text", "line"]
+    assert documents(tmp_path) == ["text", "line"]
 
 
 def test_another_key(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"content": "one"}\n')
     parquet.write_table(pyarrow.table({"content": ["two"]}), tmp_path / "b.parquet")
-    assert list(documents(tmp_path, "content")) == ["one", "two"]
+    assert documents(tmp_path, "content") == ["one", "two"]
 
 
 @pytest.mark.parametrize(
@@ -63,20 +73,153 @@ def test_another_key(tmp_path):
 def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
-        list(documents(tmp_path / name))
+        documents(tmp_path / name)
 
 
 def test_parquet_without_the_column_or_with_a_hole(tmp_path):
     parquet.write_table(pyarrow.table({"id": [1]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="has no column 'text' but id"):
-        list(documents(tmp_path))
+        documents(tmp_path)
     parquet.write_table(pyarrow.table({"text": ["x", None]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="row 2: 'text' is no text"):
-        list(documents(tmp_path))
+        documents(tmp_path)
 
 
 def test_a_folder_without_texts(tmp_path):
     with pytest.raises(DataError, match=r"is a folder without \.txt"):
-        list(documents(tmp_path))
+        documents(tmp_path)
     with pytest.raises(DataError, match="does not exist"):
-        list(documents(tmp_path / "nowhere"))
+        documents(tmp_path / "nowhere")
+
+
+def test_endings_are_the_same_in_any_case(tmp_path):
+    (tmp_path / "A.JSONL").write_text('{"text": "one"}\n')
+    (tmp_path / "b.TXT").write_text("two")
+    (tmp_path / "c.Parquet").touch()
+    parquet.write_table(pyarrow.table({"text": ["three"]}), tmp_path / "c.Parquet")
+    assert documents(tmp_path) == ["one", "two", "three"]
+    assert documents(tmp_path / "A.JSONL") == ["one"]
+
+
+def test_compressed_files(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}\n{"text": "two"}\n'))
+    (tmp_path / "b.TXT.BZ2").write_bytes(bz2.compress(b"three"))
+    (tmp_path / "c.ndjson.xz").write_bytes(lzma.compress(b'{"text": "four"}'))
+    assert documents(tmp_path) == ["one", "two", "three", "four"]
+    (tmp_path / "book.gz").write_bytes(gzip.compress("Straße".encode()))
+    assert documents(tmp_path / "book.gz") == ["Straße"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl.gz", gzip.compress(b'{"text": "one"}' * 99)[:-30], "it cannot be unpacked"),
+        ("a.txt.xz", lzma.compress(b"text" * 99)[:-30], "it cannot be unpacked"),
+        ("a.txt.gz", b"no gzip", r"a\.txt\.gz cannot be read: Not a gzipped file"),
+        ("a.txt.gz", gzip.compress(b"a\0b"), r"a\.txt\.gz is not UTF-8 text but binary"),
+        ("a.parquet.gz", b"", r"is Parquet inside \.gz, which is not read; unpack it"),
+    ],
+    ids=["cut gzip", "cut xz", "no gzip", "binary", "Parquet"],
+)
+def test_compressed_files_that_cannot_be_read(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    for path in (tmp_path / name, tmp_path):
+        with pytest.raises(DataError, match=message):
+            documents(path)
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="this Python reads .zst")
+def test_a_compression_that_python_lacks_is_named(tmp_path):
+    (tmp_path / "a.jsonl.zst").write_bytes(b"(\xb5/\xfd")
+    with pytest.raises(DataError, match=r"packed as \.zst, which this Python does not read"):
+        documents(tmp_path)
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    (tmp_path / "outside" / "deep").mkdir(parents=True)
+    (tmp_path / "outside" / "deep" / "x.txt").write_text("linked")
+    source = tmp_path / "source"
+    (source / "z").mkdir(parents=True)
+    (source / "z" / "y.txt").write_text("own")
+    (source / "0").symlink_to(source / "z")
+    (source / "a").symlink_to(tmp_path / "outside")
+    (source / "z" / "loop").symlink_to(source)
+    assert documents(source) == ["linked", "own"]
+
+
+def test_what_a_folder_holds_besides_is_counted(folder, caplog):
+    (folder / "gone.txt").symlink_to(folder / "nowhere")
+    (folder / "more.CSV").touch()
+    (folder / "README").touch()
+    documents(folder)
+    assert caplog.messages == [
+        f"data: {folder}: 3 files are read, 5 are left out: "
+        "2 *.csv, 1 hidden, 1 without a suffix, 1 broken links"
+    ]
+
+
+def test_a_file_read_as_plain_text_is_named(folder, caplog):
+    with caplog.at_level("INFO", "manifold_hc"):
+        documents(folder / "notes.csv")
+    assert "notes.csv is read as plain text, one document" in caplog.text
+
+
+def test_a_long_text_comes_in_stretches(tmp_path, monkeypatch):
+    monkeypatch.setattr(place, "STRETCH", 7)
+    text = "  \n" * 9 + "Straße, 漢字 und 😀. " * 9
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8-sig")
+    (document,) = [list(stretches) for stretches in place.documents(tmp_path / "a.txt")]
+    assert "".join(document) == text
+    assert len(document) > 9
+    (tmp_path / "a.txt").write_bytes(b"text" * 9 + b"\xc3")
+    with pytest.raises(DataError, match="binary"):
+        documents(tmp_path / "a.txt")
+
+
+def test_half_a_surrogate_pair_matters_in_the_text_alone(tmp_path):
+    lines = ['{"text": "one", "other\\ud800": "\\udc00", "score": NaN}', '{"text": "a\\ud800b"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match="line 2: the text has half a surrogate pair"):
+        documents(tmp_path)
+    skipped = Skipped(allowed=True)
+    assert documents(tmp_path, "text", skipped) == ["one"]
+
+
+BROKEN = [
+    ('{"text": null}', "without a text"),
+    ('{"text": "a\\u0000b"}', "binary"),
+    ('{"text": "a\\ud800b"}', "with half a surrogate pair"),
+    ('{"text": "cut', "no JSON"),
+    ('{"title": "x"}', "without a text"),
+    ("[1]", "no objects"),
+]
+
+
+def test_broken_rows_can_be_left_out(tmp_path):
+    rows = [row for line, _ in BROKEN for row in ('{"text": "whole"}', line)]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    table = pyarrow.table({"text": ["x", None, "a\0b", "y"]})
+    parquet.write_table(table, tmp_path / "b.parquet")
+    (tmp_path / "c.txt").write_bytes(b"\xff")
+    (tmp_path / "d.txt").write_text("last")
+    skipped = Skipped(allowed=True)
+    assert documents(tmp_path, "text", skipped) == ["whole"] * 6 + ["x", "y", "last"]
+    wanted = {"without a text": 3, "binary": 3, "no JSON": 1, "no objects": 1}
+    assert skipped.reasons == wanted | {"with half a surrogate pair": 1}
+    assert str(skipped).startswith("broken rows left out: 9 (3 without a text, 3 binary")
+    assert str(skipped).endswith(f"the first is {tmp_path / 'a.jsonl'}, line 2")
+    with pytest.raises(DataError, match="line 2: the key 'text' is no text"):
+        documents(tmp_path)
+
+
+def test_a_source_of_broken_rows_alone_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{\n{\n")
+    with pytest.raises(DataError, match="has no row that can be read: broken rows left out: 2"):
+        documents(tmp_path, "text", Skipped(allowed=True))
+
+
+def test_reading_tells_how_far_it_is(folder):
+    told = []
+    documents(folder, "text", None, told.append)
+    files = ("below/a.txt", "c.jsonl", "d.parquet")
+    assert sum(told) == pytest.approx(sum((folder / f).stat().st_size for f in files), abs=2)

@@ -3,14 +3,21 @@ import shutil
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save, save_file
 
 from manifold_hc.data import DataConfig, load
-from manifold_hc.data.shards import ShardFolder, is_shards, write
+from manifold_hc.data.documents import Skipped
+from manifold_hc.data.shard_writer import write
+from manifold_hc.data.shards import ShardFolder, is_shards
 from manifold_hc.data.tokenizer import tokenizer
 from manifold_hc.errors import DataError
 
 TEXTS = ["one document", "another", "x" * 50, "", "the last of them"]
+
+
+def documents(texts):
+    """Each text as a document in one stretch."""
+    return [(text,) for text in texts]
 
 
 @pytest.fixture
@@ -18,7 +25,7 @@ def shards(tmp_path, bpe):
     """A folder of several shards and the tokenizer they were made with."""
     folder, file = tmp_path / "shards", bpe()
     folder.mkdir()
-    write(TEXTS, tokenizer(str(file)), folder, limit=20)
+    write(documents(TEXTS), tokenizer(str(file)), folder, limit=20)
     return folder, file
 
 
@@ -58,7 +65,7 @@ def test_shards_of_another_tokenizer(shards, bpe, tmp_path):
             load(DataConfig(paths=(str(folder),), tokenizer=other))
     second = tmp_path / "second"
     second.mkdir()
-    write(TEXTS, tokenizer("bytes"), second)
+    write(documents(TEXTS), tokenizer("bytes"), second)
     with pytest.raises(DataError, match=f"{second} was made with another tokenizer"):
         load(DataConfig(paths=(str(folder), str(second))))
 
@@ -116,3 +123,66 @@ def test_nothing_is_read_but_what_is_asked_for(shards):
     assert source[15:30].document_start(0) + 15 == int(
         np.searchsorted(source.documents(0, len(source)), source.documents(15, 16)[0] + 1)
     )
+
+
+@pytest.mark.parametrize("limit", [1, 4, 7, 12, 10**6])
+def test_shards_hold_as_many_whole_documents_as_fit(tmp_path, limit, monkeypatch):
+    """Also where a document comes in parts and outgrows its shard on the way."""
+    monkeypatch.setattr("manifold_hc.data.encoding.BATCH_CHARACTERS", 2)
+    texts = ["ab", "c", "defghijklm", "no", "p", "q", "rstuvwxyz"]
+    stretches = [tuple(text[i : i + 2] for i in range(0, len(text), 2)) for text in texts]
+    index = write(stretches, tokenizer("bytes"), tmp_path, limit)
+    ids = [[0] * (number > 0) + list(text.encode()) for number, text in enumerate(texts)]
+    wanted: list[list[list[int]]] = [[]]
+    for document in ids:
+        if wanted[-1] and sum(map(len, wanted[-1])) + len(document) > limit:
+            wanted.append([])
+        wanted[-1].append(document)
+    assert [entry.documents for entry in index.shards] == [len(shard) for shard in wanted]
+    for entry, shard in zip(index.shards, wanted, strict=True):
+        content = {
+            "ids": np.concatenate(shard).astype(np.uint8),
+            "starts": np.cumsum([0, *map(len, shard[:-1])], dtype=np.int64),
+        }
+        assert (tmp_path / entry.file).read_bytes() == save(content, {"tokenizer": "bytes"})
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_texts_without_tokens_are_refused(tmp_path):
+    with pytest.raises(DataError, match="gives no tokens with bytes"):
+        write(documents(["", ""]), tokenizer("bytes"), tmp_path)
+
+
+def test_broken_rows_are_stored_with_the_shards(tmp_path):
+    skipped = Skipped(allowed=True)
+    skipped.reasons["no JSON"] = 2
+    write(documents(["x"]), tokenizer("bytes"), tmp_path, skipped=skipped)
+    assert ShardFolder(tmp_path).index.skipped == {"no JSON": 2}
+
+
+def test_shards_of_an_earlier_version_load_and_say_what_they_are(shards, caplog):
+    folder, _ = shards
+    index = folder / "shards.json"
+    load(DataConfig(paths=(str(folder),)))
+    assert not caplog.records
+    content = json.loads(index.read_text())
+    assert content.pop("text_as_text") is True
+    content.pop("skipped")
+    index.write_text(json.dumps(content))
+    load(DataConfig(paths=(str(folder),)))
+    assert "a text that spells a special token became that token" in caplog.text
+
+
+def test_texts_beside_shards_get_the_boundary_of_the_shards(bpe, tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    file = str(bpe(special=("<eos>", "<stop>")))
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    write(documents(["a", "b"]), tokenizer(file, "<stop>"), folder)
+    paths = (str(folder), str(tmp_path / "text.jsonl"))
+    for named in ("", file):
+        one, other = load(DataConfig(paths=paths, tokenizer=named)).sources
+        assert one.read(0, 3).tolist() == other.read(0, 3).tolist()
+        assert one.read(1, 2)[0] == 1
+    with pytest.raises(DataError, match=r"has the id 1 between documents, but data\.boundary"):
+        load(DataConfig(paths=paths, boundary="<eos>"))

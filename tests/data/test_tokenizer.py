@@ -2,11 +2,12 @@ import json
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, models
 from tokenizers.processors import TemplateProcessing
 
 from manifold_hc.data.tokenizer import narrowest, tokenizer
 from manifold_hc.errors import ConfigError, DataError
+from tests.data import small_tokenizers as small
 
 
 def test_bytes():
@@ -69,3 +70,157 @@ def test_ids_take_no_more_room_than_they_need():
         "uint16",
         "uint32",
     ]
+
+
+MODELS = {
+    "BPE of bytes": small.byte_level,
+    "BPE of characters": small.sentencepiece_bpe,
+    "Unigram": small.unigram,
+    "WordPiece": small.wordpiece,
+    "WordLevel": small.wordlevel,
+}
+
+
+def saved(library, folder):
+    library.save(str(folder / "tokenizer.json"))
+    return str(folder / "tokenizer.json")
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_text_that_spells_a_special_token_stays_text(tmp_path, kind):
+    """The library's own switch does not reach the words of a model: Unigram has `</s>`."""
+    library = MODELS[kind]()
+    special = [library.token_to_id(name) for name in ("</s>", "<|endoftext|>")]
+    found = tokenizer(saved(library, tmp_path))
+    text = "the end <|endoftext|> of </s> the text"
+    ids = found.encode([text])[0].tolist()
+    assert not set(ids) & set(special)
+    assert found.boundary == special[1]
+    words = ["the", "end", "of", "the", "text"]
+    plain = found.encode([" ".join(words)])[0].tolist()
+    assert set(plain) <= set(ids), "the words around it are there"
+    if kind == "BPE of bytes":
+        assert library.decode(ids).split() == text.split(), "generated ids decode to the text"
+
+
+def test_words_that_are_added_without_a_mark_stay_tokens(tmp_path):
+    library = small.byte_level()
+    ids = tokenizer(saved(library, tmp_path)).encode(["the <table> end"])[0].tolist()
+    assert library.token_to_id("<table>") in ids
+
+
+def test_a_boundary_without_a_mark_is_text_in_a_text(tmp_path):
+    """The key makes a token the boundary; a document that spells it must not end there."""
+    library = small.byte_level()
+    found = tokenizer(saved(library, tmp_path), "<table>")
+    assert found.boundary == library.token_to_id("<table>")
+    assert found.boundary not in found.encode(["the <table> end"])[0].tolist()
+
+
+def test_a_special_token_that_merges_can_make(tmp_path):
+    letters = {"<": 0, "e": 1, ">": 2, "<e": 3, "<e>": 4, "a": 5}
+    library = Tokenizer(models.BPE(letters, [("<", "e"), ("<e", ">")]))
+    library.add_special_tokens(["<e>"])
+    assert tokenizer(saved(library, tmp_path)).encode(["a<e>a"])[0].tolist() == [5, 3, 2, 5]
+
+
+def test_a_special_token_of_one_character_is_that_character(tmp_path):
+    library = Tokenizer(models.BPE({"a": 0, "\n": 1}, []))
+    library.add_special_tokens(["\n"])
+    assert tokenizer(saved(library, tmp_path)).encode(["a\na"])[0].tolist() == [0, 1, 0]
+
+
+def test_dropout_is_switched_off_and_said(tmp_path, caplog):
+    library = small.byte_level()
+    wanted = library.encode("the end of the text" * 50).ids
+    library.model.dropout = 0.5
+    found = tokenizer(saved(library, tmp_path))
+    assert all(found.encode(["the end of the text" * 50])[0].tolist() == wanted for _ in range(3))
+    found.announce()
+    assert "dropout is switched off" in caplog.text
+
+
+def test_scores_keep_their_bits(tmp_path):
+    """A number of 17 digits must not come back as its neighbour."""
+    content = json.loads(small.unigram().to_str())
+    content["model"]["vocab"] = [["<unk>", 0.0], ["▁", -3.1234567890123457], ["a", -2.5]]
+    content["added_tokens"] = content["added_tokens"][:1]
+    source = json.dumps(content).replace("-3.1234567890123457", "-3.12345678901234567890")
+    (tmp_path / "tokenizer.json").write_text(source)
+    found = tokenizer(str(tmp_path / "tokenizer.json"))
+    assert b"-3.12345678901234567890" in found._definition.for_text({"<unk>"})
+
+
+@pytest.mark.parametrize(
+    ("library", "message"),
+    [
+        (Tokenizer(models.BPE()), "has no tokens"),
+        (Tokenizer(models.WordLevel()), "has no tokens"),
+    ],
+)
+def test_a_tokenizer_without_tokens(tmp_path, library, message):
+    with pytest.raises(DataError, match=message):
+        tokenizer(saved(library, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.Unigram([("a", -1.0)]),
+        models.WordLevel({"a": 0}, unk_token="[UNK]"),
+        models.WordPiece({"a": 0}, unk_token="[UNK]"),
+    ],
+)
+def test_a_tokenizer_without_unknown_token(tmp_path, model):
+    found = tokenizer(saved(Tokenizer(model), tmp_path))
+    with pytest.raises(DataError, match=r"has no ids for a text .*give a tokenizer with"):
+        found.encode(["b"])
+
+
+def test_lost_characters_are_announced(tmp_path, caplog):
+    tokenizer(saved(Tokenizer(models.BPE({"a": 0}, [])), tmp_path)).announce()
+    assert "characters outside its vocabulary are lost" in caplog.text
+    caplog.clear()
+    tokenizer(saved(small.byte_level(), tmp_path)).announce()
+    assert "lost" not in caplog.text
+
+
+BOUNDARIES = {
+    "an HTML tag is no end": (["<eos>"], ["</s>"], None, "<eos>"),
+    "other spellings": (["<pad>", "[EOS]"], [], None, "[EOS]"),
+    "other spellings too": (["<pad>", "<EOS_TOKEN>"], [], None, "<EOS_TOKEN>"),
+    "DeepSeek's": (["<｜end▁of▁sentence｜>", "<pad>"], [], None, "<｜end▁of▁sentence｜>"),
+    "the end of a turn loses": (["<|im_end|>", "<|endoftext|>"], [], None, "<|endoftext|>"),
+    "the end of a turn loses to any": (["<|im_end|>", "</s>"], [], None, "</s>"),
+    "the end of a turn alone": (["<|im_end|>"], [], None, "<|im_end|>"),
+    "the configuration decides": (["<eos>", "<stop>"], [], "<stop>", "<stop>"),
+    "it names an unmarked token": (["<eos>"], ["<stop>"], "<stop>", "<stop>"),
+    "older configurations": (["<eos>", "<stop>"], [], {"content": "<stop>"}, "<stop>"),
+    "a chat model's configuration": (["<eos>", "<|im_end|>"], [], "<|im_end|>", "<eos>"),
+    "it names no token": (["<eos>"], [], "<gone>", "<eos>"),
+    "nothing is marked": ([], ["<eos>"], None, None),
+}
+
+
+@pytest.mark.parametrize("case", BOUNDARIES)
+def test_the_end_of_text(tmp_path, caplog, case):
+    special, ordinary, told, wanted = BOUNDARIES[case]
+    library = Tokenizer(models.BPE({"a": 0}, []))
+    library.add_tokens([AddedToken(name, special=False) for name in ordinary])
+    library.add_special_tokens(special)
+    if told:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": told}))
+    found = tokenizer(saved(library, tmp_path))
+    assert found.boundary == (None if wanted is None else library.token_to_id(wanted))
+    assert found.boundary_name == (wanted or "")
+    with caplog.at_level("INFO", "manifold_hc"):
+        found.announce()
+    assert (wanted or "nothing separates documents, <eos> is not marked") in caplog.text
+
+
+def test_of_two_ends_of_text_the_log_names_both(tmp_path, caplog):
+    library = Tokenizer(models.BPE({"a": 0}, []))
+    library.add_special_tokens(["</s>", "<eos>"])
+    with caplog.at_level("INFO", "manifold_hc"):
+        tokenizer(saved(library, tmp_path)).announce()
+    assert "by <eos> (id 2), by its name; data.boundary takes another: </s>" in caplog.text
