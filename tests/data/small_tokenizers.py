@@ -83,5 +83,6 @@ def _trained(tokenizer, trainer, vocab_size=400, **settings):
         TRAINING,
         trainer(vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False, **settings),
     )
+    tokenizer.add_special_tokens(["<|extra|>"])  # outside the model's own vocabulary
     tokenizer.add_tokens([AddedToken("<table>", special=False, normalized=False)])
     return tokenizer

@@ -90,9 +90,9 @@ def saved(library, folder):
 def test_a_text_that_spells_a_special_token_stays_text(tmp_path, kind):
     """The library's own switch does not reach the words of a model: Unigram has `</s>`."""
     library = MODELS[kind]()
-    special = [library.token_to_id(name) for name in ("</s>", "<|endoftext|>")]
+    special = [library.token_to_id(name) for name in ("</s>", "<|endoftext|>", "<|extra|>")]
     found = tokenizer(saved(library, tmp_path))
-    text = "the end <|endoftext|> of </s> the text"
+    text = "the end <|endoftext|> of </s> the <|extra|> text"
     ids = found.encode([text])[0].tolist()
     assert not set(ids) & set(special)
     assert found.boundary == special[1]
