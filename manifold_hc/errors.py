@@ -87,12 +87,15 @@ def require_number(config: object, *names: str, positive: bool = False) -> None:
     """
     for name in names:
         value = getattr(config, name)
-        if isinstance(value, int):
-            _require_no_larger(name, value)
-        if value is None or (math.isfinite(value) and (value > 0 or (value == 0 and not positive))):
+        if value is None:
+            continue
+        whole = isinstance(value, int)
+        if (whole or math.isfinite(value)) and (value > 0 or (value == 0 and not positive)):
+            if whole:
+                _require_no_larger(name, value)
             continue
         wanted = "a number above 0" if positive else "a number from 0 on"
-        raise ConfigError(f"{name}: must be {wanted} but is {value}")
+        raise ConfigError(f"{name}: must be {wanted} but is {shown(value) if whole else value}")
 
 
 def require_at_least_one(config: object, *names: str) -> None:

@@ -91,6 +91,7 @@ PAIRS = st.lists(
 @example(pairs=["model.experts.routed=2147483647", "model.experts.width=2147483647"], name="tiny")
 @example(pairs=["connection.streams=100000"], name="tiny")
 @example(pairs=["optimizer.warmup=" + "9" * 400], name="tiny")
+@example(pairs=["model.experts.routed=-" + "9" * 400], name="tiny")
 @example(pairs=["model.init_std=" + "9" * 400], name="tiny")
 @example(pairs=["data.paths=x\udcff"], name="tiny")
 @example(pairs=["data.text_key=\ud800"], name="tiny")
