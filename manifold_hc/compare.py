@@ -4,6 +4,7 @@ import json
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from manifold_hc.training import Checkpoints, RunConfig, RunFolder, check, train
 from manifold_hc.training.config import differences
 from manifold_hc.training.folder import is_empty, read_json
 
-COMPARISON = "comparison.json"
+COMPARISON, RUN = "comparison.json", "run.json"
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,7 @@ def compare(
         "variants": _with(before.get("variants", []), *(variant.name for variant in variants)),
         "data_sha256": data,
         "data_tokens": len(corpus),
-        "machine": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        **machine(),
     }
     write_atomically(folder / COMPARISON, json.dumps(record, indent=2) + "\n")
     for title, run, wanted in planned:
@@ -85,6 +83,35 @@ def compare(
         except DivergedError as error:
             console.print(f"{title}  {error}", highlight=False)
             run.finish({"diverged_at": error.step, "diverged": error.what})
+
+
+def machine() -> dict[str, Any]:
+    """Today's date, this machine and its versions, as a record has them."""
+    return {
+        "date": date.today().isoformat(),
+        "machine": platform.platform(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def record_run(folder: Path, command: str) -> None:
+    """Write beside a single run what trained it: commands, date, machine and versions."""
+    commands = _with(run_record(folder).get("commands", []), command)
+    record = {"commands": commands, **machine()}
+    write_atomically(folder / RUN, json.dumps(record, indent=2) + "\n")
+
+
+def run_record(folder: Path) -> dict[str, Any]:
+    """What `record_run` has written; empty if nothing. Raises RunFolderError if it is damaged."""
+    file = folder / RUN
+    if not file.exists():
+        return {}
+    record = read_json(file)
+    if not isinstance(record, dict) or not isinstance(record.get("commands"), list):
+        raise RunFolderError(f"run folder: {file} is damaged: it is no record of a run")
+    return record
 
 
 def run_folder(folder: Path, variant: str, seed: int) -> RunFolder:

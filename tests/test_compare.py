@@ -132,6 +132,7 @@ def test_the_page_needs_no_other_file_and_is_the_same_every_time(finished, tmp_p
         assert absent not in page
     for present in (
         "difference to residual",
+        "Validation loss",
         "composite gain, forward",
         "output stream",
         "effective rank",
@@ -140,7 +141,7 @@ def test_the_page_needs_no_other_file_and_is_the_same_every_time(finished, tmp_p
         "&#34;kind&#34;: &#34;hc&#34;",
     ):
         assert present in page, present
-    assert page.count("<svg") == 6
+    assert page.count("<svg") == 7
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -169,6 +170,39 @@ def test_the_plots_show_the_runs(finished):
         assert axis.get_yscale() == "log"
     heat = figures.composite_matrices(runs).axes[1].images[0].get_array()
     assert heat.data == pytest.approx(np.array(by_name["hc"].gains[-1]["composite"][0]))
+
+
+def test_rounding_noise_does_not_fill_an_axis(finished):
+    runs = [run for run in load_runs(finished) if run.variant == "mhc"]
+    for figure in (figures.gain_over_training(runs), figures.gain_over_depth(runs)):
+        for axis in figure.axes:
+            low, high = axis.get_ylim()
+            assert low <= 0.5 < 2 <= high
+            figures.to_png(figure)
+            shown = [tick.label1.get_text() for tick in axis.yaxis.get_major_ticks()]
+            assert {"0.5", "1", "2"} <= set(shown)
+            assert not [t for t in axis.yaxis.get_minor_ticks() if t.label1.get_text()]
+    cosine, rank = figures.streams_over_depth(runs).axes
+    assert cosine.get_ylim()[0] <= 0 < 1 <= cosine.get_ylim()[1]
+    assert rank.get_ylim()[0] <= 1 < 4 <= rank.get_ylim()[1]
+
+
+def test_large_gains_have_plain_numbers(finished):
+    axis = figures._panels(1)[1][0]
+    axis.plot([0, 1, 2], [0.9, 30.0, 3000.0])
+    figures._as_gains(axis)
+    figures.to_png(axis.figure)
+    shown = {tick.label1.get_text() for tick in axis.yaxis.get_major_ticks()}
+    assert {"1", "10", "100", "1000"} <= shown
+
+
+def test_the_validation_curve(finished):
+    runs = [run for run in load_runs(finished) if run.seed == 0]
+    left, right = figures.validation(runs, "residual").axes
+    for run in runs:
+        wanted = [r["loss"] for r in run.metrics if r["event"] == "validation"]
+        assert lines(left)[run.variant].tolist() == wanted
+    assert lines(right)["residual"] == pytest.approx(0)
 
 
 def test_a_single_run_has_a_page_too(finished, tmp_path):

@@ -1,7 +1,5 @@
 """`mhc compare`."""
 
-import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +8,7 @@ import click
 from manifold_hc.cli.keys import override
 from manifold_hc.cli.options import RunCommand, Wanted, json_option, require_effect, run_options
 from manifold_hc.cli.report import check_outputs, publish
-from manifold_hc.cli.terminal import console
+from manifold_hc.cli.terminal import command_line, console
 from manifold_hc.compare import Variant
 from manifold_hc.config import ConnectionConfig
 from manifold_hc.errors import ConfigError, StoppedError
@@ -73,12 +71,13 @@ def compare(
     check(config, corpus)
     refuse_if_in_use(out)
     comparison.check_folder(out)
-    command = shlex.join(["mhc", *sys.argv[1:]]).encode(errors="backslashreplace").decode()
     page = out / "report.html"
     check_outputs(page, json_file)
     with locked(out):
         try:
-            comparison.compare(config, chosen, seeds, corpus, out, command, console(stderr=True))
+            comparison.compare(
+                config, chosen, seeds, corpus, out, command_line(), console(stderr=True)
+            )
         except StoppedError as error:
             error.add_note("the same command goes on from there")
             raise

@@ -10,7 +10,7 @@ from manifold_hc.cli.terminal import WIDE, console
 from manifold_hc.errors import ConfigError
 from manifold_hc.files import write_atomically
 
-RUN_FILES = {"config.json", "summary.json", "comparison.json"}
+RUN_FILES = {"config.json", "summary.json", "comparison.json", "run.json"}
 
 
 @click.command()
@@ -44,13 +44,14 @@ def check_outputs(page: Path, json_file: Path | None) -> None:
 
 def publish(folder: Path, page: Path, json_file: Path | None) -> None:
     """Print the table of `folder` and write page, picture, CSV and JSON beside one another."""
-    from manifold_hc.compare import comparison_record
+    from manifold_hc.compare import comparison_record, run_record
     from manifold_hc.report import as_csv, as_json, as_table, load_runs, summarise, write_page
 
     runs = load_runs(folder)
     rows = summarise(runs)
     figures = msgspec.json.format(msgspec.json.encode(as_json(rows, runs)))
-    write_page(runs, comparison_record(folder), page)
+    record = comparison_record(folder) or run_record(folder)
+    write_page(runs, {"folder": str(folder), **record}, page)
     write_atomically(page.with_suffix(".csv"), as_csv(rows))
     for file in filter(None, {page.with_suffix(".json"), json_file}):
         write_atomically(file, figures)

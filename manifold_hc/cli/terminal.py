@@ -2,6 +2,8 @@
 
 import logging
 import os
+import shlex
+import sys
 from contextlib import suppress
 from functools import cache
 
@@ -14,6 +16,11 @@ WIDE = 130
 
 PLAIN_WIDTH = 160
 """Columns where no terminal tells."""
+
+
+def command_line() -> str:
+    """The command that was typed, as a record keeps it."""
+    return shlex.join(["mhc", *sys.argv[1:]]).encode(errors="backslashreplace").decode()
 
 
 @cache

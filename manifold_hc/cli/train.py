@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ import click
 
 from manifold_hc.cli.dry_run import show_plan
 from manifold_hc.cli.options import RunCommand, Wanted, run_options
-from manifold_hc.cli.terminal import WIDE, console
+from manifold_hc.cli.terminal import WIDE, command_line, console
 from manifold_hc.errors import ConfigError, DivergedError, RunFolderError, StoppedError
 from manifold_hc.parallel import Processes, is_restarted, job, joined, require_started
 from manifold_hc.training import Checkpoints, RunConfig, RunFolder
@@ -93,6 +93,7 @@ def _run(
 ) -> None:
     """Train in `folder`, which must be empty, or go on from the checkpoint that `find` gives."""
     from manifold_hc import training
+    from manifold_hc.compare import record_run
     from manifold_hc.data import load
     from manifold_hc.report import as_table, load_runs, summarise
 
@@ -109,6 +110,8 @@ def _run(
         if not (again and processes.by_first(folder.is_complete)):
             _train(config, corpus, folder, processes, Checkpoints.find if again else find)
         if processes.is_first:
+            with suppress(OSError):  # a full disk: the run itself is complete
+                record_run(path, command_line())
             rows = summarise(load_runs(path))
             console().print(as_table(rows, upright=console().width < WIDE))
             click.echo(f"run folder: {path}")

@@ -7,10 +7,19 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from manifold_hc.report.runs import Run
 
 COLOURS = ("#5b6472", "#d1495b", "#00798c", "#edae49", "#6a4c93", "#66a182", "#2e4057", "#a44a3f")
+
+GAINS = (0.5, 2.0)
+"""What an axis of gains spans at least: rounding noise around 1 must not fill it."""
+
+NOISE = (-0.01, 0.01)
+"""What an axis of differences spans at least."""
+
+Span = tuple[float, float]
 
 Series = Callable[[Run], tuple[np.ndarray, np.ndarray]]
 
@@ -20,6 +29,17 @@ def loss(runs: Sequence[Run], baseline: str | None) -> Figure:
     return _with_difference(
         runs, baseline, lambda run: _smooth(run.series("step", "loss")), "training loss (nats)"
     )
+
+
+def validation(runs: Sequence[Run], baseline: str | None) -> Figure:
+    """Validation loss at every validation and its difference to the baseline."""
+    figure = _with_difference(
+        runs, baseline, lambda run: run.series("validation", "loss"), "validation loss (nats)"
+    )
+    for axis in figure.axes:
+        for line in axis.lines:
+            line.set_marker("o")
+    return figure
 
 
 def gradient_norm(runs: Sequence[Run], baseline: str | None) -> Figure:
@@ -34,7 +54,8 @@ def gain_over_training(runs: Sequence[Run]) -> Figure:
     figure, axes = _panels(2)
     for axis, direction in zip(axes, ("forward", "backward"), strict=True):
         _lines(axis, runs, lambda run, d=direction: run.series("gain", f"gain_{d}"))  # type: ignore[misc]
-        _label(axis, f"composite gain, {direction}", "step", "largest over depth", log=True)
+        _label(axis, f"composite gain, {direction}", "step", "largest over depth")
+        _as_gains(axis)
     axes[0].legend(frameon=False)
     return figure
 
@@ -51,7 +72,8 @@ def gain_over_depth(runs: Sequence[Run]) -> Figure:
 
         _lines(axis, runs, at_depth)
         title = row.replace("_", " gain, ") if "_" in row else f"single gain, {row}"
-        _label(axis, title, "sublayer", "mean over tokens", log=True)
+        _label(axis, title, "sublayer", "mean over tokens")
+        _as_gains(axis)
     axes[0].legend(frameon=False)
     return figure
 
@@ -59,9 +81,10 @@ def gain_over_depth(runs: Sequence[Run]) -> Figure:
 def streams_over_depth(runs: Sequence[Run]) -> Figure:
     """Whether the streams still differ at the last step."""
     figure, axes = _panels(2)
-    for axis, key, title in (
-        (axes[0], "stream_cosine", "mean cosine between streams"),
-        (axes[1], "stream_rank", "effective rank of the streams"),
+    most = max([2, *(len(run.gains[-1]["composite"][0]) for run in runs if run.gains)])
+    for axis, key, title, span in (
+        (axes[0], "stream_cosine", "mean cosine between streams", (0.0, 1.0)),
+        (axes[1], "stream_rank", "effective rank of the streams", (1.0, float(most))),
     ):
 
         def at_depth(run: Run, key: str = key) -> tuple[np.ndarray, np.ndarray]:
@@ -70,6 +93,7 @@ def streams_over_depth(runs: Sequence[Run]) -> Figure:
 
         _lines(axis, runs, at_depth)
         _label(axis, title, "sublayer", "")
+        _span(axis, span)
     axes[0].legend(frameon=False)
     return figure
 
@@ -81,7 +105,7 @@ def composite_matrices(runs: Sequence[Run]) -> Figure:
     figure, axes = _panels(max(1, len(chosen)), width=3.2, height=3.0)
     for axis, run in zip(axes, chosen, strict=False):
         matrix = np.array(run.gains[-1]["composite"][0])
-        largest = np.abs(matrix).max()
+        largest = max(1.0, np.abs(matrix).max())
         axis.imshow(matrix, cmap="RdBu_r", vmin=-largest, vmax=largest)
         for (o, i), value in np.ndenumerate(matrix):
             shade = "white" if abs(value) > 0.6 * largest else "black"
@@ -98,14 +122,16 @@ def overview(runs: Sequence[Run]) -> Figure:
     _lines(axes[0], runs, lambda run: _smooth(run.series("step", "loss")))
     _label(axes[0], "training loss (nats)", "step", "")
     _lines(axes[1], runs, lambda run: run.series("gain", "gain_forward"))
-    _label(axes[1], "largest composite gain, forward", "step", "", log=True)
+    _label(axes[1], "largest composite gain, forward", "step", "")
+    _as_gains(axes[1])
 
     def backward_at_depth(run: Run) -> tuple[np.ndarray, np.ndarray]:
         values = np.array(run.gains[-1]["gains"]["composite_backward"] if run.gains else [])
         return np.arange(len(values)), values
 
     _lines(axes[2], runs, backward_at_depth)
-    _label(axes[2], "composite gain, backward, at the end", "sublayer", "", log=True)
+    _label(axes[2], "composite gain, backward, at the end", "sublayer", "")
+    _as_gains(axes[2])
     axes[1].legend(frameon=False)
     return figure
 
@@ -131,7 +157,8 @@ def _with_difference(
     figure, axes = _panels(1 if baseline is None else 2)
     _lines(axes[0], runs, series)
     _label(axes[0], title, "step", "")
-    axes[0].legend(frameon=False)
+    if axes[0].lines:
+        axes[0].legend(frameon=False)
     if baseline is not None:
         base = {run.seed: series(run) for run in runs if run.variant == baseline}
 
@@ -142,18 +169,22 @@ def _with_difference(
 
         _lines(axes[1], [run for run in runs if run.seed in base], difference)
         _label(axes[1], f"difference to {baseline}", "step", "")
+        _span(axes[1], NOISE)
     return figure
 
 
 def _lines(axis: Axes, runs: Sequence[Run], series: Series) -> None:
     """A line a variant, its mean over seeds, with a band from the least to the largest."""
-    for colour, name in zip(_cycle(), dict.fromkeys(run.variant for run in runs), strict=False):
+    names = list(dict.fromkeys(run.variant for run in runs))
+    for index, (colour, name) in enumerate(zip(_cycle(), names, strict=False)):
         found = [series(run) for run in runs if run.variant == name]
         length = min(len(values) for _, values in found)
         if not length:
             continue
         steps, values = found[0][0][:length], np.stack([v[:length] for _, v in found])
-        axis.plot(steps, values.mean(0), color=colour, label=name, linewidth=1.6)
+        # Wider below: a line that lies under another one still shows.
+        width = min(4.0, 1.5 + 1.2 * (len(names) - 1 - index))
+        axis.plot(steps, values.mean(0), color=colour, label=name, linewidth=width)
         if len(found) > 1:
             axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.18, lw=0)
 
@@ -180,9 +211,26 @@ def _panels(
     return figure, list(axes.flat)
 
 
-def _label(axis: Axes, title: str, x: str, y: str, *, log: bool = False) -> None:
+def _label(axis: Axes, title: str, x: str, y: str) -> None:
     axis.set(title=title, xlabel=x, ylabel=y)
-    if log:
-        axis.set_yscale("log")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25, linewidth=0.6)
+
+
+def _span(axis: Axes, least: Span) -> None:
+    """Widen the y axis to `least` with a margin, where what was drawn leaves it narrower."""
+    margin = 0.04 * (least[1] - least[0])
+    low, high = axis.get_ylim()
+    axis.set_ylim(min(low, least[0] - margin), max(high, least[1] + margin))
+
+
+def _as_gains(axis: Axes) -> None:
+    """A logarithmic y axis that spans at least `GAINS` and has plain numbers."""
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    low, high = min(low, GAINS[0]), max(high, GAINS[1])
+    axis.set_ylim(low, high)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 500 else (1,)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())

@@ -15,6 +15,9 @@ from manifold_hc.report import figures
 from manifold_hc.report.runs import Run
 from manifold_hc.report.table import BASELINE, as_table, summarise
 
+ORIGIN = ("folder", "date", "machine")
+"""What a page says of its runs below its title, of what is known."""
+
 
 @dataclass(frozen=True)
 class _Section:
@@ -26,7 +29,7 @@ class _Section:
 def write_page(runs: Sequence[Run], record: dict[str, Any], page: Path) -> None:
     """Write `page`, which needs no other file, and a picture of its main plots beside it.
 
-    record: commands, machine and versions, shown as they are.
+    record: folder, date, commands, machine and versions, shown as they are.
     """
     write_atomically(page, render(runs, record))
     write_atomically(page.with_suffix(".png"), figures.to_png(figures.overview(runs)))
@@ -46,6 +49,7 @@ def render(runs: Sequence[Run], record: dict[str, Any]) -> str:
     return environment.get_template("page.html.jinja").render(
         title=" · ".join(variants),
         subtitle=f"{steps} steps, {len({run.seed for run in runs})} seed(s)",
+        origin=" · ".join(record[key] for key in ORIGIN if key in record),
         command="\n".join(record.get("commands", [])),
         several=len(runs) > len(variants),
         headings=[column.header for column in table.columns],
@@ -65,6 +69,11 @@ def _sections(runs: Sequence[Run], baseline: str | None) -> list[_Section]:
     """The plots; those of the stability figures only where they were taken."""
     plots = [
         ("Loss", "Running mean over 3 % of the run.", figures.loss(runs, baseline)),
+        (
+            "Validation loss",
+            "On the part of the text that is held out, the same batches every time.",
+            figures.validation(runs, baseline),
+        ),
         (
             "Gradient norm",
             "Of all parameters, before clipping; running mean over 3 % of the run.",

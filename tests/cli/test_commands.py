@@ -64,7 +64,10 @@ def test_train_compare_and_report(capfd, tmp_path, text_file, monkeypatch):
     assert mhc(capfd, "report", both)[0] == 0
     assert (both / "report.html").exists()
     assert mhc(capfd, "report", run, "--out", tmp_path / "page.html")[0] == 0
-    assert (tmp_path / "page.html").exists()
+    page = (tmp_path / "page.html").read_text()
+    record = json.loads((run / "run.json").read_text())
+    for known in (str(run), record["date"], record["machine"], record["torch"], "mhc "):
+        assert known in page
 
 
 def test_a_run_can_start_from_anothers_configuration(capfd, tmp_path, text_file):
