@@ -12,7 +12,7 @@ from manifold_hc.data.encoding import encode, joined
 from manifold_hc.data.listing import files
 from manifold_hc.data.progress import ReadingProgress
 from manifold_hc.data.shards import ShardFolder, is_shards, short
-from manifold_hc.data.tokenizer import Tokenizer, require_room, tokenizer, user_path
+from manifold_hc.data.tokenizer import Tokenizer, require_vocabulary, tokenizer, user_path
 from manifold_hc.data.tokens import ArrayPart, Corpus, Tokens
 from manifold_hc.errors import DataError
 from manifold_hc.parallel import is_first
@@ -35,7 +35,7 @@ def load(
     for folder in folders.values():
         _require_same(folder, chosen, config)
     if vocabulary is not None:
-        require_room(chosen.name, chosen.vocabulary, vocabulary)
+        require_vocabulary(chosen.name, chosen.vocabulary, vocabulary)
     for folder in folders.values() if config.verify else ():
         folder.verify()
     if not paths:

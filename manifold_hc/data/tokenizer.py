@@ -197,7 +197,7 @@ def narrowest(vocabulary: int) -> np.dtype:
     return np.min_scalar_type(vocabulary - 1)
 
 
-def require_room(name: str, vocabulary: int, model: int) -> None:
+def require_vocabulary(name: str, vocabulary: int, model: int) -> None:
     """Raise DataError if a tokenizer's `vocabulary` is larger than the model's."""
     if vocabulary > model:
         raise DataError(

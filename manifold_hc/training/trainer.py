@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from manifold_hc.data import Batch, Batches, Corpus
-from manifold_hc.data.tokenizer import require_room
+from manifold_hc.data.tokenizer import require_vocabulary
 from manifold_hc.errors import (
     CheckpointError,
     ConfigError,
@@ -171,7 +171,7 @@ def check(config: RunConfig, corpus: Corpus) -> Ready:
     Raises DataError for a text too short or ids outside the vocabulary, ConfigError for a device
     that torch does not find or a tracker that is not installed.
     """
-    require_room(corpus.tokenizer, corpus.vocabulary, config.model.vocabulary)
+    require_vocabulary(corpus.tokenizer, corpus.vocabulary, config.model.vocabulary)
     if config.training.tensorboard:
         require_tensorboard()
     data, training = config.data, config.training
