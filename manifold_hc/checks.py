@@ -69,9 +69,11 @@ def check_input_norm(operation: str, weight: Tensor, eps: float, x: Tensor) -> N
 
 
 def check_iterations(operation: str, iterations: int) -> None:
-    if not isinstance(iterations, int) or iterations < 1:
+    most = constraints.MOST_ITERATIONS
+    if not isinstance(iterations, int) or not 1 <= iterations <= most:
         raise ConfigError(
-            f"{operation}: iterations must be a whole number from 1 but is {iterations}"
+            f"{operation}: iterations must be a whole number from 1 to {most} but is {iterations}; "
+            'constraint="exact" is what more of them tend to'
         )
 
 

@@ -28,7 +28,7 @@ class ConnectionConfig:
     constraint: ConstraintName = "sinkhorn"
     """What mHC's mixing matrix is made by."""
     iterations: int = 20
-    """Sinkhorn-Knopp iterations."""
+    """Sinkhorn-Knopp iterations, 1000 at most."""
     numerics: NumericsName = "paper"
     """mHC's preset of orders and epsilons."""
     norm_eps: float | None = None
@@ -51,6 +51,11 @@ class ConnectionConfig:
         if self.kind not in ("residual", "hc", "mhc"):
             raise ConfigError(f"kind: must be residual, hc or mhc but is {self.kind!r}")
         require_at_least_one(self, "streams", "iterations")
+        if self.iterations > constraints.MOST_ITERATIONS:
+            raise ConfigError(
+                f"iterations: must be at most {constraints.MOST_ITERATIONS} "
+                f"but is {self.iterations}; constraint=exact is what more of them tend to"
+            )
         require_number(self, "phi_std", "norm_eps", "hc_eps")
         if not math.isfinite(self.alpha):
             raise ConfigError(f"alpha: must be finite but is {self.alpha}")

@@ -20,6 +20,9 @@ from manifold_hc.numerics import Numerics
 
 ConstraintName = Literal["sinkhorn", "identity", "permutation", "kronecker", "exact", "none"]
 
+MOST_ITERATIONS = 1000
+"""Of Sinkhorn-Knopp, whose backward keeps every iterate; `exact` is what more of them tend to."""
+
 OFF_DIAGONAL = -5.0
 """Initial logit of everything that leaves the identity: near it, yet not saturated."""
 

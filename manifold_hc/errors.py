@@ -24,6 +24,10 @@ class BackendError(ManifoldError, RuntimeError):
     """A named backend that cannot serve the call; never answered by another backend."""
 
 
+class OutOfMemoryError(ManifoldError, MemoryError):
+    """A kernel that found no memory; its call has changed nothing."""
+
+
 class DataError(ManifoldError, ValueError):
     """Training data that is missing, empty, binary or too short."""
 

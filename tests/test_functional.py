@@ -362,12 +362,12 @@ MISTAKES = {
     "no iterations": (
         lambda: functional.sinkhorn(torch.randn(3, 3), 0),
         ConfigError,
-        "iterations must be a whole number from 1 but is 0",
+        "iterations must be a whole number from 1 to 1000 but is 0",
     ),
     "half an iteration": (
         lambda: functional.sinkhorn(torch.randn(3, 3), 1.5),
         ConfigError,
-        "iterations must be a whole number from 1 but is 1.5",
+        "iterations must be a whole number from 1 to 1000 but is 1.5",
     ),
     "an epsilon below 0": (
         lambda: functional.coefficients(X, PHI, ALPHA, BIAS, norm_eps=-1.0),

@@ -11,28 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manifold_hc.kernels.cpu.build import library
+from manifold_hc.kernels.cpu.calls import call, size
 from manifold_hc.kernels.cpu.memory import empty
 from manifold_hc.kernels.operators import FUSED_CONSTRAINTS, Settings
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 MAX_STREAMS = 16
-
-
-def _call(function: str, *arguments: Any) -> None:
-    """Tensors go as pointers, None as null, then numbers by their type; threads come last."""
-    run = getattr(library(), function)
-    if run.argtypes is None:
-        run.argtypes = [*map(_kind, arguments), ctypes.c_int]
-    pointers = (a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
-    run(*pointers, torch.get_num_threads())
-
-
-def _kind(argument: Any) -> Any:
-    if argument is None or isinstance(argument, (Tensor, ctypes.Array)):
-        return ctypes.c_void_p
-    return ctypes.c_float if isinstance(argument, float) else ctypes.c_int64
 
 
 def _is_bfloat16(tensor: Tensor) -> int:
@@ -57,7 +42,7 @@ def sinkhorn(logits: Tensor, iterations: int, transposed: bool, hc_eps: float) -
     """See `Kernels.sinkhorn`."""
     N, n, _ = logits.shape
     res = torch.empty_like(logits)
-    _call("mhc_sinkhorn", logits, res, N, n, iterations, transposed, hc_eps)
+    call("mhc_sinkhorn", logits, res, N, n, iterations, transposed, hc_eps)
     return res
 
 
@@ -67,7 +52,7 @@ def sinkhorn_backward(
     """See `Kernels.sinkhorn_backward`."""
     N, n, _ = logits.shape
     dlogits = torch.empty_like(logits)
-    _call("mhc_sinkhorn_backward", grad, logits, dlogits, N, n, iterations, transposed, hc_eps)
+    call("mhc_sinkhorn_backward", grad, logits, dlogits, N, n, iterations, transposed, hc_eps)
     return dlogits
 
 
@@ -75,7 +60,7 @@ def project(v: Tensor, phi: Tensor, norm_eps: float) -> tuple[Tensor, Tensor]:
     """See `Kernels.project`."""
     (N, K), R = v.shape, phi.shape[0]
     projected, inverse_rms = phi.new_empty(N, R), phi.new_empty(N)
-    _call("mhc_project", v, phi, projected, inverse_rms, N, K, R, norm_eps, _is_bfloat16(v))
+    call("mhc_project", v, phi, projected, inverse_rms, N, K, R, norm_eps, _is_bfloat16(v))
     return projected, inverse_rms
 
 
@@ -85,7 +70,7 @@ def project_backward(
     """See `Kernels.project_backward`."""
     (N, K), R = v.shape, phi.shape[0]
     dv, dphi, parts = empty(v, N, K), torch.empty_like(phi), _slices(phi, N, 1, K)
-    _call(
+    call(
         "mhc_project_backward",
         *(grad, v, phi, projected, inverse_rms, dv, dphi, parts, N, K, R, _is_bfloat16(v)),
     )
@@ -96,7 +81,7 @@ def read(x: Tensor, pre: Tensor) -> Tensor:
     """See `Kernels.read`."""
     N, n, C = x.shape
     u = empty(x, N, C)
-    _call("mhc_read", x, pre, u, N, n, C, _is_bfloat16(x))
+    call("mhc_read", x, pre, u, N, n, C, _is_bfloat16(x))
     return u
 
 
@@ -104,7 +89,7 @@ def read_backward(grad: Tensor, x: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]
     """See `Kernels.read_backward`."""
     N, n, C = x.shape
     dx, dpre = empty(x, N, n, C), torch.empty_like(pre)
-    _call("mhc_read_backward", grad, x, pre, dx, dpre, N, n, C, _is_bfloat16(x))
+    call("mhc_read_backward", grad, x, pre, dx, dpre, N, n, C, _is_bfloat16(x))
     return dx, dpre
 
 
@@ -112,7 +97,7 @@ def write(x: Tensor, y: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """See `Kernels.write`."""
     N, n, C = x.shape
     out = empty(x, N, n, C)
-    _call("mhc_write", x, y, post, res, out, N, n, C, _is_bfloat16(x), _is_bfloat16(y))
+    call("mhc_write", x, y, post, res, out, N, n, C, _is_bfloat16(x), _is_bfloat16(y))
     return out
 
 
@@ -122,7 +107,7 @@ def write_backward(
     """See `Kernels.write_backward`."""
     N, n, C = x.shape
     dx, dy, dpost, dres = empty(x, N, n, C), empty(y, N, C), *map(torch.empty_like, (post, res))
-    _call(
+    call(
         "mhc_write_backward",
         *(grad, x, y, post, res, dx, dy, dpost, dres, N, n, C, _is_bfloat16(x), _is_bfloat16(y)),
     )
@@ -133,18 +118,26 @@ def branch_backward(grad: Tensor, y: Tensor, post: Tensor) -> tuple[Tensor, Tens
     """See `Kernels.branch_backward`."""
     N, n, C = grad.shape
     dy, dpost = empty(y, N, C), torch.empty_like(post)
-    _call(
+    call(
         "mhc_branch_backward",
         *(grad, y, post, dy, dpost, N, n, C, _is_bfloat16(grad), _is_bfloat16(y)),
     )
     return dy, dpost
 
 
+def coefficients(
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `Kernels.coefficients`."""
+    return _cross(x, (None,) * 4, None, phi, alpha, bias, None, 0.0, settings, None)
+
+
 def coefficients_and_read(
     x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `Kernels.coefficients_and_read`."""
-    return _cross(x, (None,) * 4, None, phi, alpha, bias, None, 0.0, settings)
+    u = empty(x, x.shape[0], x.shape[2])
+    return u, *_cross(x, (None,) * 4, None, phi, alpha, bias, None, 0.0, settings, u)
 
 
 def boundary(
@@ -161,9 +154,10 @@ def boundary(
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `Kernels.boundary`."""
-    written = empty(x, *x.shape)
+    written, u = empty(x, *x.shape), empty(x, x.shape[0], x.shape[2])
     write = (x, y, post, res)
-    return written, *_cross(written, write, pre, phi, alpha, bias, weight, input_eps, settings)
+    made = _cross(written, write, pre, phi, alpha, bias, weight, input_eps, settings, u)
+    return written, u, *made
 
 
 def _cross(
@@ -176,18 +170,22 @@ def _cross(
     weight: Tensor | None,
     input_eps: float,
     settings: Settings,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `streams` give, which are written first where `write` (x, y, post, res) is there."""
+    u: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `streams` give, which are written first where `write` (x, y, post, res) is there.
+
+    Fills u with what is read, if it is there.
+    """
     (N, n, C), R = streams.shape, phi.shape[0]
     shapes = ((N, n), (N, n), (N, n, n), (N, R), (N,))
-    u, made = empty(streams, N, C), tuple(phi.new_empty(shape) for shape in shapes)
-    _call(
+    new_pre, new_post, new_res, projected, inverse_rms = (phi.new_empty(s) for s in shapes)
+    made = (new_pre, new_post, new_res, projected, inverse_rms)
+    call(
         "mhc_boundary",
         *(*write, pre, weight, input_eps, streams, phi, alpha, bias, u, *made, N, n, C, R),
         *(*_numbers(settings), *_are_bfloat16(streams, write[1])),
     )
-    new_pre, new_post, new_res, projected, inverse_rms = made
-    return u, new_pre, new_post, new_res, projected, inverse_rms
+    return made
 
 
 def coefficients_and_read_backward(
@@ -262,7 +260,7 @@ def _cross_backward(
     dphi, small = torch.empty_like(phi), phi.new_empty(R + 3)
     small_parts = phi.new_empty(len(parts), R + 3)
     weights = None if weight is None else phi.new_empty(len(parts), C)
-    _call(
+    call(
         "mhc_boundary_backward",
         *(*grads, x, y, post, pre, *maps, weight, input_eps, *made, dx, dy, dpost, dpre),
         *(dphi, small, dweight, parts, small_parts, weights, N, n, C, R, *_numbers(settings)),
@@ -291,7 +289,7 @@ def rebuild(
     made = [_pointers(tensors) for tensors in (streams, inputs)]
     y_is_bfloat16 = _is_bfloat16(writes[0][0]) if writes else 0
     sizes = (len(writes), N, n, C)
-    _call("mhc_rebuild", x, *kept, epsilons, *made, *sizes, _is_bfloat16(x), y_is_bfloat16)
+    call("mhc_rebuild", x, *kept, epsilons, *made, *sizes, _is_bfloat16(x), y_is_bfloat16)
     return streams, inputs
 
 
@@ -302,6 +300,5 @@ def _pointers(tensors: Sequence[Tensor | None]) -> Any:
 
 def _slices(phi: Tensor, tokens: int, n: int, channels: int) -> Tensor:
     """Room for the gradients of phi that are summed apart."""
-    count = library().mhc_slices(ctypes.c_int64(tokens))
-    sizes = (ctypes.c_int64(size) for size in (n, channels, phi.shape[0]))
-    return empty(phi, count, library().mhc_slice_floats(*sizes))
+    count = size("mhc_slices", tokens)
+    return empty(phi, count, size("mhc_slice_floats", n, channels, phi.shape[0]))

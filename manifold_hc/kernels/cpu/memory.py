@@ -15,6 +15,8 @@ from collections import deque
 import torch
 from torch import Tensor
 
+from manifold_hc.errors import OutOfMemoryError
+
 LARGE = 4 << 20
 """Bytes from which a result is put into memory that is kept; smaller ones are torch's own."""
 
@@ -63,11 +65,25 @@ class Blocks:
             for index in range(len(self._free) - 1, -1, -1):  # what was freed last is in cache
                 if len(self._free[index]) == size + PAGE:
                     return self._free.pop(index)
-        block = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        block = self._map(size + PAGE)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a system without them
                 block.madvise(mmap.MADV_HUGEPAGE)
         return block
+
+    def _map(self, size: int) -> mmap.mmap:
+        """New memory; what is kept goes back to the system before that is given up."""
+        try:
+            return _mapped(size)
+        except OSError:
+            self.release()
+        try:
+            return _mapped(size)
+        except OSError as error:
+            raise OutOfMemoryError(
+                f"the CPU kernels found no memory for a result of {size >> 20} MiB: {error}; "
+                "use fewer tokens, or free some memory"
+            ) from error
 
     def _give_back(self, block: mmap.mmap) -> None:
         self._returned.append(block)
@@ -82,6 +98,10 @@ class Blocks:
             self._free.append(self._returned.popleft())
         while self.kept() > self.limit:
             self._free.pop(0)
+
+
+def _mapped(size: int) -> mmap.mmap:
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def _address(block: mmap.mmap) -> int:

@@ -59,72 +59,81 @@ void boundary(const Before& before, const Read& read, X* x, const float* phi, co
     const int64_t blocks = (tokens + BLOCK - 1) / BLOCK, size = n * C;
     const Chunks chunks(n, C);
     Room<float> packed(chunks.floats(rows));
+    TeamRoom room;
 #pragma omp parallel num_threads(threads)
     {
-        ProjectionScratch scratch(rows);
+        auto scratch = room.make([&] { return ProjectionScratch(rows); });
         pack(phi, rows, chunks, packed.data());
+        if (room.complete()) {
 #pragma omp for schedule(static)
-        for (int64_t block = 0; block < blocks; block++) {
-            const int64_t first = block * BLOCK, end = std::min(first + BLOCK, tokens);
-            project_block(x + first * size, (int)(end - first), chunks, packed.data(), rows,
-                          settings.norm_eps, made.projected + first * rows,
-                          made.inverse_rms + first, scratch, [&](int64_t from, int64_t to) {
-                              if (before.piece)
-                                  before.piece(before, n, C, first, end, from, to, x);
-                          });
-            for (int64_t t = first; t < end; t += LANES) {
-                const int count = (int)std::min<int64_t>(LANES, end - t);
-                const float* projected = made.projected + t * rows;
-                auto logits = [&](int row) {
-                    return logit(row, n, rows, count, projected, alpha, bias);
-                };
-                gate_reads(n, rows, count, projected, alpha, bias, settings.hc_eps,
-                           made.pre + t * n);
-                for (int i = 0; i < n; i++)
-                    scatter(made.post + t * n + i, n, count, 2.0f * sigmoid(logits(n + i)));
-                Vec matrix[limit<N> * limit<N>];
-                for (int k = 0; k < n * n; k++)
-                    matrix[k] = settings.constraint == IDENTITY
-                                    ? broadcast(k % (n + 1) ? 0.0f : 1.0f)
-                                    : logits(2 * n + k);
-                if (settings.constraint == SINKHORN)
-                    sinkhorn_forward(n, settings.sinkhorn, matrix, matrix, nullptr);
-                scatter_matrix(n, made.res + t * n * n, count, settings.sinkhorn.transposed,
-                               matrix);
-            }
-            const float* weights = read.pre ? read.pre : made.pre;
-            for (int64_t t = first; t < end; t++) {
-                read_token(n, C, x + t * size, weights + t * n, u + t * C);
-                if (read.weight) normalise(C, u + t * C, read.weight, read.eps);
+            for (int64_t block = 0; block < blocks; block++) {
+                const int64_t first = block * BLOCK, end = std::min(first + BLOCK, tokens);
+                project_block(x + first * size, (int)(end - first), chunks, packed.data(), rows,
+                              settings.norm_eps, made.projected + first * rows,
+                              made.inverse_rms + first, *scratch, [&](int64_t from, int64_t to) {
+                                  if (before.piece)
+                                      before.piece(before, n, C, first, end, from, to, x);
+                              });
+                for (int64_t t = first; t < end; t += LANES) {
+                    const int count = (int)std::min<int64_t>(LANES, end - t);
+                    const float* projected = made.projected + t * rows;
+                    auto logits = [&](int row) {
+                        return logit(row, n, rows, count, projected, alpha, bias);
+                    };
+                    gate_reads(n, rows, count, projected, alpha, bias, settings.hc_eps,
+                               made.pre + t * n);
+                    for (int i = 0; i < n; i++)
+                        scatter(made.post + t * n + i, n, count, 2.0f * sigmoid(logits(n + i)));
+                    Vec matrix[limit<N> * limit<N>];
+                    for (int k = 0; k < n * n; k++)
+                        matrix[k] = settings.constraint == IDENTITY
+                                        ? broadcast(k % (n + 1) ? 0.0f : 1.0f)
+                                        : logits(2 * n + k);
+                    if (settings.constraint == SINKHORN)
+                        sinkhorn_forward(n, settings.sinkhorn, matrix, matrix, nullptr);
+                    scatter_matrix(n, made.res + t * n * n, count, settings.sinkhorn.transposed,
+                                   matrix);
+                }
+                const float* weights = read.pre ? read.pre : made.pre;
+                for (int64_t t = first; t < end && u; t++) {
+                    read_token(n, C, x + t * size, weights + t * n, u + t * C);
+                    if (read.weight) normalise(C, u + t * C, read.weight, read.eps);
+                }
             }
         }
     }
+    room.require();
 }
 
 }  // namespace
 
 extern "C" {
 
-// Without y nothing is written: x is null, and `streams` are those that are there.
-void mhc_boundary(const void* x, const void* y, const float* post, const float* res,
-                  const float* pre, const float* weight, float input_eps, void* streams,
-                  const float* phi, const float* alpha, const float* bias, void* u, float* new_pre,
-                  float* new_post, float* new_res, float* projected, float* inverse_rms,
-                  int64_t tokens, int64_t n, int64_t C, int64_t rows, int64_t constraint,
-                  int64_t iterations, int64_t transposed, float norm_eps, float hc_eps,
-                  int64_t is_bfloat16, int64_t y_is_bfloat16, int64_t threads) {
-    const Settings settings = settings_of(constraint, iterations, transposed, norm_eps, hc_eps);
-    const Made made{new_pre, new_post, new_res, projected, inverse_rms};
-    with_dtype(is_bfloat16, [&](auto* type) {
-        using X = std::remove_pointer_t<decltype(type)>;
-        with_streams(n, [&](auto n) {
-            using N = decltype(n);
-            const Before before{x, y, post, res,
-                                !y              ? nullptr
-                                : y_is_bfloat16 ? &write_piece<X, bfloat16, N>
-                                                : &write_piece<X, float, N>};
-            boundary(before, Read{pre, weight, input_eps}, (X*)streams, phi, alpha, bias, (X*)u,
-                     made, tokens, n, C, rows, settings, threads);
+// Without y nothing is written: x is null, and `streams` are those that are there. Without u nothing
+// is read.
+int mhc_boundary(const void* x, const void* y, const float* post, const float* res,
+                 const float* pre, const float* weight, float input_eps, void* streams,
+                 const float* phi, const float* alpha, const float* bias, void* u, float* new_pre,
+                 float* new_post, float* new_res, float* projected, float* inverse_rms,
+                 int64_t tokens, int64_t n, int64_t C, int64_t rows, int64_t constraint,
+                 int64_t iterations, int64_t transposed, float norm_eps, float hc_eps,
+                 int64_t is_bfloat16, int64_t y_is_bfloat16, int64_t threads) {
+    return status_of([&] {
+        check_sizes(tokens, n, C, threads);
+        check_rows(rows, n, constraint);
+        const Settings settings = settings_of(constraint, iterations, transposed, norm_eps, hc_eps);
+        const Made made{new_pre, new_post, new_res, projected, inverse_rms};
+        with_dtype(is_bfloat16, [&](auto* type) {
+            using X = std::remove_pointer_t<decltype(type)>;
+            with_streams(n, [&](auto n) {
+                using N = decltype(n);
+                const Before before{x, y, post, res,
+                                    !y              ? nullptr
+                                    : y_is_bfloat16 ? &write_piece<X, bfloat16, N>
+                                                    : &write_piece<X, float, N>};
+                boundary(before, Read{pre, weight, input_eps}, (X*)streams, phi, alpha, bias, (X*)u,
+                         made, tokens, n, C, rows, settings, threads);
+            });
         });
     });
 }

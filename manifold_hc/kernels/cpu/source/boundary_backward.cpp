@@ -64,6 +64,20 @@ struct SliceSums {
     Vec alpha[3] = {};
     Room<Vec> bias;
     explicit SliceSums(int rows) : bias(rows) {}
+    void clear() {
+        std::fill(alpha, alpha + 3, Vec{});
+        std::fill(bias.begin(), bias.end(), Vec{});
+    }
+};
+
+// What a thread needs.
+template <class X>
+struct OwnRoom {
+    GradientScratch<X> scratch;
+    Room<Vec> iterates;
+    Room<X> inputs;     // [BLOCK, C] gradients of what was read before the norm
+    Room<float> input;  // [C] what was read
+    SliceSums sums;
 };
 
 // Gradients of the projections of up to LANES tokens, into weights [rows, BLOCK], from those of
@@ -159,83 +173,92 @@ void boundary_backward(const Gradients<X>& grad, const Read<X>& read, const Befo
     const bool mixes = settings.constraint != IDENTITY, passes_res = mixes && learns && grad.link;
     const Chunks chunks(n, C);
     Room<RowEntry<X>> packed(chunks.floats(row_entries<RowEntry<X>>(rows)));
+    TeamRoom room;
 #pragma omp parallel num_threads(threads)
     {
-        GradientScratch<X> scratch(rows, n);
-        Room<Vec> iterates(iterates_size(n, settings.sinkhorn));
-        Room<X> inputs(read.weight ? BLOCK * C : 0);
-        Room<float> input(read.weight ? C : 0);
-        float shares[BLOCK], pre[BLOCK * limit<N>], dpre[BLOCK * limit<N>];
-        float dres[BLOCK * limit<N> * limit<N>];
+        auto own_room = room.make([&] {
+            return OwnRoom<X>{GradientScratch<X>(rows, n),
+                              Room<Vec>(mixes ? iterates_size(n, settings.sinkhorn) : 0),
+                              Room<X>(read.weight ? BLOCK * C : 0),
+                              Room<float>(read.weight ? C : 0), SliceSums(rows)};
+        });
         pack(phi, rows, chunks, packed.data());
+        if (room.complete()) {
+            auto& [scratch, iterates, inputs, input, sums] = *own_room;
+            Shares shares;
+            float pre[BLOCK * limit<N>], dpre[BLOCK * limit<N>];
+            float dres[BLOCK * limit<N> * limit<N>];
 #pragma omp for schedule(static)
-        for (int slice = 0; slice < count; slice++) {
-            float* dphi = parts + slice * chunks.floats(rows);
-            if (read.weight) std::memset(read.dweight + slice * C, 0, C * sizeof(float));
-            SliceSums sums(rows);
-            const int64_t slice_end = std::min((slice + 1) * length, tokens);
-            for (int64_t first = slice * length; first < slice_end; first += BLOCK) {
-                const int own = (int)std::min<int64_t>(BLOCK, slice_end - first);
-                for (int t = 0; t < own; t += LANES)
-                    gate_reads(n, rows, std::min(LANES, own - t), projected + (first + t) * rows,
-                               alpha, bias, settings.hc_eps, pre + t * n);
-                const float* weights = read.pre ? read.pre + first * n : pre;
-                const X* du = grad.u ? grad.u + first * C : nullptr;
-                for (int t = 0; t < own; t++) {
-                    const X* streams = x + (first + t) * size;
-                    const X* link = passes_res ? grad.link + (first + t) * size : nullptr;
-                    float *own_res = dres + t * n * n, *own_pre = dpre + t * n;
-                    for (int i = 0; i < n; i++) own_pre[i] = 0;
-                    for (int k = 0; k < n * n; k++)
-                        own_res[k] = grad.res ? grad.res[(first + t) * n * n + k] : 0;
-                    if (du && read.weight)
-                        normalise_backward(n, C, streams, weights + t * n, du + t * C, read.weight,
-                                           read.eps, input.data(), &inputs[t * C],
-                                           read.dweight + slice * C);
-                    const X* own_du = !du ? nullptr : read.weight ? &inputs[t * C] : du + t * C;
-                    coefficient_gradients(n, C, streams, own_du, link, own_pre, own_res);
-                    if (read.pre)
-                        for (int i = 0; i < n; i++) read.dpre[(first + t) * n + i] = own_pre[i];
-                }
-                if (du && read.weight) du = inputs.data();
-                for (int t = 0; t < own; t += LANES) {
-                    const int64_t at = first + t;
-                    coefficients_backward(
-                        n, rows, std::min(LANES, own - t), projected + at * rows, alpha, bias,
-                        read.pre ? nullptr : dpre + t * n, grad.pre ? grad.pre + at * n : nullptr,
-                        grad.post ? grad.post + at * n : nullptr,
-                        passes_res || grad.res ? dres + t * n * n : nullptr, settings,
-                        &scratch.weights[t], iterates.data(), sums);
-                }
-                norm_backward(rows, own, size, projected + first * rows, inverse_rms + first,
-                              scratch.weights.data(), shares);
-                scratch.weigh();
-                Vec branches[BLOCK * limit<N>] = {};
-                // All streams of some channels, so that what was written is read once.
-                for (int64_t piece = 0; piece < chunks.per_stream; piece++) {
-                    const int64_t c = chunks.within(piece), wide = chunks.length(piece);
+            for (int slice = 0; slice < count; slice++) {
+                float* dphi = parts + slice * chunks.floats(rows);
+                if (read.weight) std::memset(read.dweight + slice * C, 0, C * sizeof(float));
+                sums.clear();
+                const int64_t slice_end = std::min((slice + 1) * length, tokens);
+                for (int64_t first = slice * length; first < slice_end; first += BLOCK) {
+                    const int own = (int)std::min<int64_t>(BLOCK, slice_end - first);
+                    for (int t = 0; t < own; t += LANES)
+                        gate_reads(n, rows, std::min(LANES, own - t), projected + (first + t) * rows,
+                                   alpha, bias, settings.hc_eps, pre + t * n);
+                    const float* weights = read.pre ? read.pre + first * n : pre;
+                    const X* du = grad.u ? grad.u + first * C : nullptr;
                     for (int t = 0; t < own; t++) {
-                        const int64_t at = (first + t) * size;
-                        mix_gradients(n, C, du ? du + t * C : nullptr,
-                                      grad.streams ? grad.streams + at : nullptr,
-                                      grad.link ? grad.link + at : nullptr, weights + t * n,
-                                      res + (first + t) * n * n, c, wide, &scratch.out[t * CHUNK]);
+                        const X* streams = x + (first + t) * size;
+                        const X* link = passes_res ? grad.link + (first + t) * size : nullptr;
+                        float *own_res = dres + t * n * n, *own_pre = dpre + t * n;
+                        for (int i = 0; i < n; i++) own_pre[i] = 0;
+                        for (int k = 0; k < n * n; k++)
+                            own_res[k] = grad.res ? grad.res[(first + t) * n * n + k] : 0;
+                        if (du && read.weight)
+                            normalise_backward(n, C, streams, weights + t * n, du + t * C,
+                                               read.weight, read.eps, input.data(),
+                                               &inputs[t * C], read.dweight + slice * C);
+                        const X* own_du = !du ? nullptr : read.weight ? &inputs[t * C] : du + t * C;
+                        coefficient_gradients(n, C, streams, own_du, link, own_pre, own_res);
+                        if (read.pre)
+                            for (int i = 0; i < n; i++) read.dpre[(first + t) * n + i] = own_pre[i];
                     }
-                    for (int i = 0; i < n; i++)
-                        scratch.multiply(chunks, piece * n + i, x + first * size, packed, shares,
-                                         dx + first * size, own, dphi, first == slice * length);
-                    for (int t = 0; t < own && before.piece; t++)
-                        before.piece(before, n, C, first + t, c, c + wide, dx + (first + t) * size,
-                                     branches + t * n);
+                    if (du && read.weight) du = inputs.data();
+                    for (int t = 0; t < own; t += LANES) {
+                        const int64_t at = first + t;
+                        coefficients_backward(
+                            n, rows, std::min(LANES, own - t), projected + at * rows, alpha, bias,
+                            read.pre ? nullptr : dpre + t * n, grad.pre ? grad.pre + at * n : nullptr,
+                            grad.post ? grad.post + at * n : nullptr,
+                            passes_res || grad.res ? dres + t * n * n : nullptr, settings,
+                            &scratch.weights[t], iterates.data(), sums);
+                    }
+                    norm_backward(rows, own, size, projected + first * rows, inverse_rms + first,
+                                  scratch.weights.data(), shares);
+                    scratch.weigh();
+                    Vec branches[BLOCK * limit<N>] = {};
+                    // All streams of some channels, so that what was written is read once.
+                    for (int64_t piece = 0; piece < chunks.per_stream; piece++) {
+                        const int64_t c = chunks.within(piece), wide = chunks.length(piece);
+                        for (int t = 0; t < own; t++) {
+                            const int64_t at = (first + t) * size;
+                            mix_gradients(n, C, du ? du + t * C : nullptr,
+                                          grad.streams ? grad.streams + at : nullptr,
+                                          grad.link ? grad.link + at : nullptr, weights + t * n,
+                                          res + (first + t) * n * n, c, wide,
+                                          &scratch.out[t * CHUNK]);
+                        }
+                        for (int i = 0; i < n; i++)
+                            scratch.multiply(chunks, piece * n + i, x + first * size, packed, shares,
+                                             dx + first * size, own, dphi, first == slice * length);
+                        for (int t = 0; t < own && before.piece; t++)
+                            before.piece(before, n, C, first + t, c, c + wide,
+                                         dx + (first + t) * size, branches + t * n);
+                    }
+                    for (int k = 0; k < own * n && before.piece; k++)
+                        before.dpost[first * n + k] = sum(branches[k]);
                 }
-                for (int k = 0; k < own * n && before.piece; k++)
-                    before.dpost[first * n + k] = sum(branches[k]);
+                float* totals = small + slice * (rows + 3);
+                for (int row = 0; row < rows; row++) totals[row] = sum(sums.bias[row]);
+                for (int kind = 0; kind < 3; kind++) totals[rows + kind] = sum(sums.alpha[kind]);
             }
-            float* totals = small + slice * (rows + 3);
-            for (int row = 0; row < rows; row++) totals[row] = sum(sums.bias[row]);
-            for (int kind = 0; kind < 3; kind++) totals[rows + kind] = sum(sums.alpha[kind]);
         }
     }
+    room.require();
 }
 
 }  // namespace
@@ -246,7 +269,7 @@ extern "C" {
 // with their own coefficients, weight where no norm follows. parts: mhc_slices(tokens) gradients
 // of phi of mhc_slice_floats(n, C, rows) each; small [slices, rows + 3] is summed into dsmall (bias,
 // alpha), and weights [slices, C] into dweight.
-void mhc_boundary_backward(
+int mhc_boundary_backward(
     const void* grad_streams, const void* grad_u, const float* grad_pre, const float* grad_post,
     const float* grad_res, const void* grad_link, const void* x, const void* y, const float* post,
     const float* pre, const float* phi, const float* alpha, const float* bias, const float* weight,
@@ -255,25 +278,29 @@ void mhc_boundary_backward(
     float* small, float* weights, int64_t tokens, int64_t n, int64_t C, int64_t rows,
     int64_t constraint, int64_t iterations, int64_t transposed, float norm_eps, float hc_eps,
     int64_t learns, int64_t is_bfloat16, int64_t y_is_bfloat16, int64_t threads) {
-    const Settings settings = settings_of(constraint, iterations, transposed, norm_eps, hc_eps);
-    with_dtype(is_bfloat16, [&](auto* type) {
-        using X = std::remove_pointer_t<decltype(type)>;
-        const Gradients<X> grad{(const X*)grad_u, (const X*)grad_streams, grad_pre,
-                                grad_post,        grad_res,               (const X*)grad_link};
-        const Read<X> read{pre, dpre, weight, input_eps, weights};
-        with_streams(n, [&](auto n) {
-            using N = decltype(n);
-            const Before before{y, post, dy, dpost,
-                                !y              ? nullptr
-                                : y_is_bfloat16 ? &branch_piece<X, bfloat16, N>
-                                                : &branch_piece<X, float, N>};
-            boundary_backward(grad, read, before, (const X*)x, phi, alpha, bias, res, projected,
-                              inverse_rms, (X*)dx, parts, small, tokens, n, C, rows, settings,
-                              learns, threads);
+    return status_of([&] {
+        check_sizes(tokens, n, C, threads);
+        check_rows(rows, n, constraint);
+        const Settings settings = settings_of(constraint, iterations, transposed, norm_eps, hc_eps);
+        with_dtype(is_bfloat16, [&](auto* type) {
+            using X = std::remove_pointer_t<decltype(type)>;
+            const Gradients<X> grad{(const X*)grad_u, (const X*)grad_streams, grad_pre,
+                                    grad_post,        grad_res,               (const X*)grad_link};
+            const Read<X> read{pre, dpre, weight, input_eps, weights};
+            with_streams(n, [&](auto n) {
+                using N = decltype(n);
+                const Before before{y, post, dy, dpost,
+                                    !y              ? nullptr
+                                    : y_is_bfloat16 ? &branch_piece<X, bfloat16, N>
+                                                    : &branch_piece<X, float, N>};
+                boundary_backward(grad, read, before, (const X*)x, phi, alpha, bias, res, projected,
+                                  inverse_rms, (X*)dx, parts, small, tokens, n, C, rows, settings,
+                                  learns, threads);
+            });
         });
+        sum_packed_slices(parts, slices(tokens), rows, Chunks(n, C), dphi, threads);
+        sum_slices(small, slices(tokens), rows + 3, dsmall);
+        if (weight) sum_slices(weights, slices(tokens), C, dweight);
     });
-    sum_packed_slices(parts, slices(tokens), rows, Chunks(n, C), dphi, threads);
-    sum_slices(small, slices(tokens), rows + 3, dsmall);
-    if (weight) sum_slices(weights, slices(tokens), C, dweight);
 }
 }

@@ -1,6 +1,7 @@
 // Settings and coefficients of up to LANES tokens as the operators hold them: one token a lane.
 #pragma once
 
+#include "calls.h"
 #include "sinkhorn.h"
 #include "vector.h"
 
@@ -13,9 +14,21 @@ struct Settings {
     float hc_eps;
 };
 
+inline Sinkhorn sinkhorn_of(int64_t iterations, int64_t transposed, float eps) {
+    check_range(iterations, 1, MAX_ITERATIONS);
+    return {(int)iterations, (bool)transposed, eps};
+}
+
 inline Settings settings_of(int64_t constraint, int64_t iterations, int64_t transposed,
                             float norm_eps, float hc_eps) {
-    return {(int)constraint, {(int)iterations, (bool)transposed, hc_eps}, norm_eps, hc_eps};
+    check_range(constraint, SINKHORN, NONE);
+    return {(int)constraint, sinkhorn_of(iterations, transposed, hc_eps), norm_eps, hc_eps};
+}
+
+// Rows of phi: pre, post, and what res is made of.
+inline void check_rows(int64_t rows, int64_t n, int64_t constraint) {
+    const int64_t wanted = 2 * n + (constraint == IDENTITY ? 0 : n * n);
+    check_range(rows, wanted, wanted);
 }
 
 // The three gates, each over its rows: pre, post, res.

@@ -49,6 +49,27 @@ INLINE void for_vectors(int64_t length, Tile tile) {
     for (; k < length; k += LANES) tile(k, std::integral_constant<int, 1>{});
 }
 
+// What the norm takes back of every value of a token. Of a token whose 1 / rms^2 float cannot hold it
+// is in `huge`, over HUGE_SHARE, and 0 in `ordinary`.
+struct Shares {
+    float ordinary[BLOCK];
+    float huge[BLOCK];
+    bool any_huge;
+};
+
+constexpr float HUGE_INVERSE = 0x1p-50f, HUGE_SHARE = 0x1p-126f, HUGE_ROOT = 0x1p63f;
+
+// out [BLOCK][CHUNK] -= shares values, of the tokens that are huge.
+APART inline void take_huge_shares(const Shares& shares, const float* values, int64_t length,
+                                    float* out) {
+    for (int t = 0; t < BLOCK; t++)
+        for (int64_t k = 0; k < length && shares.huge[t] != 0; k += LANES) {
+            float* own = out + t * CHUNK + k;
+            const Vec value = load(values + t * CHUNK + k, Whole{}) * HUGE_SHARE;
+            store(own, load(own, Whole{}) - shares.huge[t] * value, Whole{});
+        }
+}
+
 template <int VECTORS, class Entry, class X>
 INLINE void add_rows_tile(const Entry* weights, const Entry* phi, int entries, const float* shares,
                           const float* values, float* out, X* dx, int64_t size) {
@@ -165,7 +186,7 @@ struct GradientScratch {
     // In the channels of one chunk: dx [tokens, size] = out of its stream + weights^T phi - shares x,
     // dphi += weights x; phi is [chunk][entry][CHUNK]. fresh: of dphi nothing is there yet.
     void multiply(const Chunks& chunks, int64_t turn, const X* x, const Room<Entry>& phi,
-                  const float* shares, X* dx, int tokens, float* dphi, bool fresh) {
+                  const Shares& shares, X* dx, int tokens, float* dphi, bool fresh) {
         const int entries = row_entries<Entry>(rows);
         const int64_t chunk = chunks.across(turn), next = chunks.across(turn + 1);
         const int64_t size = chunks.size(), from = chunks.from(chunk);
@@ -176,8 +197,9 @@ struct GradientScratch {
                  &values[t * CHUNK], nullptr);
         const bool whole = tokens == BLOCK && padded == length;
         float* own = &out[chunk / chunks.per_stream * BLOCK * CHUNK];
-        add_rows(weighed(), &phi[chunk * entries * CHUNK], entries, shares, values.data(), padded,
-                 own, whole ? dx + from : nullptr, size);
+        if (shares.any_huge) take_huge_shares(shares, values.data(), padded, own);
+        add_rows(weighed(), &phi[chunk * entries * CHUNK], entries, shares.ordinary,
+                 values.data(), padded, own, whole ? dx + from : nullptr, size);
         if (!whole) put(own, tokens, length, dx + from, size);
         const int64_t floats = rows * CHUNK;
         add_outer(weights.data(), values.data(), padded, dphi + chunk * floats,
@@ -193,9 +215,10 @@ struct GradientScratch {
     }
 };
 
-// weights [rows, BLOCK] = grad / rms; shares [BLOCK] = what the norm takes back of every value.
+// weights [rows, BLOCK] = grad / rms.
 INLINE void norm_backward(int rows, int tokens, int64_t size, const float* projected,
-                          const float* inverse_rms, float* weights, float* shares) {
+                          const float* inverse_rms, float* weights, Shares& shares) {
+    shares.any_huge = false;
     for (int t = 0; t < BLOCK; t++) {
         const float inverse = t < tokens ? inverse_rms[t] : 0;
         float total = 0;
@@ -203,7 +226,11 @@ INLINE void norm_backward(int rows, int tokens, int64_t size, const float* proje
             if (t < tokens) total += weights[r * BLOCK + t] * projected[t * rows + r];
             weights[r * BLOCK + t] = t < tokens ? weights[r * BLOCK + t] * inverse : 0;
         }
-        shares[t] = total * inverse * inverse / size;
+        const bool huge = t < tokens && inverse < HUGE_INVERSE;
+        const float root = inverse * HUGE_ROOT;
+        shares.ordinary[t] = huge ? 0 : total * inverse * inverse / size;
+        shares.huge[t] = huge ? total * root * root / size : 0;
+        shares.any_huge |= huge;
     }
 }
 

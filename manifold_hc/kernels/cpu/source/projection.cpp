@@ -10,18 +10,22 @@ void project(const X* v, const float* phi, float* projected, float* inverse_rms,
     const int64_t blocks = (tokens + BLOCK - 1) / BLOCK;
     const Chunks chunks(1, size);
     Room<float> packed(chunks.floats(rows));
+    TeamRoom room;
 #pragma omp parallel num_threads(threads)
     {
-        ProjectionScratch scratch(rows);
+        auto scratch = room.make([&] { return ProjectionScratch(rows); });
         pack(phi, rows, chunks, packed.data());
+        if (room.complete()) {
 #pragma omp for schedule(static)
-        for (int64_t block = 0; block < blocks; block++) {
-            const int64_t t = block * BLOCK;
-            project_block(v + t * size, (int)std::min<int64_t>(BLOCK, tokens - t), chunks,
-                          packed.data(), rows, norm_eps, projected + t * rows, inverse_rms + t,
-                          scratch, [](int64_t, int64_t) {});
+            for (int64_t block = 0; block < blocks; block++) {
+                const int64_t t = block * BLOCK;
+                project_block(v + t * size, (int)std::min<int64_t>(BLOCK, tokens - t), chunks,
+                              packed.data(), rows, norm_eps, projected + t * rows,
+                              inverse_rms + t, *scratch, [](int64_t, int64_t) {});
+            }
         }
     }
+    room.require();
 }
 
 template <class X>
@@ -32,30 +36,35 @@ void project_backward(const float* grad, const X* v, const float* phi, const flo
     const int64_t length = slice_length(tokens);
     const Chunks chunks(1, size);
     Room<RowEntry<X>> packed(chunks.floats(row_entries<RowEntry<X>>(rows)));
+    TeamRoom room;
 #pragma omp parallel num_threads(threads)
     {
-        GradientScratch<X> scratch(rows, 1);
-        float shares[BLOCK];
+        auto own_scratch = room.make([&] { return GradientScratch<X>(rows, 1); });
         pack(phi, rows, chunks, packed.data());
+        if (room.complete()) {
+            GradientScratch<X>& scratch = *own_scratch;
+            Shares shares;
 #pragma omp for schedule(static)
-        for (int slice = 0; slice < count; slice++) {
-            float* dphi = parts + slice * chunks.floats(rows);
-            const int64_t end = std::min((slice + 1) * length, tokens);
-            for (int64_t t = slice * length; t < end; t += BLOCK) {
-                const int own = (int)std::min<int64_t>(BLOCK, end - t);
-                for (int k = 0; k < own * rows; k++)
-                    scratch.weights[k % rows * BLOCK + k / rows] = grad[t * rows + k];
-                norm_backward(rows, own, size, projected + t * rows, inverse_rms + t,
-                              scratch.weights.data(), shares);
-                scratch.weigh();
-                for (int64_t turn = 0; turn < chunks.count; turn++) {
-                    std::fill(scratch.out.begin(), scratch.out.end(), 0.0f);
-                    scratch.multiply(chunks, turn, v + t * size, packed, shares, dv + t * size, own,
-                                     dphi, t == slice * length);
+            for (int slice = 0; slice < count; slice++) {
+                float* dphi = parts + slice * chunks.floats(rows);
+                const int64_t end = std::min((slice + 1) * length, tokens);
+                for (int64_t t = slice * length; t < end; t += BLOCK) {
+                    const int own = (int)std::min<int64_t>(BLOCK, end - t);
+                    for (int k = 0; k < own * rows; k++)
+                        scratch.weights[k % rows * BLOCK + k / rows] = grad[t * rows + k];
+                    norm_backward(rows, own, size, projected + t * rows, inverse_rms + t,
+                                  scratch.weights.data(), shares);
+                    scratch.weigh();
+                    for (int64_t turn = 0; turn < chunks.count; turn++) {
+                        std::fill(scratch.out.begin(), scratch.out.end(), 0.0f);
+                        scratch.multiply(chunks, turn, v + t * size, packed, shares, dv + t * size,
+                                         own, dphi, t == slice * length);
+                    }
                 }
             }
         }
     }
+    room.require();
 }
 
 }  // namespace
@@ -67,24 +76,32 @@ int64_t mhc_slices(int64_t tokens) { return slices(tokens); }
 // Floats of one slice's gradient of phi.
 int64_t mhc_slice_floats(int64_t n, int64_t C, int64_t rows) { return Chunks(n, C).floats(rows); }
 
-void mhc_project(const void* v, const float* phi, float* projected, float* inverse_rms,
-                 int64_t tokens, int64_t size, int64_t rows, float norm_eps, int64_t is_bfloat16,
-                 int64_t threads) {
-    with_dtype(is_bfloat16, [&](auto* type) {
-        project((decltype(type))v, phi, projected, inverse_rms, tokens, size, rows, norm_eps,
-                threads);
+int mhc_project(const void* v, const float* phi, float* projected, float* inverse_rms,
+                int64_t tokens, int64_t size, int64_t rows, float norm_eps, int64_t is_bfloat16,
+                int64_t threads) {
+    return status_of([&] {
+        check_sizes(tokens, 1, size, threads);
+        check_range(rows, 1, MAX_ROWS);
+        with_dtype(is_bfloat16, [&](auto* type) {
+            project((decltype(type))v, phi, projected, inverse_rms, tokens, size, rows, norm_eps,
+                    threads);
+        });
     });
 }
 
 // parts: mhc_slices(tokens) gradients of phi of mhc_slice_floats(1, size, rows) each.
-void mhc_project_backward(const float* grad, const void* v, const float* phi,
-                          const float* projected, const float* inverse_rms, void* dv, float* dphi,
-                          float* parts, int64_t tokens, int64_t size, int64_t rows, int64_t is_bfloat16,
-                          int64_t threads) {
-    with_dtype(is_bfloat16, [&](auto* type) {
-        project_backward(grad, (decltype(type))v, phi, projected, inverse_rms,
-                         (decltype(type))dv, parts, tokens, size, rows, threads);
+int mhc_project_backward(const float* grad, const void* v, const float* phi,
+                         const float* projected, const float* inverse_rms, void* dv, float* dphi,
+                         float* parts, int64_t tokens, int64_t size, int64_t rows,
+                         int64_t is_bfloat16, int64_t threads) {
+    return status_of([&] {
+        check_sizes(tokens, 1, size, threads);
+        check_range(rows, 1, MAX_ROWS);
+        with_dtype(is_bfloat16, [&](auto* type) {
+            project_backward(grad, (decltype(type))v, phi, projected, inverse_rms,
+                             (decltype(type))dv, parts, tokens, size, rows, threads);
+        });
+        sum_packed_slices(parts, slices(tokens), rows, Chunks(1, size), dphi, threads);
     });
-    sum_packed_slices(parts, slices(tokens), rows, Chunks(1, size), dphi, threads);
 }
 }

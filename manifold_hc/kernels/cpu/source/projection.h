@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "calls.h"
 #include "vector.h"
 
 constexpr int BLOCK = 16;   // tokens that a thread takes at a time
@@ -88,6 +89,40 @@ INLINE void multiply_tile(const float* values, const float* phi, int64_t length,
         for (int r = 0; r < ROWS; r++) sums[t * rows + r] = total[t][r];
 }
 
+// By which the values of a token are multiplied whose squares sum to more than float can hold.
+constexpr float HUGE_SCALE = 0x1p-80f;
+
+// projected [rows] and inverse_rms of such a token, in the order of project_block.
+template <class X>
+APART void project_huge(const X* x, const Chunks& chunks, const float* phi, int rows, float eps,
+                         float* projected, float* inverse_rms) {
+    auto scaled = [&](int64_t chunk, int64_t k, auto width) {
+        return load(x + chunks.from(chunk) + k, width) * HUGE_SCALE;
+    };
+    Vec squares{};
+    for (int64_t turn = 0; turn < chunks.count; turn++) {
+        const int64_t chunk = chunks.across(turn);
+        for_channels(0, chunks.length(chunk), [&](int64_t k, auto width) {
+            const Vec v = scaled(chunk, k, width);
+            squares += v * v;
+        });
+    }
+    const double own_eps = (double)HUGE_SCALE * HUGE_SCALE * eps;
+    const float inverse = 1.0f / std::sqrt(sum(squares) / chunks.size() + (float)own_eps);
+    for (int r = 0; r < rows; r++) {
+        Vec total{};
+        for (int64_t turn = 0; turn < chunks.count; turn++) {
+            const int64_t chunk = chunks.across(turn);
+            const float* own = phi + (chunk * rows + r) * CHUNK;
+            for_channels(0, chunks.length(chunk), [&](int64_t k, auto width) {
+                total += scaled(chunk, k, width) * load(own + k, width);
+            });
+        }
+        projected[r] = sum(total) * inverse;
+    }
+    *inverse_rms = inverse * HUGE_SCALE;
+}
+
 // projected [tokens, rows] = x phi^T / rms, inverse_rms [tokens]; phi packed. prepare(from, to) is
 // called before the channels [from, to) of the streams are looked at.
 template <class X, class Prepare>
@@ -120,7 +155,13 @@ void project_block(const X* x, int tokens, const Chunks& chunks, const float* ph
         }
     }
     for (int t = 0; t < tokens; t++) {
-        inverse_rms[t] = 1.0f / std::sqrt(sum(squares[t]) / size + eps);
+        const float total = sum(squares[t]);
+        if (total == INFINITY) {
+            project_huge(x + t * size, chunks, phi, rows, eps, projected + t * rows,
+                         inverse_rms + t);
+            continue;
+        }
+        inverse_rms[t] = 1.0f / std::sqrt(total / size + eps);
         for (int r = 0; r < rows; r++)
             projected[t * rows + r] = sum(scratch.sums[t * rows + r]) * inverse_rms[t];
     }

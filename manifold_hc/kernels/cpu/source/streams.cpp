@@ -1,5 +1,6 @@
 // read and write: the passes over the streams, forward and backward.
 
+#include "calls.h"
 #include "norm.h"
 #include "streams.h"
 
@@ -147,73 +148,93 @@ void rebuild(const X* x, const Y* const* y, const float* const* post, const floa
 
 extern "C" {
 
-void mhc_read(const void* x, const float* pre, void* u, int64_t tokens, int64_t n, int64_t C,
-              int64_t is_bfloat16, int64_t threads) {
-    with_dtype(is_bfloat16, [&](auto* type) {
-        using X = std::remove_pointer_t<decltype(type)>;
-        with_streams(n, [&](auto n) { read((const X*)x, pre, (X*)u, tokens, n, C, threads); });
-    });
-}
-
-void mhc_read_backward(const void* grad, const void* x, const float* pre, void* dx, float* dpre,
-                       int64_t tokens, int64_t n, int64_t C, int64_t is_bfloat16, int64_t threads) {
-    with_dtype(is_bfloat16, [&](auto* type) {
-        using X = std::remove_pointer_t<decltype(type)>;
-        with_streams(n, [&](auto n) {
-            read_backward((const X*)grad, (const X*)x, pre, (X*)dx, dpre, tokens, n, C, threads);
+int mhc_read(const void* x, const float* pre, void* u, int64_t tokens, int64_t n, int64_t C,
+             int64_t is_bfloat16, int64_t threads) {
+    return status_of([&] {
+        check_sizes(tokens, n, C, threads);
+        with_dtype(is_bfloat16, [&](auto* type) {
+            using X = std::remove_pointer_t<decltype(type)>;
+            with_streams(n, [&](auto n) { read((const X*)x, pre, (X*)u, tokens, n, C, threads); });
         });
     });
 }
 
-void mhc_write(const void* x, const void* y, const float* post, const float* res, void* out,
-               int64_t tokens, int64_t n, int64_t C, int64_t is_bfloat16, int64_t y_is_bfloat16,
-               int64_t threads) {
-    with_dtypes(is_bfloat16, y_is_bfloat16, [&](auto* x_type, auto* y_type) {
-        using X = std::remove_pointer_t<decltype(x_type)>;
-        using Y = std::remove_pointer_t<decltype(y_type)>;
-        with_streams(n, [&](auto n) {
-            write((const X*)x, (const Y*)y, post, res, (X*)out, tokens, n, C, threads);
+int mhc_read_backward(const void* grad, const void* x, const float* pre, void* dx, float* dpre,
+                      int64_t tokens, int64_t n, int64_t C, int64_t is_bfloat16, int64_t threads) {
+    return status_of([&] {
+        check_sizes(tokens, n, C, threads);
+        with_dtype(is_bfloat16, [&](auto* type) {
+            using X = std::remove_pointer_t<decltype(type)>;
+            with_streams(n, [&](auto n) {
+                read_backward((const X*)grad, (const X*)x, pre, (X*)dx, dpre, tokens, n, C, threads);
+            });
         });
     });
 }
 
-void mhc_branch_backward(const void* grad, const void* y, const float* post, void* dy, float* dpost,
-                         int64_t tokens, int64_t n, int64_t C, int64_t is_bfloat16,
-                         int64_t y_is_bfloat16, int64_t threads) {
-    with_dtypes(is_bfloat16, y_is_bfloat16, [&](auto* x_type, auto* y_type) {
-        using X = std::remove_pointer_t<decltype(x_type)>;
-        using Y = std::remove_pointer_t<decltype(y_type)>;
-        with_streams(n, [&](auto n) {
-            branch_backward((const X*)grad, (const Y*)y, post, (Y*)dy, dpost, tokens, n, C,
-                            threads);
+int mhc_write(const void* x, const void* y, const float* post, const float* res, void* out,
+              int64_t tokens, int64_t n, int64_t C, int64_t is_bfloat16, int64_t y_is_bfloat16,
+              int64_t threads) {
+    return status_of([&] {
+        check_sizes(tokens, n, C, threads);
+        with_dtypes(is_bfloat16, y_is_bfloat16, [&](auto* x_type, auto* y_type) {
+            using X = std::remove_pointer_t<decltype(x_type)>;
+            using Y = std::remove_pointer_t<decltype(y_type)>;
+            with_streams(n, [&](auto n) {
+                write((const X*)x, (const Y*)y, post, res, (X*)out, tokens, n, C, threads);
+            });
         });
     });
 }
 
-void mhc_write_backward(const void* grad, const void* x, const void* y, const float* post,
-                        const float* res, void* dx, void* dy, float* dpost, float* dres,
+int mhc_branch_backward(const void* grad, const void* y, const float* post, void* dy, float* dpost,
                         int64_t tokens, int64_t n, int64_t C, int64_t is_bfloat16,
                         int64_t y_is_bfloat16, int64_t threads) {
-    with_dtypes(is_bfloat16, y_is_bfloat16, [&](auto* x_type, auto* y_type) {
-        using X = std::remove_pointer_t<decltype(x_type)>;
-        using Y = std::remove_pointer_t<decltype(y_type)>;
-        with_streams(n, [&](auto n) {
-            write_backward((const X*)grad, (const X*)x, (const Y*)y, post, res, (X*)dx, (Y*)dy,
-                           dpost, dres, tokens, n, C, threads);
+    return status_of([&] {
+        check_sizes(tokens, n, C, threads);
+        with_dtypes(is_bfloat16, y_is_bfloat16, [&](auto* x_type, auto* y_type) {
+            using X = std::remove_pointer_t<decltype(x_type)>;
+            using Y = std::remove_pointer_t<decltype(y_type)>;
+            with_streams(n, [&](auto n) {
+                branch_backward((const X*)grad, (const Y*)y, post, (Y*)dy, dpost, tokens, n, C,
+                                threads);
+            });
         });
     });
 }
 
-void mhc_rebuild(const void* x, const void* const* y, const float* const* post,
-                 const float* const* res, const float* const* pre, const float* const* weight,
-                 const float* eps, void* const* outs, void* const* inputs, int64_t writes, int64_t tokens, int64_t n, int64_t C,
-                 int64_t is_bfloat16, int64_t y_is_bfloat16, int64_t threads) {
-    with_dtypes(is_bfloat16, y_is_bfloat16, [&](auto* x_type, auto* y_type) {
-        using X = std::remove_pointer_t<decltype(x_type)>;
-        using Y = std::remove_pointer_t<decltype(y_type)>;
-        with_streams(n, [&](auto n) {
-            rebuild((const X*)x, (const Y* const*)y, post, res, pre, weight, eps,
-                    (X* const*)outs, (X* const*)inputs, writes, tokens, n, C, threads);
+int mhc_write_backward(const void* grad, const void* x, const void* y, const float* post,
+                       const float* res, void* dx, void* dy, float* dpost, float* dres,
+                       int64_t tokens, int64_t n, int64_t C, int64_t is_bfloat16,
+                       int64_t y_is_bfloat16, int64_t threads) {
+    return status_of([&] {
+        check_sizes(tokens, n, C, threads);
+        with_dtypes(is_bfloat16, y_is_bfloat16, [&](auto* x_type, auto* y_type) {
+            using X = std::remove_pointer_t<decltype(x_type)>;
+            using Y = std::remove_pointer_t<decltype(y_type)>;
+            with_streams(n, [&](auto n) {
+                write_backward((const X*)grad, (const X*)x, (const Y*)y, post, res, (X*)dx, (Y*)dy,
+                               dpost, dres, tokens, n, C, threads);
+            });
+        });
+    });
+}
+
+int mhc_rebuild(const void* x, const void* const* y, const float* const* post,
+                const float* const* res, const float* const* pre, const float* const* weight,
+                const float* eps, void* const* outs, void* const* inputs, int64_t writes,
+                int64_t tokens, int64_t n, int64_t C, int64_t is_bfloat16, int64_t y_is_bfloat16,
+                int64_t threads) {
+    return status_of([&] {
+        check_sizes(tokens, n, C, threads);
+        check_range(writes, 0, INT_MAX);
+        with_dtypes(is_bfloat16, y_is_bfloat16, [&](auto* x_type, auto* y_type) {
+            using X = std::remove_pointer_t<decltype(x_type)>;
+            using Y = std::remove_pointer_t<decltype(y_type)>;
+            with_streams(n, [&](auto n) {
+                rebuild((const X*)x, (const Y* const*)y, post, res, pre, weight, eps,
+                        (X* const*)outs, (X* const*)inputs, writes, tokens, n, C, threads);
+            });
         });
     });
 }
