@@ -37,9 +37,21 @@ def project(
     x: Float[Tensor, "*batch n C"], phi: Float[Tensor, "rows nC"], norm_eps: float
 ) -> Float[Tensor, "*batch rows"]:
     """`RMSNorm(vec(x)) phi^T`, the division after the product (mHC, section 4.3)."""
-    v = x.flatten(-2).to(_accumulation(x, phi))
-    inverse_rms = (v.square().mean(-1, keepdim=True) + norm_eps).rsqrt()
+    wide = x.flatten(-2).to(_accumulation(x, phi))
+    scale = _scale(wide)
+    v = wide * scale
+    inverse_rms = (v.square().mean(-1, keepdim=True) + norm_eps * scale.square()).rsqrt()
     return (v @ phi.to(v.dtype).mT) * inverse_rms
+
+
+def _scale(v: Float[Tensor, "*batch nC"]) -> Float[Tensor, "*batch 1"]:
+    """1, or where the squares of a token or the cube of 1 / rms may leave the range of float32, the
+    power of two that brings its largest value below 1; multiplying by either rounds nothing.
+    """
+    values = v.detach()
+    largest = torch.maximum(values.amax(-1, keepdim=True), -values.amin(-1, keepdim=True))
+    mantissa, _ = torch.frexp(largest)
+    return torch.where(largest < 2.0**30, 1.0, mantissa / largest)
 
 
 def coefficients(

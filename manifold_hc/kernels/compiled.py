@@ -75,6 +75,13 @@ class Compiled:
             made = self._activate(bias, n, iterations, constraint, numerics)
             pre, post, res = (each.expand(*batch, *each.shape) for each in made)
             return pre, post, res
+        if constraint in FUSED_CONSTRAINTS:
+            settings = _settings(iterations, constraint, numerics, learns=True)
+            streams = x.reshape(prod(batch), n, x.shape[-1])
+            operator = self._operator("coefficients")
+            pre, post, res, _, _ = operator(streams, phi, alpha, bias, *settings)
+            pre, post, res = _batched(list(batch), pre, post, res)
+            return pre, post, res
         logits = reference.gate(self._project(x, phi, numerics.norm_eps), alpha, bias, n)
         return self._activate(logits, n, iterations, constraint, numerics)
 

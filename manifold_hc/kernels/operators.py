@@ -23,12 +23,11 @@ import torch
 from torch import Tensor, library
 
 from manifold_hc.errors import BackendError
+from manifold_hc.kernels.arguments import FUSED_CONSTRAINTS, IDENTITY, Arguments, Support
+
+__all__ = ["FUSED_CONSTRAINTS", "IDENTITY", "NAMESPACE", "Kernels", "Settings", "register"]
 
 NAMESPACE = "manifold_hc"
-
-SINKHORN, IDENTITY, NONE = "sinkhorn", "identity", "none"
-FUSED_CONSTRAINTS = (SINKHORN, IDENTITY, NONE)
-"""What `coefficients_and_read` makes `res` by; the others are built from projections by torch."""
 
 
 class Settings(NamedTuple):
@@ -84,6 +83,11 @@ class Kernels(Protocol):
 
     def branch_backward(self, grad: Tensor, y: Tensor, post: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of a write's y and post alone."""
+
+    def coefficients(
+        self, x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What `coefficients_and_read` returns without u, the same bits."""
 
     def coefficients_and_read(
         self, x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings
@@ -171,19 +175,27 @@ class Kernels(Protocol):
         """
 
 
-def register(backend: str, kernels: Kernels) -> None:
-    """Define `torch.ops.manifold_hc.<backend>_<operator>` for everything in `kernels`."""
-    definitions = (_sinkhorn, _project, _read, _write, _coefficients_and_read, _boundary, _rebuild)
+def register(backend: str, kernels: Kernels, support: Support) -> None:
+    """Define `torch.ops.manifold_hc.<backend>_<operator>` for everything in `kernels`.
+
+    An operator raises for arguments that `kernels`, which serve no more than `support`, would
+    misread.
+    """
+    definitions = (
+        *(_sinkhorn, _project, _read, _write),
+        *(_coefficients_and_read, _coefficients, _boundary, _rebuild),
+    )
     for define in definitions:
-        define(_Definer(backend, kernels))
+        define(_Definer(backend, kernels, support))
 
 
 class _Definer:
     """Defines one backend's operators."""
 
-    def __init__(self, backend: str, kernels: Kernels) -> None:
+    def __init__(self, backend: str, kernels: Kernels, support: Support) -> None:
         self.backend = backend
         self.kernels: Any = kernels
+        self.support = support
 
     def __call__(
         self,
@@ -197,10 +209,21 @@ class _Definer:
     ) -> Any:
         """The new operator, to call. Without `backward` its derivative raises."""
         name = f"{self.backend}_{operator}"
+        check = Arguments(name, schema, self.support)
+        compute = run or self._plain(operator)
+
+        def checked(*arguments: Any) -> Any:
+            check(arguments, computes=True)
+            return compute(*arguments)
+
+        def checked_fake(*arguments: Any) -> Any:
+            check(arguments, computes=False)
+            return fake(*arguments)
+
         _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, run or self._plain(operator), "CompositeExplicitAutograd")
+        _library.impl(name, checked, "CompositeExplicitAutograd")
         qualified = f"{NAMESPACE}::{name}"
-        library.register_fake(qualified, fake, lib=_library)
+        library.register_fake(qualified, checked_fake, lib=_library)
         library.register_autograd(
             qualified, backward or _only_once(operator), setup_context=keep, lib=_library
         )
@@ -237,7 +260,7 @@ def _sinkhorn(define: _Definer) -> None:
     numbers = "int iterations, bool transposed, float hc_eps"
     differentiate = define(
         "sinkhorn_backward",
-        f"(Tensor grad, Tensor logits, {numbers}) -> Tensor",
+        f"(Tensor grad_res, Tensor logits, {numbers}) -> Tensor",
         lambda grad, logits, *_: torch.empty_like(logits),
     )
 
@@ -260,7 +283,7 @@ def _sinkhorn(define: _Definer) -> None:
 def _project(define: _Definer) -> None:
     differentiate = define(
         "project_backward",
-        "(Tensor grad, Tensor v, Tensor phi, Tensor projected, Tensor inverse_rms)"
+        "(Tensor grad_projected, Tensor v, Tensor phi, Tensor projected, Tensor inverse_rms)"
         " -> (Tensor, Tensor)",
         lambda grad, v, phi, projected, inverse_rms: (torch.empty_like(v), torch.empty_like(phi)),
     )
@@ -288,7 +311,7 @@ def _project(define: _Definer) -> None:
 def _read(define: _Definer) -> None:
     differentiate = define(
         "read_backward",
-        "(Tensor grad, Tensor x, Tensor pre) -> (Tensor, Tensor)",
+        "(Tensor grad_u, Tensor x, Tensor pre) -> (Tensor, Tensor)",
         lambda grad, x, pre: (torch.empty_like(x), torch.empty_like(pre)),
     )
 
@@ -310,13 +333,13 @@ def _read(define: _Definer) -> None:
 def _write(define: _Definer) -> None:
     differentiate = define(
         "write_backward",
-        "(Tensor grad, Tensor x, Tensor y, Tensor post, Tensor res)"
+        "(Tensor grad_written, Tensor x, Tensor y, Tensor post, Tensor res)"
         " -> (Tensor, Tensor, Tensor, Tensor)",
         lambda grad, *inputs: tuple(map(torch.empty_like, inputs)),
     )
     differentiate_branch = define(
         "branch_backward",
-        "(Tensor grad, Tensor y, Tensor post) -> (Tensor, Tensor)",
+        "(Tensor grad_written, Tensor y, Tensor post) -> (Tensor, Tensor)",
         lambda grad, *inputs: tuple(map(torch.empty_like, inputs)),
     )
 
@@ -380,6 +403,30 @@ def _coefficients_and_read(define: _Definer) -> None:
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         lambda x, phi, *_: _fake_reading(x, phi),
         run=run,
+        keep=keep,
+        backward=backward,
+    )
+
+
+def _coefficients(define: _Definer) -> None:
+    differentiate = define.operator("coefficients_and_read_backward")
+
+    def keep(ctx: Any, inputs: Any, output: Any) -> None:
+        x, phi, alpha, bias, *ctx.settings = inputs
+        ctx.mark_non_differentiable(*output[3:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, phi, alpha, bias, *output[2:])
+
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        found = differentiate(None, *grads[:3], None, *ctx.saved_tensors, *ctx.settings)
+        return (*found, *[None] * len(ctx.settings))
+
+    define(
+        "coefficients",
+        f"(Tensor x, Tensor phi, Tensor alpha, Tensor bias, {SETTINGS})"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        lambda x, phi, *_: _fake_reading(x, phi)[1:6],
+        run=lambda *a: define.kernels.coefficients(*_dense(*a[:4]), Settings(*a[4:])),
         keep=keep,
         backward=backward,
     )

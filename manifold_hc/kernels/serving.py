@@ -10,6 +10,7 @@ import torch
 
 from manifold_hc.errors import BackendError
 from manifold_hc.kernels import cpu
+from manifold_hc.kernels.arguments import Support
 from manifold_hc.kernels.cpu.build import library
 from manifold_hc.kernels.operators import register
 
@@ -75,7 +76,7 @@ def _cpu_is_missing() -> str:
         library()
     except BackendError as error:
         return f"{FAILED}: {error}"
-    register("cpu", cpu)
+    register("cpu", cpu, Support(("cpu",), range(1, cpu.MAX_STREAMS + 1), cpu.DTYPES))
     return ""
 
 
@@ -86,5 +87,6 @@ def _triton_is_missing() -> str:
         return f"{FAILED}: it needs Triton; pip install 'manifold-hc[triton]'"
     from manifold_hc.kernels import triton
 
-    register("triton", triton)
+    devices = ("cuda", "cpu") if is_interpreted() else ("cuda",)
+    register("triton", triton, Support(devices, TRITON_STREAMS, TRITON_DTYPES))
     return ""

@@ -46,6 +46,7 @@ def arguments(n=3, C=8, N=5):
         "write": ([x, y, pre, res, link], ()),
         "write_backward": ([x, x.clone(), y, pre, res], ()),
         "branch_backward": ([x, y, pre], ()),
+        "coefficients": ([x, phi, alpha, bias], settings),
         "coefficients_and_read": ([x, phi, alpha, bias], settings),
         "coefficients_and_read_backward": (
             [u, pre, None, res, x, *streams, *made],

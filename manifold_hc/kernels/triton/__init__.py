@@ -5,7 +5,7 @@ Under `TRITON_INTERPRET=1`, set before triton's first import, they run on CPU te
 """
 
 from manifold_hc.kernels.triton.boundary import boundary
-from manifold_hc.kernels.triton.coefficients import coefficients_and_read
+from manifold_hc.kernels.triton.coefficients import coefficients, coefficients_and_read
 from manifold_hc.kernels.triton.coefficients_backward import (
     boundary_backward,
     coefficients_and_read_backward,
@@ -20,6 +20,7 @@ __all__ = [
     "boundary",
     "boundary_backward",
     "branch_backward",
+    "coefficients",
     "coefficients_and_read",
     "coefficients_and_read_backward",
     "project",

@@ -119,18 +119,19 @@ def boundary(
     """The written streams [N, n, C], and of them what `coefficients_and_read` returns."""
     tokens, n, C = x.shape
     R = phi.shape[0]
-    written, made = torch.empty_like(x), Coefficients.empty(x, phi)
+    written, u = torch.empty_like(x), x.new_empty(tokens, C)
+    made = Coefficients.empty(x, phi, u if pre is None else None)
     if not tokens:
-        return written, *made
+        return written, u, *made[1:]
     tile = plan.boundary_tile(n, C, R, x.dtype)
     splits = plan.blocks(C, tile["CHUNK"])
     partial, squares = phi.new_empty(splits, tokens, R), phi.new_empty(splits, tokens)
     with plan.launching(x):
         boundary_kernel[(plan.blocks(tokens, tile["BT"]), splits, plan.blocks(R, tile["RB"]))](
-            x, y, post, res, pre, phi, written, made.u, partial, squares, tokens,
+            x, y, post, res, pre, phi, written, u, partial, squares, tokens,
             n=n, C=C, R=R, PRECISION=plan.precision(x.dtype), **tile,
         )  # fmt: skip
-        finish(written, pre is None, partial, squares, alpha, bias, made, settings)
+        finish(written, partial, squares, alpha, bias, made, settings)
         if weight is not None:
-            made = made._replace(u=normalised(made.u, weight, input_eps))
-    return written, *made
+            u = normalised(u, weight, input_eps)
+    return written, u, *made[1:]

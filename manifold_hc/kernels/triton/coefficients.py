@@ -37,11 +37,11 @@ def gates_and_read(
 ):  # fmt: skip
     """One token block's u over one segment; segment 0 stores pre, post, their p and 1 / rms.
 
-    Without x no u.
+    u may be None.
     """
     token = block.to(tl.int64) * BT + tl.arange(0, BT)
     live = token < tokens
-    inverse = inverse_root_mean_square(squares, token, live, tokens, splits, norm_eps, n * C)
+    inverse = inverse_root_mean_square(x, squares, token, live, tokens, splits, norm_eps, n * C)
     j = tl.arange(0, 2 * P)[None, :]
     mask = live[:, None] & (j < 2 * n)
     offsets = token[:, None] * R + j
@@ -58,7 +58,7 @@ def gates_and_read(
     tl.store(pre + token[:, None] * n + j, gates, mask=writes & (j < n))
     tl.store(post + token[:, None] * n + j - n, gates, mask=writes & is_post)
     tl.store(inverse_rms + token, inverse, mask=live & (segment == 0))
-    if x is not None:
+    if u is not None:
         weights = ()
         for i in tl.static_range(n):
             weights = weights + (tl.sum(tl.where(j == i, gates, 0.0), 1),)
@@ -69,7 +69,7 @@ def gates_and_read(
 @triton.jit
 @no_type_check
 def mixing(
-    partial, squares, alpha, bias, res, projected,
+    x, partial, squares, alpha, bias, res, projected,
     block, tokens: int, splits: int, iterations: int, norm_eps: float, log2_eps: float,
     n: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, P: tl.constexpr,
     CONSTRAINT: tl.constexpr, TRANSPOSED: tl.constexpr, EPS: tl.constexpr,
@@ -82,7 +82,7 @@ def mixing(
     else:
         token = block.to(tl.int64) * BT + tl.arange(0, BT)
         live = token < tokens
-        inverse = inverse_root_mean_square(squares, token, live, tokens, splits, norm_eps, n * C)
+        inverse = inverse_root_mean_square(x, squares, token, live, tokens, splits, norm_eps, n * C)
         offsets, mask = matrix_offsets(block, tokens, R, n, BT, P, False)
         offsets += 2 * n
         total = reduced(partial, offsets, mask, splits, tokens.to(tl.int64) * R)
@@ -111,7 +111,7 @@ def finish_kernel(
     mixes, program = role(mix_blocks)
     if mixes:
         mixing(
-            partial, squares, alpha, bias, res, projected,
+            x, partial, squares, alpha, bias, res, projected,
             program, tokens, splits, iterations, norm_eps, log2_eps,
             n, C, R, MT, P, CONSTRAINT, TRANSPOSED, EPS,
         )  # fmt: skip
@@ -148,7 +148,7 @@ def one_launch_kernel(
         block, zero, 1, tokens, 1, norm_eps, hc_eps, n, C, R, BT, BC, P,
     )  # fmt: skip
     mixing(
-        partial, squares, alpha, bias, res, projected,
+        x, partial, squares, alpha, bias, res, projected,
         block, tokens, 1, iterations, norm_eps, log2_eps,
         n, C, R, BT, P, CONSTRAINT, TRANSPOSED, EPS,
     )  # fmt: skip
@@ -157,7 +157,7 @@ def one_launch_kernel(
 class Coefficients(NamedTuple):
     """What is made of the streams, in the order in which it is returned."""
 
-    u: Tensor
+    u: Tensor | None
     pre: Tensor
     post: Tensor
     res: Tensor
@@ -165,21 +165,35 @@ class Coefficients(NamedTuple):
     inverse_rms: Tensor
 
     @classmethod
-    def empty(cls, x: Tensor, phi: Tensor) -> "Coefficients":
-        """Room for all of it."""
-        tokens, n, C = x.shape
+    def empty(cls, x: Tensor, phi: Tensor, u: Tensor | None) -> "Coefficients":
+        """Room for all of it but u, which is given."""
+        tokens, n, _ = x.shape
         pre, post, projected = (phi.new_empty(tokens, size) for size in (n, n, phi.shape[0]))
         res, inverse_rms = phi.new_empty(tokens, n, n), phi.new_empty(tokens)
-        return cls(x.new_empty(tokens, C), pre, post, res, projected, inverse_rms)
+        return cls(u, pre, post, res, projected, inverse_rms)
 
 
 def coefficients_and_read(
     x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """u [N, C], pre [N, n], post [N, n], res [N, n, n], projected [N, R], 1 / rms [N]."""
+    u = x.new_empty(x.shape[0], x.shape[2])
+    return u, *_made(x, phi, alpha, bias, settings, u)[1:]
+
+
+def coefficients(
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `coefficients_and_read` returns without u, the same bits."""
+    return _made(x, phi, alpha, bias, settings, None)[1:]
+
+
+def _made(
+    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings, u: Tensor | None
+) -> Coefficients:
     tokens, n, C = x.shape
     R = phi.shape[0]
-    made = Coefficients.empty(x, phi)
+    made = Coefficients.empty(x, phi, u)
     if not tokens:
         return made
     with plan.launching(x):
@@ -191,23 +205,23 @@ def coefficients_and_read(
             )  # fmt: skip
             return made
         partial, squares = partial_projections(x.view(tokens, n * C), phi)
-        finish(x, True, partial, squares, alpha, bias, made, settings)
+        finish(x, partial, squares, alpha, bias, made, settings)
     return made
 
 
 def finish(
-    x: Tensor, reads: bool, partial: Tensor, squares: Tensor, alpha: Tensor, bias: Tensor,
+    x: Tensor, partial: Tensor, squares: Tensor, alpha: Tensor, bias: Tensor,
     made: Coefficients, settings: Settings,
 ) -> None:  # fmt: skip
-    """Fills `made` from the pieces of x's projections; u only if `reads`."""
+    """Fills `made` from the pieces of x's projections; u where it has room for it."""
     tokens, n, C = x.shape
     tile = plan.stream_tile(n, C, x.dtype)
     token_blocks = plan.blocks(tokens, tile["BT"])
-    segments = plan.segments(token_blocks, C, tile["BC"]) if reads else 1
+    segments = 1 if made.u is None else plan.segments(token_blocks, C, tile["BC"])
     MT = plan.matrix_tokens(n)
     mix_blocks = plan.blocks(tokens, MT)
     finish_kernel[(mix_blocks + token_blocks * segments,)](
-        x if reads else None, partial, squares, alpha, bias, *made,
+        x, partial, squares, alpha, bias, *made,
         tokens, len(partial), segments, mix_blocks, MT=MT,
         **tile, **_numbers(x, partial.shape[2], settings),
     )  # fmt: skip

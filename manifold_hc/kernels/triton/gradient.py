@@ -18,6 +18,11 @@ from torch import Tensor
 
 from manifold_hc.kernels.triton import plan
 
+HUGE_INVERSE = tl.constexpr(2.0**-50)
+HUGE_ROOT = tl.constexpr(2.0**63)
+HUGE_SHARE = tl.constexpr(2.0**-126)
+"""Below HUGE_INVERSE the square of 1 / rms is taken of HUGE_ROOT / rms; float would lose it."""
+
 
 class Mixed(NamedTuple):
     """What reaches the streams besides the projections, through the read and the next write."""
@@ -240,8 +245,11 @@ def streams_gradient_kernel(
                     grad, projected, phi, inverse, local, live, j, c0,
                     n, C, R, BC, RB, ROW_BLOCKS, PRECISION,
                 )  # fmt: skip
-            scale *= inverse * inverse / (n * C)
-            total = (product - scale[:, None] * streams).reshape(BT, P, BC)
+            huge = inverse < HUGE_INVERSE
+            root = tl.where(huge, inverse * HUGE_ROOT, inverse)
+            scale *= root * root / (n * C)
+            back = streams * tl.where(huge, HUGE_SHARE, 1.0)[:, None]
+            total = (product - scale[:, None] * back).reshape(BT, P, BC)
             if grad_u is not None:
                 total, weight_sums = _through_read(
                     total, streams.reshape(BT, P, BC), weight_sums, grad_u, pre, weight, norms,

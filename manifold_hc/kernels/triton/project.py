@@ -12,6 +12,9 @@ from torch import Tensor
 
 from manifold_hc.kernels.triton import gradient, plan
 
+HUGE_SCALE = tl.constexpr(2.0**-80)
+"""By which values are multiplied whose squares sum to more than float can hold."""
+
 
 @triton.jit
 @no_type_check
@@ -54,11 +57,32 @@ def reduced(partial, offsets, mask, splits: int, stride):
 @triton.jit
 @no_type_check
 def inverse_root_mean_square(
-    squares, token, live, tokens: int, splits: int, norm_eps: float, K: tl.constexpr
+    v, squares, token, live, tokens: int, splits: int, norm_eps: float, K: tl.constexpr
 ):
-    """1 / rms of the tokens [BT], from the partial sums of squares."""
+    """1 / rms of the tokens [BT] of v [N, K], from the partial sums of squares.
+
+    Where those are too large for float, from v once more.
+    """
     total = reduced(squares, token, live, splits, tokens.to(tl.int64))
-    return tl.rsqrt(total / K + norm_eps)
+    inverse = tl.rsqrt(total / K + norm_eps)
+    if tl.max(total, 0) == float("inf"):
+        inverse = tl.where(total == float("inf"), _inverse_of_huge(v, token, live, K), inverse)
+    return inverse
+
+
+@triton.jit
+@no_type_check
+def _inverse_of_huge(v, token, live, K: tl.constexpr):
+    """1 / rms of the tokens [BT], their values scaled; any epsilon is lost beside them."""
+    BK: tl.constexpr = 16
+    total = tl.zeros([token.shape[0]], tl.float32)
+    for start in range(0, K, BK):
+        k = start + tl.arange(0, BK)
+        mask = live[:, None] & (k < K)[None, :]
+        values = tl.load(v + token[:, None] * K + k[None, :], mask=mask, other=0.0).to(tl.float32)
+        values *= HUGE_SCALE
+        total += tl.sum(values * values, 1)
+    return tl.rsqrt(total / K) * HUGE_SCALE
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -77,13 +101,13 @@ def project_kernel(
 @triton.jit(do_not_specialize=["tokens", "splits"])
 @no_type_check
 def normalise_kernel(
-    partial: tl.tensor, squares: tl.tensor, projected: tl.tensor, inverse_rms: tl.tensor,
-    tokens: int, splits: int, norm_eps: float,
+    v: tl.tensor, partial: tl.tensor, squares: tl.tensor, projected: tl.tensor,
+    inverse_rms: tl.tensor, tokens: int, splits: int, norm_eps: float,
     K: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, RB: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     live = token < tokens
-    inverse = inverse_root_mean_square(squares, token, live, tokens, splits, norm_eps, K)
+    inverse = inverse_root_mean_square(v, squares, token, live, tokens, splits, norm_eps, K)
     tl.store(inverse_rms + token, inverse, mask=live)
     for start in range(0, R, RB):
         r = start + tl.arange(0, RB)
@@ -120,7 +144,7 @@ def project(v: Tensor, phi: Tensor, norm_eps: float) -> tuple[Tensor, Tensor]:
         tile = plan.normalise_tile(R)
         with plan.launching(v):
             normalise_kernel[(plan.blocks(tokens, tile["BT"]),)](
-                partial, squares, projected, inverse_rms, tokens, len(partial), norm_eps,
+                v, partial, squares, projected, inverse_rms, tokens, len(partial), norm_eps,
                 K=K, R=R, **tile,
             )  # fmt: skip
     return projected, inverse_rms
