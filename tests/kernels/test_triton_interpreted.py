@@ -45,8 +45,12 @@ def test_the_contract_interpreted():
     chosen = (
         "every_number or broadcasts or another or nobody or second or nan_in or one_at or not_learn"
     )
-    chosen += " or several_dtypes or independent"
-    files = ["tests/kernels/test_contract.py", "tests/test_single_pass.py"]
+    chosen += " or several_dtypes or independent or separate or huge or infinite or one_hot"
+    chosen += (
+        " or cancels or transpose_without or extreme or freed or wrong_arguments or no_channels"
+    )
+    names = ("contract", "separate_calls", "extremes", "arguments")
+    files = [f"tests/kernels/test_{name}.py" for name in names] + ["tests/test_single_pass.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, *files, "-k", f"triton and ({chosen})"],

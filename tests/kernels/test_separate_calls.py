@@ -1,0 +1,112 @@
+"""The same bits whether coefficients, read and write are computed together or one by one.
+
+So what a Stack has trained can run by functions of one's own.
+"""
+
+import pytest
+import torch
+
+import manifold_hc as mhc
+from manifold_hc import functional
+from manifold_hc.kernels.operators import FUSED_CONSTRAINTS
+from tests.kernels.test_contract import COMPILED, maps, place, serve
+
+SIZES = [(1, 7, 5), (2, 96, 20), (3, 530, 37), (4, 320, 33), (8, 40, 18), (16, 24, 3)]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(params=COMPILED)
+def backend(request):
+    return request.param
+
+
+def small(backend, sizes):
+    """What Triton's interpreter has time for."""
+    n, C, _ = sizes
+    return (n, min(C, 40), 5) if backend == "triton" and place(backend) == "cpu" else sizes
+
+
+def inputs_of(backend, n, C, tokens, dtype, constraint="sinkhorn"):
+    k = 0 if constraint == "identity" else n * n
+    given = [torch.randn(tokens, n, C).to(dtype), *maps(n, C, k), torch.randn(tokens, C).to(dtype)]
+    return [tensor.to(place(backend)).requires_grad_() for tensor in given]
+
+
+def together(x, phi, alpha, bias, y, backend, **options):
+    reading = functional.coefficients_and_read(x, phi, alpha, bias, backend=backend, **options)
+    written = functional.write(x, y, reading.post, reading.res, backend, link=reading.link)
+    return *reading[:3], reading.u, written
+
+
+def apart(x, phi, alpha, bias, y, backend, **options):
+    pre, post, res = functional.coefficients(x, phi, alpha, bias, backend=backend, **options)
+    return (
+        pre,
+        post,
+        res,
+        functional.read(x, pre, backend),
+        functional.write(x, y, post, res, backend),
+    )
+
+
+def gradients(outputs, inputs):
+    draw = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(out.shape, generator=draw).to(out.device) for out in outputs]
+    loss = sum((out.float() * c).sum() for out, c in zip(outputs, cotangents, strict=True))
+    return torch.autograd.grad(loss, inputs)
+
+
+@pytest.mark.parametrize("numerics", ["paper", "deepseek_v4"])
+@pytest.mark.parametrize("constraint", FUSED_CONSTRAINTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_separate_calls_have_the_same_bits(backend, sizes, dtype, constraint, numerics):
+    n, C, tokens = small(backend, sizes)
+    serve(backend, n, dtype)
+    inputs = inputs_of(backend, n, C, tokens, dtype, constraint)
+    options = {"constraint": constraint, "numerics": numerics, "backend": backend}
+    one, other = together(*inputs, **options), apart(*inputs, **options)
+    for name, a, b in zip(("pre", "post", "res", "u", "written"), one, other, strict=True):
+        assert torch.equal(a, b), name
+    dx, *maps_and_y = gradients(one, inputs)
+    dx_apart, *maps_and_y_apart = gradients(other, inputs)
+    for name, a, b in zip(("phi", "alpha", "bias", "y"), maps_and_y, maps_and_y_apart, strict=True):
+        assert torch.equal(a, b), name
+    # Three ways lead to x, whose gradients are rounded before they are summed, or afterwards.
+    rounding = 2**-20 if dtype == torch.float32 else 2**-7
+    error = float((dx.float() - dx_apart.float()).norm() / dx.float().norm())
+    assert error <= rounding
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_separate_coefficients_alone_have_the_same_gradients(backend, sizes, dtype):
+    """Of x too, where what is read is of no use."""
+    n, C, tokens = small(backend, sizes)
+    serve(backend, n, dtype)
+    *inputs, y = inputs_of(backend, n, C, tokens, dtype)
+    one = together(*inputs, y, backend)[:3]
+    other = functional.coefficients(*inputs, backend=backend)
+    assert all(map(torch.equal, one, other))
+    assert all(map(torch.equal, gradients(one, inputs), gradients(other, inputs)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_separate_functions_run_what_a_stack_has_trained(backend, dtype):
+    """Boundaries in the Stack, calls one after another without it."""
+    n, C, tokens = small(backend, (4, 72, 21))
+    serve(backend, n, dtype)
+    config = mhc.ConnectionConfig(streams=n, backend=backend, phi_std=0.1, alpha=0.5)
+    stack = mhc.Stack(C, config, 3).to(place(backend))
+    branches = [torch.sin, torch.cos, torch.tanh]
+    h = torch.randn(tokens, C).to(dtype).to(place(backend))
+    x = functional.expand(h, n)
+    with torch.no_grad():
+        for connection, branch in zip(stack.connections, branches, strict=True):
+            own = connection.maps
+            pre, post, res = functional.coefficients(
+                x, own.phi, own.alpha, own.bias, backend=backend
+            )
+            y = branch(functional.read(x, pre, backend))
+            x = functional.write(x, y, post, res, backend)
+        assert torch.equal(functional.collapse(x), stack(h, branches))
