@@ -143,17 +143,35 @@ class Experts(nn.Module):
         """[..., C] -> [..., C]."""
         tokens = u.flatten(0, -2)
         gates, chosen = self.router(tokens)
-        visits = self._visit(tokens, chosen) * gates.unsqueeze(-1)
+        slots = chosen.flatten()
+        load = torch.zeros_like(self.router.load).scatter_add_(0, slots, torch.ones_like(slots))
+        visits = self._visit(tokens, chosen, load) * gates.unsqueeze(-1)
         out = visits.unflatten(0, u.shape[:-1]).sum(-2).to(compute_dtype(u))
+        if self.training and out.requires_grad:
+            self._count_in_backward(out, load)
         return out if self.shared is None else out + self.shared(u)
 
-    def _visit(self, tokens: Float[Tensor, "N C"], chosen: Tensor) -> Float[Tensor, "N K C"]:
+    @torch.compiler.disable(reason="a graph cannot count in its backward pass")
+    def _count_in_backward(self, out: Float[Tensor, "*batch C"], load: Int[Tensor, " E"]) -> None:
+        """Add the load of this pass when the gradient of its output arrives.
+
+        A checkpoint, reentrant or not, runs forward twice but backpropagates through one of the two
+        passes only. A second gradient through the same pass adds nothing: schedules of pipelines
+        compute those of inputs and of weights apart.
+        """
+        uncounted = [load]
+
+        def count(grad: Tensor) -> None:
+            if uncounted:
+                self.router.load += uncounted.pop()
+
+        out.register_hook(count)
+
+    def _visit(
+        self, tokens: Float[Tensor, "N C"], chosen: Tensor, load: Int[Tensor, " E"]
+    ) -> Float[Tensor, "N K C"]:
         """What each chosen expert makes of its tokens, in the order of `chosen`."""
-        slots = chosen.flatten()
-        order = slots.argsort(stable=True)
-        load = torch.zeros_like(self.router.load).scatter_add_(0, slots, torch.ones_like(slots))
-        if self.training and torch.is_grad_enabled():
-            self.router.load += load
+        order = chosen.flatten().argsort(stable=True)
         rows = tokens.to(compute_dtype(tokens))[order // self.config.active]
         out = self.routed(rows, load)
         back = torch.empty_like(order).scatter_(

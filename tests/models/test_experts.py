@@ -2,7 +2,9 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import silu
+from torch.utils.checkpoint import checkpoint
 
 from manifold_hc.config import ConnectionConfig
 from manifold_hc.errors import ConfigError
@@ -16,6 +18,7 @@ from manifold_hc.models import (
     mixtures,
 )
 from manifold_hc.models.experts import grouped_product
+from manifold_hc.stack import Stack
 
 C = 8
 
@@ -82,6 +85,7 @@ def test_no_token_is_dropped_even_if_all_want_the_same_expert():
     experts.router.bias[3] = 10.0
     u = torch.randn(50, C, dtype=torch.float64)
     out = experts(u)
+    out.sum().backward()
     assert experts.router.load.tolist() == [0, 0, 0, 50, 0]
     gate, up = (u @ experts.routed.gate_up[3]).chunk(2, -1)
     torch.testing.assert_close(out, (silu(gate) * up) @ experts.routed.down[3])
@@ -119,12 +123,47 @@ def test_what_torch_does_not_serve_goes_by_the_loop(dtype, width):
 def test_load_counts_every_visit_of_a_training_pass_and_no_other():
     experts = mixture(torch.float32)
     u = torch.randn(3, 10, C)
-    experts(u), experts(u)
+    (experts(u) + experts(u)).sum().backward()
     assert experts.router.load.sum() == 2 * 30 * 2
     with torch.no_grad():
         experts(u)
-    experts.eval()(u)
+    experts.eval()(u).sum().backward()
     assert experts.router.load.sum() == 2 * 30 * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["grouped", "loop"])
+@pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(lambda experts, u: checkpoint(experts, u, use_reentrant=False), id="new"),
+        pytest.param(lambda experts, u: checkpoint(experts, u, use_reentrant=True), id="reentrant"),
+        pytest.param(
+            lambda experts, u: checkpoint(
+                lambda v: checkpoint(experts, v, use_reentrant=False), u, use_reentrant=False
+            ),
+            id="nested",
+        ),
+        pytest.param(
+            lambda experts, u: Stack(C, ConnectionConfig(), 2, 2)(u, [experts, nn.Identity()]),
+            id="stack",
+        ),
+    ],
+)
+def test_a_visit_counts_once_under_recompute(run, dtype):
+    experts, u = mixture(dtype), torch.randn(3, 10, C, dtype=dtype, requires_grad=True)
+    out = run(experts, u)
+    out.sum().backward()
+    _, chosen = experts.router(u.detach().flatten(0, 1))
+    wanted = chosen.flatten().bincount(minlength=5).tolist()
+    assert experts.router.load.tolist() == wanted
+
+
+def test_a_second_backward_through_one_pass_counts_nothing():
+    experts = mixture()
+    out = experts(torch.randn(30, C, dtype=torch.float64))
+    out.sum().backward(retain_graph=True)
+    out.sum().backward()
+    assert experts.router.load.sum() == 30 * 2
 
 
 def test_balancing_moves_the_bias_against_the_load():
