@@ -13,7 +13,7 @@ from manifold_hc.cli.compare import compare
 from manifold_hc.cli.info import info
 from manifold_hc.cli.options import Group
 from manifold_hc.cli.report import report
-from manifold_hc.cli.terminal import log_to_stderr
+from manifold_hc.cli.terminal import log_to_stderr, print_anything
 from manifold_hc.cli.tokenize import tokenize
 from manifold_hc.cli.train import train
 from manifold_hc.cli.verify import verify
@@ -46,6 +46,7 @@ for command in (train, compare, bench, verify, tokenize, report, info):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exit status 0, 2 for the user's mistakes, 1 for a failed run."""
+    print_anything()
     log_to_stderr()
     try:
         status = commands.main(args=arguments, prog_name="mhc", standalone_mode=False)

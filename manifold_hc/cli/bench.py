@@ -92,15 +92,22 @@ def ops(
 
     Exit status 1 where an implementation computes something else, or a peer is missing.
     """
+    from manifold_hc.bench import peers
     from manifold_hc.bench.ops import bench_ops
     from manifold_hc.bench.problem import Problem
     from manifold_hc.bench.tables import ops_table
 
     chosen = judged_device(device)
     terminal, found = console(), []
+    problems = [
+        Problem(tokens, streams, channels, dtype, numerics, chosen)  # type: ignore[arg-type]
+        for dtype in dict.fromkeys(dtypes)
+    ]
+    if not allow_missing:
+        wanted = [peer for problem in problems for peer in peers.for_problem(problem)]
+        _judge("ops", [], [peer.package for peer in wanted if peer.version is None])
     with console(stderr=True).status("bench ops") as status:
-        for dtype in dict.fromkeys(dtypes):
-            problem = Problem(tokens, streams, channels, dtype, numerics, chosen)  # type: ignore[arg-type]
+        for problem in problems:
             found.append(bench_ops(problem, rounds, eager, lambda s: status.update(escape(s))))
     for table in found:
         terminal.print(ops_table(table, upright=terminal.width < WIDE))

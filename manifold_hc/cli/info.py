@@ -1,5 +1,6 @@
 """`mhc info`."""
 
+import importlib.util
 import os
 import platform
 import shlex
@@ -37,13 +38,16 @@ def info() -> None:
     from manifold_hc.files import cache_folder
     from manifold_hc.kernels import backends
 
+    found = {name: _unusable(name) for name in backends()}
+    usable = [name for name, why in found.items() if not why]
+    missing = [f"{name} not usable: {why}" for name, why in found.items() if why]
     rows = {
         "manifold-hc": manifold_hc.__version__,
         "python": f"{platform.python_version()} on {platform.platform()}",
         **{name: _version(name) for name in PACKAGES},
         "devices": ", ".join(_devices(torch)),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} processors",
-        "backends": ", ".join(backends()),
+        "backends": "; ".join(filter(None, (", ".join(usable), *missing))),
         "compiler": _compiler(),
         "cache": str(cache_folder()),
     }
@@ -51,6 +55,17 @@ def info() -> None:
     for row in rows.items():
         table.add_row(*map(escape, row))
     console().print(table)
+
+
+def _unusable(backend: str) -> str:
+    """Why a backend serves no call on this machine; empty if it does, as far as is known."""
+    if backend == "triton":
+        import torch
+
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        return "" if torch.cuda.is_available() else "torch finds no GPU"
+    return ""
 
 
 def _version(package: str) -> str:

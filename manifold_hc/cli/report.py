@@ -1,5 +1,6 @@
 """`mhc report`."""
 
+import os
 from pathlib import Path
 
 import click
@@ -51,7 +52,8 @@ def publish(folder: Path, page: Path, json_file: Path | None) -> None:
     rows = summarise(runs)
     figures = msgspec.json.format(msgspec.json.encode(as_json(rows, runs)))
     record = comparison_record(folder) or run_record(folder)
-    write_page(runs, {"folder": str(folder), **record}, page)
+    name = os.fsencode(folder).decode(errors="backslashreplace")
+    write_page(runs, {"folder": name, **record}, page)
     write_atomically(page.with_suffix(".csv"), as_csv(rows))
     for file in filter(None, {page.with_suffix(".json"), json_file}):
         write_atomically(file, figures)

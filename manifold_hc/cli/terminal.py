@@ -1,5 +1,7 @@
 """Where the commands print."""
 
+import codecs
+import io
 import logging
 import os
 import shlex
@@ -14,8 +16,27 @@ from manifold_hc.parallel import is_first
 WIDE = 130
 """Columns that the table of a comparison needs."""
 
+PLAIN = {"±": "+-"}
+"""What stands for a sign of the tables that an encoding lacks."""
+
 PLAIN_WIDTH = 160
 """Columns where no terminal tells."""
+
+
+def print_anything() -> None:
+    """Let the outputs take characters that their encoding lacks, in an ASCII locale for one."""
+    codecs.register_error("manifold_hc", _replaced)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="manifold_hc")
+
+
+def _replaced(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    if error.object[error.start] in PLAIN:
+        return PLAIN[error.object[error.start]], error.start + 1
+    return codecs.backslashreplace_errors(error)
 
 
 def command_line() -> str:

@@ -1,6 +1,8 @@
 """`mhc verify`."""
 
+from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
@@ -11,6 +13,9 @@ from manifold_hc.cli.options import device_option, json_option, judged_device
 from manifold_hc.cli.terminal import console
 from manifold_hc.errors import ManifoldError
 from manifold_hc.files import write_atomically
+
+if TYPE_CHECKING:
+    from manifold_hc.bench.verify import Line
 
 
 @click.command()
@@ -24,8 +29,8 @@ def verify(device: str, json_file: Path | None) -> None:
     mhc verify --device cuda --json verify.json
 
     Outputs and all gradients, odd sizes too; every tensor is held to the tolerance of its own
-    dtype. "not served" is a backend's own refusal; the JSON has its reason. Exit status 1 where
-    anything fails.
+    dtype. "not served" is a backend's own refusal; the end says how many checks were skipped and
+    why. Exit status 1 where anything fails.
     """
     from manifold_hc.bench import results
     from manifold_hc.bench.verify import Line, verify
@@ -39,20 +44,36 @@ def verify(device: str, json_file: Path | None) -> None:
     for line in lines:
         if line.reason and line.state != "not served":
             console().print(escape(f"{line.name}, {line.dtype}: {line.state}: {line.reason}"))
+    ran = [line for line in lines if line.state in ("ok", "FAILED")]
     failed = [line for line in lines if line.state == "FAILED"]
-    click.echo(f"{len(lines)} checks on {chosen}, {len(failed)} failed")
+    for summary in skipped(lines):
+        console().print(escape(summary), soft_wrap=True)
+    click.echo(f"{len(ran)} checks ran on {chosen}, {len(failed)} failed")
     if json_file:
         content = {"machine": results.machine(chosen), "checks": lines}
         write_atomically(json_file, msgspec.json.format(msgspec.json.encode(content)))
     if failed:
         raise ManifoldError(
-            f"verify: wanted every check within its tolerance, {len(failed)} of {len(lines)} are "
+            f"verify: wanted every check within its tolerance, {len(failed)} of {len(ran)} are "
             f"not, the first is {failed[0].name} by {failed[0].backend} in {failed[0].dtype}; "
             'use backend="reference" until it is repaired, and report it with `mhc info`'
         )
 
 
-def _table(lines: list) -> Table:  # type: ignore[type-arg]
+def skipped(lines: "list[Line]") -> list[str]:
+    """One line for every backend, or peer, whose checks did not run: how many, and why."""
+    reasons: dict[str, Counter[str]] = {}
+    for line in lines:
+        if line.state in ("not served", "not installed"):
+            who = line.backend if line.state == "not served" else line.name
+            why = line.reason.partition(f'backend "{line.backend}" ')[2] or line.reason
+            reasons.setdefault(who, Counter())[why] += 1
+    return [
+        f"{counts.total()} skipped, {who}: {'; '.join(counts)}" for who, counts in reasons.items()
+    ]
+
+
+def _table(lines: "list[Line]") -> Table:
     table = Table(box=None, pad_edge=False)
     for column in ("check", "backend", "dtype"):
         table.add_column(column)

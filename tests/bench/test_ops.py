@@ -35,6 +35,7 @@ def wrong(problem, inputs):
 def with_peer(monkeypatch):
     def replace(build):
         monkeypatch.setattr(peers, "PEERS", (peers.Peer("invented", build),))
+        monkeypatch.setattr(peers.Peer, "version", "1.0")
 
     return replace
 
@@ -96,6 +97,18 @@ def test_a_missing_peer(capfd, with_peer):
     status, out, _ = mhc(capfd, *ONE, "--allow-missing")
     assert status == 0
     assert "missing: invented" in out
+
+
+def test_a_peer_that_is_not_installed_is_missed_before_any_work(capfd, tmp_path, monkeypatch):
+    def build(problem, inputs):
+        raise AssertionError("nothing is built")
+
+    monkeypatch.setattr(ops, "copy_bandwidth", build)
+    monkeypatch.setattr(peers, "PEERS", (peers.Peer("invented", build),))
+    status, out, err = mhc(capfd, *ONE, "--json", tmp_path / "ops.json")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert "wanted every peer, got none of invented; pip install" in err
+    assert not (tmp_path / "ops.json").exists()
 
 
 def test_a_peer_that_breaks_is_a_row(capfd, with_peer):

@@ -31,6 +31,13 @@ def test_all_is_well(capfd, tmp_path):
     assert {c["dtype"] for c in checks} == {"float64", "float32", "bfloat16", "float16"}
     assert sum(check["name"].startswith("peer") for check in checks) == 4
     assert all(c["error"] <= c["tolerance"] for c in checks if c["state"] == "ok")
+    ran = [c for c in checks if c["state"] in ("ok", "FAILED")]
+    assert len(ran) < len(checks)
+    assert f"{len(ran)} checks ran on cpu, 0 failed" in out
+    reasons = [line for line in out.splitlines() if " skipped, " in line]
+    assert sum(int(line.split()[0]) for line in reasons) == len(checks) - len(ran)
+    (triton,) = [line for line in reasons if "skipped, triton: " in line]
+    assert "computes on a GPU but x is on cpu" in triton
 
 
 @pytest.mark.usefixtures("short")

@@ -1,5 +1,10 @@
 """What a new user types first, and what they get for a slip."""
 
+import importlib.util
+import os
+import subprocess
+import sys
+
 import pytest
 
 from manifold_hc.cli import commands
@@ -99,3 +104,41 @@ def test_every_command_has_an_example_of_its_own(capfd):
         status, out, _ = mhc(capfd, *path, "--help")
         assert status == 0
         assert f"\n  mhc {' '.join(path)}" in out
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_info_lists_the_backends_that_serve(capfd, monkeypatch, installed):
+    import torch
+
+    known, find_spec = {"triton": object() if installed else None}, importlib.util.find_spec
+
+    def find(name):
+        return known[name] if name in known else find_spec(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (row,) = [line for line in mhc(capfd, "info")[1].splitlines() if line.startswith("backends")]
+    why = "torch finds no GPU" if installed else "Triton is not installed"
+    assert row.split(maxsplit=1)[1].strip() == f"cpu, reference; triton not usable: {why}"
+
+
+ASCII = {
+    "output": {"PYTHONIOENCODING": "ascii"},
+    "locale": {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+}
+
+
+def test_names_and_signs_in_an_ascii_locale(capfd, tmp_path, text_file):
+    folder = tmp_path / "läufe"
+    base = ["compare", "--data", text_file, "--out", folder, *SMALL, "training.steps=1"]
+    assert mhc(capfd, *base, "--variant", "residual", "--seeds", "2")[0] == 0
+    for name, settings in ASCII.items():
+        found = subprocess.run(
+            [sys.executable, "-m", "manifold_hc", "report", folder],
+            env={k: v for k, v in os.environ.items() if k != "PYTHONUTF8"} | settings,
+            capture_output=True,
+        )
+        assert (found.returncode, found.stderr) == (0, b""), name
+        assert b" +- " in found.stdout
+        assert b"report: " in found.stdout
+        assert "läufe" in (folder / "report.html").read_text(encoding="utf-8")
