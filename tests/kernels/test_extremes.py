@@ -10,6 +10,13 @@ from tests.kernels.test_contract import COMPILED, as_tuple, compare, maps, place
 
 ALL = [*COMPILED, "reference"]
 
+# NumPy, under Triton's interpreter, speaks up where float32 overflows on purpose.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:overflow encountered:RuntimeWarning",
+    "ignore:invalid value encountered:RuntimeWarning",
+    "ignore:divide by zero encountered:RuntimeWarning",
+)
+
 
 @pytest.fixture(params=COMPILED)
 def backend(request):
@@ -24,7 +31,7 @@ def relative(got, wanted):
 
 
 @pytest.mark.parametrize("backend", ALL)
-@pytest.mark.parametrize("size", [1e12, 1e15, 1e17, 1e18, 1e20, 1e25, 1e30])
+@pytest.mark.parametrize("size", [1e15, 1e18, 1e20, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_huge_streams_keep_their_maps_and_gradients(backend, size, dtype):
     """Beyond 1e17 the sum of their squares is more than float32 holds; some tokens are ordinary."""

@@ -22,8 +22,9 @@ def backend(request):
 
 def small(backend, sizes):
     """What Triton's interpreter has time for."""
-    n, C, _ = sizes
-    return (n, min(C, 40), 5) if backend == "triton" and place(backend) == "cpu" else sizes
+    n, C, tokens = sizes
+    stepwise = backend == "triton" and place(backend) == "cpu"
+    return (min(n, 4), min(C, 24), 3) if stepwise else (n, C, tokens)
 
 
 def inputs_of(backend, n, C, tokens, dtype, constraint="sinkhorn"):
@@ -65,6 +66,7 @@ def test_separate_calls_have_the_same_bits(backend, sizes, dtype, constraint, nu
     serve(backend, n, dtype)
     inputs = inputs_of(backend, n, C, tokens, dtype, constraint)
     options = {"constraint": constraint, "numerics": numerics, "backend": backend}
+    options["iterations"] = 3
     one, other = together(*inputs, **options), apart(*inputs, **options)
     for name, a, b in zip(("pre", "post", "res", "u", "written"), one, other, strict=True):
         assert torch.equal(a, b), name
@@ -85,21 +87,23 @@ def test_separate_coefficients_alone_have_the_same_gradients(backend, sizes, dty
     n, C, tokens = small(backend, sizes)
     serve(backend, n, dtype)
     *inputs, y = inputs_of(backend, n, C, tokens, dtype)
-    one = together(*inputs, y, backend)[:3]
-    other = functional.coefficients(*inputs, backend=backend)
+    one = together(*inputs, y, backend, iterations=3)[:3]
+    other = functional.coefficients(*inputs, backend=backend, iterations=3)
     assert all(map(torch.equal, one, other))
     assert all(map(torch.equal, gradients(one, inputs), gradients(other, inputs)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_separate_functions_run_what_a_stack_has_trained(backend, dtype):
-    """Boundaries in the Stack, calls one after another without it."""
-    n, C, tokens = small(backend, (4, 72, 21))
-    serve(backend, n, dtype)
+def test_a_stack_by_functions_alone(dtype):
+    """Boundaries in the Stack, calls one after another without it. Triton sums the projections of a
+    boundary in another order."""
+    n, C, tokens, backend = 4, 72, 21, "cpu"
+    if backend not in COMPILED:
+        pytest.skip("no CPU kernels here")
     config = mhc.ConnectionConfig(streams=n, backend=backend, phi_std=0.1, alpha=0.5)
-    stack = mhc.Stack(C, config, 3).to(place(backend))
+    stack = mhc.Stack(C, config, 3)
     branches = [torch.sin, torch.cos, torch.tanh]
-    h = torch.randn(tokens, C).to(dtype).to(place(backend))
+    h = torch.randn(tokens, C).to(dtype)
     x = functional.expand(h, n)
     with torch.no_grad():
         for connection, branch in zip(stack.connections, branches, strict=True):

@@ -65,6 +65,7 @@ def launches_of(n, C, dtype, constraint, transposed, *, tokens=256, tiles=None):
 
     def everything():
         kernels.coefficients_and_read(x, phi, alpha, bias, learning)
+        kernels.coefficients(x, phi, alpha, bias, learning)
         kernels.write(x, y, gate, matrix)
         kernels.write_backward(x, x, y, gate, matrix)
         kernels.branch_backward(x, y, gate)
