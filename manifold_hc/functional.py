@@ -111,7 +111,7 @@ def sinkhorn(
     finite iteration. With "paper" the rows sum to 1 exactly and the truncation error is in the
     columns; with "deepseek_v4" the other way round, up to `hc_eps`.
 
-    Raises ShapeError, DtypeError, or ConfigError for iterations below 1 or above 1000 and for unknown
+    Raises ShapeError, DtypeError, or ConfigError for iterations outside 1 to 1000 or unknown
     numerics.
     """
     chosen = preset(numerics, hc_eps=hc_eps)
