@@ -108,8 +108,9 @@ def sinkhorn(
 
     logits: `res` logits [..., o, i] for "paper", `comb` logits [..., source, target] for
     "deepseek_v4". Returns `res[..., o, i]` in float32 or float64, with the exact gradient of the
-    finite iteration. With "paper" the rows sum to 1 exactly and the truncation error is in the
-    columns; with "deepseek_v4" the other way round, up to `hc_eps`.
+    finite iteration. The rows of res sum to 1, exactly with "paper" and up to `hc_eps` with
+    "deepseek_v4" (they are comb's columns, which its iteration normalises last); the truncation
+    error is in the columns of both.
 
     Raises ShapeError, DtypeError, or ConfigError for iterations outside 1 to 1000 or unknown
     numerics.

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
-from manifold_hc import constraints
+from manifold_hc import constraints, functional
 from manifold_hc.constraints import CONSTRAINTS
 from manifold_hc.errors import ConfigError, ManifoldError
 from manifold_hc.numerics import PRESETS, preset
@@ -227,3 +227,14 @@ def test_presets_are_named_and_closed():
     with pytest.raises(ConfigError, match="hc_eps"):
         preset("paper", hc_eps=1e-6)
     assert preset("deepseek_v4", norm_eps=1e-5, hc_eps=1e-4).hc_eps == 1e-4
+
+
+def test_the_rows_of_res_are_exact_in_both_presets():
+    """Truncation after 20 iterations shows in the columns; without hc_eps both are one matrix."""
+    logits = 4 * torch.randn(500, 4, 4, dtype=torch.float64)
+    for numerics, exact in (("paper", 1e-14), ("deepseek_v4", 3e-6)):
+        res = functional.sinkhorn(logits, numerics=numerics)
+        assert (res.sum(-1) - 1).abs().max() < exact
+        assert (res.sum(-2) - 1).abs().max() > 1e-2
+    comb = functional.sinkhorn(logits.mT.contiguous(), numerics="deepseek_v4", hc_eps=0.0)
+    torch.testing.assert_close(comb, functional.sinkhorn(logits), rtol=1e-12, atol=1e-14)
