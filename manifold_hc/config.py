@@ -17,7 +17,25 @@ Part = Literal["pre", "post", "res"]
 
 @dataclass(frozen=True)
 class ConnectionConfig:
-    """What joins a sublayer to the rest of the network."""
+    """What joins a sublayer to the rest of the network.
+
+    Attributes:
+        kind: residual, hc (arXiv 2409.19606) or mhc (arXiv 2512.24880).
+        streams: Number n of residual streams, the papers' expansion rate; residual always has one.
+        dynamic: Whether the coefficients depend on the token, or are plain parameters.
+        constraint: What mHC's mixing matrix is made by.
+        iterations: Sinkhorn-Knopp iterations.
+        numerics: mHC's preset of orders and epsilons.
+        norm_eps: Epsilon inside the RMS norm of the streams; the preset's when left out.
+        hc_eps: Epsilon of the deepseek_v4 preset, which alone has one; the preset's when left out.
+        alpha: Initial gate of the dynamic part.
+        phi_std: Standard deviation of the dynamic part's initial projection.
+        disable: Parts replaced by constants, as in the paper's Table 1: pre 1/n, post 1, res
+            identity.
+        single_pass: Whether a sublayer reads with the `pre` of the one before it (DeepSeek-V4.1);
+            in a Stack.
+        backend: Which implementation computes the connection.
+    """
 
     kind: Kind = "mhc"
     """residual, hc (arXiv 2409.19606) or mhc (arXiv 2512.24880)."""
@@ -98,3 +116,21 @@ class ConnectionConfig:
         if self.kind == "residual":
             return "mean"
         return PRESETS[self.numerics].exit
+
+
+def require_config(operation: str, config: object) -> ConnectionConfig:
+    """The configuration, or the default one for None; ConfigError for anything else."""
+    if config is None:
+        return ConnectionConfig()
+    if isinstance(config, ConnectionConfig):
+        return config
+    if isinstance(config, str):
+        repair = f"mhc.ConnectionConfig(kind={config!r})"
+    elif isinstance(config, dict):
+        repair = "mhc.ConnectionConfig(**config)"
+    else:
+        repair = "mhc.ConnectionConfig(...)"
+    raise ConfigError(
+        f"{operation}: config must be a ConnectionConfig or None but is {config!r}, "
+        f"a {type(config).__name__}; write {repair}"
+    )

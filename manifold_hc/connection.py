@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from manifold_hc import constraints
 from manifold_hc.autocast import is_autocast
-from manifold_hc.config import ConnectionConfig
-from manifold_hc.errors import ConfigError, ShapeError
+from manifold_hc.config import ConnectionConfig, require_config
+from manifold_hc.errors import ConfigError, ShapeError, require_integer
 from manifold_hc.functional import InputNorm
 from manifold_hc.maps import Maps, ResidualMaps, Unwritten, crosses
 
@@ -125,14 +125,15 @@ class Connection(nn.Module):
         equal_streams: bool = False,
         stacked: bool = False,
     ) -> None:
-        """Raises ConfigError for channels < 1, a negative sublayer, or single_pass on its own."""
+        """Raises ConfigError for sizes that are no integers or too small, and for another config.
+
+        single_pass on its own is one too.
+        """
         super().__init__()
-        if channels < 1:
-            raise ConfigError(f"Connection: channels must be at least 1 but is {channels}")
-        if sublayer < 0:
-            raise ConfigError(f"Connection: sublayer must not be negative but is {sublayer}")
+        require_integer("Connection", "channels", channels, 1)
+        require_integer("Connection", "sublayer", sublayer, 0)
         self.channels = channels
-        self.config = config or ConnectionConfig()
+        self.config = require_config("Connection", config)
         if self.config.single_pass and not stacked:
             raise ConfigError(
                 "Connection: single_pass reads with the pre of the sublayer before, which a lone "

@@ -119,3 +119,14 @@ def shown(number: int) -> str:
     """A whole number as text; only its length where it has more digits than a line should."""
     digits = math.ceil(abs(number).bit_length() * math.log10(2))
     return str(number) if digits <= 40 else f"a number of {digits} digits"
+
+
+def require_integer(operation: str, name: str, value: object, least: int) -> None:
+    """Raise ConfigError unless `value` is an integer from `least` on; True is none."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(
+            f"{operation}: {name} must be an integer but is {value!r}, a {type(value).__name__}"
+        )
+    if value < least:
+        wanted = "not be negative" if least == 0 else f"be at least {least}"
+        raise ConfigError(f"{operation}: {name} must {wanted} but is {shown(value)}")

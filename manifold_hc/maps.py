@@ -159,6 +159,16 @@ class Maps(WideModule):
         u = functional.read(x, weights, config.backend)
         return self._without_disabled(Reading(pre, post, res, u, x, weights, None))
 
+    def extra_repr(self) -> str:
+        """Kind, sizes, what makes the coefficients, and the parameters' shapes."""
+        config, parts = self.config, [_sizes(self.config, self.channels)]
+        if config.kind == "mhc":
+            parts.append(f"constraint={config.mixing}, numerics={config.numerics}")
+        parts.append(f"dynamic={config.dynamic}")
+        if config.disable:
+            parts.append(f"disable={','.join(config.disable)}")
+        return ", ".join([*parts, *_shapes(self)])
+
     def _boundary(self, source: Unwritten, input_norm: InputNorm | None) -> Reading:
         before = source.reading
         return cast(
@@ -222,6 +232,10 @@ class ResidualMaps(nn.Module):
     def reset_parameters(self) -> None:
         """Nothing to set: there are no parameters."""
 
+    def extra_repr(self) -> str:
+        """One stream and no parameters."""
+        return "residual, streams=1"
+
     def forward(
         self,
         source: Float[Tensor, "*batch 1 C"] | Unwritten,
@@ -262,6 +276,11 @@ class LearnedExit(WideModule):
         self.alpha.fill_(self.config.alpha)
         self.bias.fill_(_logit_of_mean(self.config.n))
 
+    def extra_repr(self) -> str:
+        """Sizes, numerics and the parameters' shapes."""
+        parts = [_sizes(self.config, self.channels), f"numerics={self.config.numerics}"]
+        return ", ".join([*parts, *_shapes(self)])
+
     def forward(self, x: Float[Tensor, "*batch n C"]) -> Float[Tensor, "*batch C"]:
         """[..., n, C] -> [..., C]."""
         config = self.config
@@ -276,6 +295,14 @@ class LearnedExit(WideModule):
             backend=config.backend,
         )
         return functional.collapse(x, weights, config.backend)
+
+
+def _sizes(config: ConnectionConfig, channels: int) -> str:
+    return f"{config.kind}, streams={config.n}, channels={channels}"
+
+
+def _shapes(module: nn.Module) -> list[str]:
+    return [f"{name}={list(p.shape)}" for name, p in module.named_parameters(recurse=False)]
 
 
 def _logit_of_mean(n: int) -> float:

@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from manifold_hc import functional
-from manifold_hc.config import ConnectionConfig
+from manifold_hc.config import ConnectionConfig, require_config
 from manifold_hc.connection import Branch, Connection
-from manifold_hc.errors import ConfigError, ShapeError
+from manifold_hc.errors import ConfigError, ShapeError, require_integer
 from manifold_hc.maps import LearnedExit, Unwritten
 from manifold_hc.recompute import Recompute, block_length
 
@@ -53,9 +53,9 @@ class Stack(nn.Module):
         gradients are the same bits. Raises ConfigError for sublayers < 1 or such a block.
         """
         super().__init__()
-        if sublayers < 1:
-            raise ConfigError(f"Stack: sublayers must be at least 1 but is {sublayers}")
-        self.config = config or ConnectionConfig()
+        require_integer("Stack", "channels", channels, 1)
+        require_integer("Stack", "sublayers", sublayers, 1)
+        self.config = require_config("Stack", config)
         self.recompute = recompute
         self.block_length = block_length(recompute, sublayers, self.config.n)
         self.connections = nn.ModuleList(
@@ -179,6 +179,11 @@ class Stack(nn.Module):
                 f"Stack: {name} must be {sublayers}, one per sublayer, "
                 f"but are {len(given)}; attention and feed-forward count as one each"
             )
+
+    def extra_repr(self) -> str:
+        """Sublayers, exit and recompute; the connections say the rest."""
+        sublayers = len(present(self.connections))
+        return f"sublayers={sublayers}, exit={self.config.exit}, recompute={self.recompute}"
 
     def collapse(
         self, x: Float[Tensor, "*batch n C"], pre: Float[Tensor, "*batch n"] | None = None

@@ -1,11 +1,16 @@
+import inspect
 import math
+import re
+from dataclasses import fields
 
+import docstring_parser
 import pytest
 import torch
 from torch import nn
 
 import manifold_hc as mhc
 from manifold_hc import functional
+from manifold_hc.cli.keys import describe
 from manifold_hc.config import ConnectionConfig
 from manifold_hc.constraints import CONSTRAINTS
 from manifold_hc.errors import ConfigError, ShapeError
@@ -374,3 +379,55 @@ def test_the_gradient_left_out_is_zero():
     (connection(x, torch.nn.Identity()) * torch.randn(4, C)).sum().backward()
     of_res, of_pre = connection.maps.bias.grad[8:], connection.maps.bias.grad[:4]
     assert of_res.abs().max() < 1e-14 * of_pre.abs().max()
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("build", [mhc.Connection, mhc.Stack])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("mhc", r"but is 'mhc', a str; write mhc.ConnectionConfig\(kind='mhc'\)"),
+        ({"streams": 2}, r"a dict; write mhc.ConnectionConfig\(\*\*config\)"),
+        ({}, "a dict"),
+        (0, "but is 0, a int"),
+        (ConnectionConfig, "must be a ConnectionConfig or None but is <class"),
+    ],
+)
+def test_what_is_no_configuration_is_named(build, config, message):
+    with pytest.raises(ConfigError, match=f"^{build.__name__}: config .*{message}"):
+        build(16, config)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("value", [2.0, True, "4", None])
+def test_sizes_are_integers(value):
+    for build in (
+        lambda: mhc.Connection(value),
+        lambda: mhc.Stack(value),
+        lambda: mhc.Stack(8, sublayers=value),
+        lambda: mhc.Connection(8, sublayer=value),
+    ):
+        with pytest.raises(ConfigError, match=r"(channels|sublayers?) must be an integer but is"):
+            build()
+
+
+def test_every_field_is_documented_in_python():
+    """In the class's docstring, which help() shows, by the sentence that stands at the field."""
+    docs = {p.arg_name: p for p in docstring_parser.parse(ConnectionConfig.__doc__).params}
+    listed = {key: sentence for key, _, sentence in describe(ConnectionConfig())}
+    assert docs.keys() == listed.keys() == {f.name for f in fields(ConnectionConfig)}
+    at_fields = re.findall(r'\n    (\w+): .*\n    """(.*)"""', inspect.getsource(ConnectionConfig))
+    assert {name: " ".join(docs[name].description.split()) for name in docs} == dict(at_fields)
+    assert all(listed[name].startswith(sentence) for name, sentence in at_fields)
+
+
+def test_repr_tells_what_it_is():
+    stack = mhc.Stack(8, ConnectionConfig(streams=3, numerics="deepseek_v4", disable=("post",)), 2)
+    text = repr(stack)
+    assert "sublayers=2, exit=learned, recompute=None" in text
+    assert "mhc, streams=3, channels=8, constraint=sinkhorn, numerics=deepseek_v4" in text
+    assert "dynamic=True, disable=post, bias=[15], phi=[15, 24], alpha=[3]" in text
+    assert "phi=[3, 24], alpha=[1], bias=[3]" in text
+    static = ConnectionConfig(kind="hc", dynamic=False)
+    assert "hc, streams=4, channels=8, dynamic=False, bias=[24]" in repr(mhc.Connection(8, static))
+    assert "streams=1" in repr(mhc.Connection(8, ConnectionConfig(kind="residual")).maps)

@@ -62,7 +62,7 @@ def override_from(config: Config, file: Path) -> Config:
 def describe(config: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     """(key, default, sentence) of every leaf of a dataclass tree."""
     sentences = {
-        parameter.arg_name: parameter.description or ""
+        parameter.arg_name: " ".join((parameter.description or "").split())
         for parameter in docstring_parser.parse_from_object(type(config)).params
     }
     hints = get_type_hints(type(config))
