@@ -259,11 +259,11 @@ def parse_line(line):
         parse_pip(rest)
     elif program.endswith(".py"):
         assert (ROOT / program).exists(), program
-    elif program == "python" and rest[0].endswith(".py"):
+    elif program in ("python", "pytest") and rest[0].endswith(".py"):
         assert (ROOT / rest[0]).exists(), line
     else:
-        known = ["git clone", "python -m", "cd", "source", ".venv/bin/pre-commit install"]
-        assert any(line.startswith(start) for start in known), f"{line!r}: unknown program"
+        known = ("git clone ", "git tag ")
+        assert line.startswith(known), f"{line!r}: unknown program"
 
 
 def parse_mhc(arguments):
