@@ -42,11 +42,11 @@ def test_nanogpt_starts_alike_in_all_ways_and_learns():
         torch.manual_seed(0)
         model = example.GPT(way)
         torch.manual_seed(1)
-        losses[way] = example.train(model, data, steps=12)
+        losses[way] = example.train(model, data, steps=8)
     for way in ("connection", "stack", "functions"):
         assert losses[way][0] == pytest.approx(losses["residual"][0], abs=1e-5)
         assert losses[way][-1] == pytest.approx(losses["connection"][-1], abs=1e-3)
-        assert losses[way][-1] < losses[way][0] - 1
+        assert losses[way][-1] < losses[way][0] - 0.5
 
 
 def test_nanogpt_trains_on_a_text_from_the_command_line(text_file):
