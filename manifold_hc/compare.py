@@ -15,7 +15,7 @@ from manifold_hc.config import ConnectionConfig
 from manifold_hc.data import Corpus
 from manifold_hc.diagnostics import GainMonitor
 from manifold_hc.errors import DivergedError, RunFolderError
-from manifold_hc.files import write_atomically
+from manifold_hc.files import remove_temporaries, write_atomically
 from manifold_hc.training import Checkpoints, RunConfig, RunFolder, check, train
 from manifold_hc.training.config import differences
 from manifold_hc.training.folder import is_empty, read_json
@@ -72,6 +72,7 @@ def compare(
         "data_tokens": len(corpus),
         **machine(),
     }
+    remove_temporaries(folder / COMPARISON)
     write_atomically(folder / COMPARISON, json.dumps(record, indent=2) + "\n")
     for title, run, wanted in planned:
         if run.is_complete():

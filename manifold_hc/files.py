@@ -1,10 +1,11 @@
 """Files that are whole or not there."""
 
 import errno
+import glob
 import logging
 import os
+import secrets
 import stat
-import tempfile
 import time
 from collections.abc import Callable
 from io import BufferedReader
@@ -22,6 +23,17 @@ WAIT = 10.0
 
 SLICES = 20
 """Times that somebody is listened to in between."""
+
+PERMANENT = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+}
+"""Errors of a place that cannot be written, which no waiting mends as it does a full disk."""
 
 
 def cache_folder() -> Path:
@@ -45,17 +57,23 @@ def read_regular(path: Path) -> bytes:
         return file.read()
 
 
+def is_permanent(error: OSError) -> bool:
+    """Whether the place cannot be written, rather than has no room at the moment."""
+    return error.errno in PERMANENT
+
+
 def insist(write: Callable[[], None], what: str, give_up: Callable[[], object]) -> None:
     """Call `write` until the disk takes it, loudly.
 
-    Its OSError is raised after `PATIENCE`, or as soon as `give_up` says so.
+    Its OSError is raised after `PATIENCE`, as soon as `give_up` says so, and at once for a place
+    that cannot be written at all.
     """
     for left in range(int(PATIENCE / WAIT), -1, -1):
         try:
             write()
             return
         except OSError as error:
-            if not left or give_up():
+            if is_permanent(error) or not left or give_up():
                 raise
             logger.error(
                 "%s CANNOT BE WRITTEN: %s; trying again for %.0f s",
@@ -70,23 +88,27 @@ def insist(write: Callable[[], None], what: str, give_up: Callable[[], object]) 
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write beside `path` under a temporary name, flush to disk, and rename over it."""
+    """Write beside `path` under a temporary name, flush to disk, and rename over it.
+
+    The file gets the umask's mode. A killed process leaves the temporary file, which
+    `remove_temporaries` finds.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+def remove_temporaries(*paths: Path) -> None:
+    """Remove what killed writers of these files left; for the one process that may write them."""
+    for path in paths:
+        for left in path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}.tmp"):
+            left.unlink(missing_ok=True)

@@ -138,11 +138,11 @@ def _take(
     Raises RunFolderError for a folder in use, for one that is not empty where a `new` run starts,
     and for a complete run.
     """
-    from manifold_hc.training.folder import is_empty, locked, refuse_if_in_use
+    from manifold_hc.training.folder import locked, refuse_if_in_use
 
     refuse_if_in_use(folder.path)
     again = restarted and folder.is_of(job())
-    if new and not again and not is_empty(folder.path):
+    if new and not again and not folder.is_new():
         raise RunFolderError(
             f"run folder: {folder.path} is not empty; choose another with --out, or go on with "
             f"--resume {shlex.quote(str(folder.path))}"

@@ -1,6 +1,5 @@
 """Which checkpoints a run makes, keeps and goes on from."""
 
-import errno
 import logging
 import math
 import shutil
@@ -14,18 +13,19 @@ from typing import Any, cast
 from torch.distributed.checkpoint.state_dict_saver import async_save
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
-from manifold_hc.errors import CheckpointError
+from manifold_hc.errors import CheckpointError, ManifoldError, RunFolderError
+from manifold_hc.files import is_permanent
 from manifold_hc.parallel import Processes
 from manifold_hc.training.checkpoint_files import (
     ONE_PROCESS,
     WRITE_ERRORS,
     Manifest,
     Writer,
+    as_os_error,
     is_interrupt,
     one_process,
     path_step,
     read_manifest,
-    reason_of,
     verify,
 )
 from manifold_hc.training.config import CheckpointConfig
@@ -66,8 +66,9 @@ class Checkpoints:
         """Make the checkpoint of this step, drop those that are not kept; whether it is there.
 
         With `checkpoint.asynchronous`, and unless told to `wait`, it is written while training goes
-        on, and `settle` says how that went. A failure is logged, costs nothing that was saved, and
-        makes another attempt due soon.
+        on, and `settle` says how that went. A full disk is logged, costs nothing that was saved,
+        and makes another attempt due soon. Raises ManifoldError where no attempt can help: the
+        folder cannot be written.
         """
         self.settle(wait=True)
         try:
@@ -136,6 +137,11 @@ class Checkpoints:
         self.processes.by_first(self._prune)
 
     def _failed(self, step: int, error: OSError) -> None:
+        if is_permanent(error):
+            raise ManifoldError(
+                f"checkpoint: {self.folder} cannot be written ({error.strerror}), and step {step} "
+                "is not saved; mend that and go on with --resume"
+            )
         if not step < self._retry_at < math.inf:
             self._retry_at = step + RETRY_STEPS
         if self.processes.is_first:
@@ -192,8 +198,21 @@ class Checkpoints:
 
     def clean(self) -> None:
         """Remove what a killed process left half written."""
-        for path in self.folder.glob(".*"):
+        for path in self.folder.glob(".step-*"):
             shutil.rmtree(path, ignore_errors=True)
+
+    def require_writable(self) -> None:
+        """Raise RunFolderError where no checkpoint could be written; leaves an empty folder."""
+        probe = self.folder / f".step-probe-{self.processes.rank}.tmp"
+        try:
+            probe.mkdir(parents=True, exist_ok=True)
+            (probe / "file").write_bytes(b"written")
+            shutil.rmtree(probe)
+        except OSError as error:
+            raise RunFolderError(
+                f"checkpoint: {self.folder} cannot be written ({error.strerror}), so that the run "
+                "could not be saved; mend that, or choose another place with --out"
+            ) from None
 
     def _manifest(
         self, state: TrainState, tensors: dict[str, Any], validation_loss: float | None
@@ -236,7 +255,7 @@ def _finish(run: Callable[[], object], writer: Writer, processes: Processes) -> 
         if is_interrupt(error):
             raise KeyboardInterrupt from None
         if isinstance(error, WRITE_ERRORS):
-            raise OSError(errno.EIO, reason_of(error), str(writer.final)) from error
+            raise as_os_error(error, writer.final) from error
         raise
 
 

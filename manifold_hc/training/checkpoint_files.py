@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 import shutil
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -230,9 +231,12 @@ def _sums(files: list[Path]) -> str:
 
 
 def save_weights(weights: dict[str, Tensor], file: Path) -> None:
-    """Weights alone, as safetensors; not atomic."""
+    """Weights alone, as safetensors, with the umask's mode; not atomic."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    file.touch()
+    mode = stat.S_IMODE(file.stat().st_mode)
     save_file(plain, file, metadata={"format": "pt"})
+    file.chmod(mode)  # safetensors makes its files private
 
 
 @contextmanager
@@ -263,10 +267,22 @@ def is_interrupt(error: BaseException) -> bool:
     )
 
 
+def as_os_error(error: BaseException, path: Path) -> OSError:
+    """The same as an error of the disk at `path`, with its number where there is one."""
+    number = getattr(innermost(error), "errno", None) or errno.EIO
+    return OSError(number, reason_of(error), str(path))
+
+
+def innermost(error: BaseException) -> BaseException:
+    """The first cause: torch wraps a disk's error twice."""
+    while isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return error
+
+
 def reason_of(error: BaseException) -> str:
-    """The innermost cause: torch wraps a disk's error twice."""
-    if isinstance(error, CheckpointException):
-        return next((reason_of(inner) for inner, _ in error.failures.values()), str(error))
+    """What the innermost error says."""
+    error = innermost(error)
     if "inline_container" in str(error):
         return "torch could not write a file whole, as on a full disk"
     return getattr(error, "strerror", None) or str(error)

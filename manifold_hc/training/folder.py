@@ -21,8 +21,13 @@ import msgspec
 from safetensors.torch import save
 from torch import Tensor
 
-from manifold_hc.errors import RunFolderError
-from manifold_hc.files import write_atomically
+from manifold_hc.errors import ManifoldError, RunFolderError
+from manifold_hc.files import (
+    is_permanent,
+    read_regular,
+    remove_temporaries,
+    write_atomically,
+)
 from manifold_hc.training.config import RunConfig
 
 logger = logging.getLogger("manifold_hc")
@@ -81,9 +86,11 @@ def is_empty(path: Path) -> bool:
 def read_json(file: Path) -> Any:
     """What a JSON file of a run holds; RunFolderError when it is damaged."""
     try:
-        return msgspec.json.decode(file.read_bytes())
+        return msgspec.json.decode(read_regular(file))
     except FileNotFoundError:
         raise RunFolderError(f"run folder: {file.parent} has no {file.name}") from None
+    except OSError as error:
+        raise RunFolderError(f"run folder: {file} cannot be read: {error.strerror}") from None
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise RunFolderError(f"run folder: {file} is damaged: {error}") from None
 
@@ -109,7 +116,10 @@ class RunFolder:
 
     def is_of(self, job: str | None) -> bool:
         """Whether it belongs to that job."""
-        return self._job_file.exists() and self._job_file.read_text() == job
+        try:
+            return self._job_file.exists() and read_regular(self._job_file).decode() == job
+        except OSError as error:
+            raise self._unreadable(self._job_file, error) from None
 
     def require_shared(self, config: RunConfig) -> None:
         """Raise RunFolderError where this process does not see what the first one has begun."""
@@ -122,12 +132,35 @@ class RunFolder:
             "one does; --out must be on a file system that all processes share"
         )
 
+    def is_new(self) -> bool:
+        """Whether a run may start here.
+
+        Nothing is there but hidden files and what a run killed before its configuration leaves.
+        """
+        if not self.path.is_dir():
+            return True
+        shown = {found for found in self.path.iterdir() if not found.name.startswith(".")}
+        worthless = {self.checkpoints} if is_empty(self.checkpoints) else set()
+        if self.metrics_file in shown and not self.metrics_file.stat().st_size:
+            worthless.add(self.metrics_file)
+        return shown <= worthless
+
+    def clean(self) -> None:
+        """Remove temporary files that a killed run left; for the process that holds the folder."""
+        files = (self.config_file, self.metrics_file, self.model_file, self.summary_file)
+        remove_temporaries(*files, self._job_file)
+
     def is_complete(self) -> bool:
         """Whether the run reached its end."""
         return self.summary_file.exists()
 
     def config(self) -> RunConfig:
         """The run's configuration; RunFolderError unless it is whole and of this version."""
+        if not self.config_file.exists():
+            raise RunFolderError(
+                f"run folder: {self.path} has no config.json: no run has begun there that could "
+                "go on; start one with --out"
+            )
         raw = read_json(self.config_file)
         try:
             config = msgspec.convert(raw, RunConfig)
@@ -142,7 +175,9 @@ class RunFolder:
     def begin(self, config: RunConfig, step: int = 0) -> None:
         """Start a run at `step`: metrics from there on, of a run cut short, are dropped.
 
-        Raises RunFolderError for a complete run, unless `config` asks for more steps.
+        The configuration is written first: from then on a run that is killed can go on. Raises
+        RunFolderError for a complete run, unless `config` asks for more steps, and for a folder
+        that cannot be written.
         """
         if self.is_complete() and not 0 < step < config.training.steps:
             raise RunFolderError(f"run folder: {self.path} holds a complete run; choose another")
@@ -155,21 +190,33 @@ class RunFolder:
                 step,
             )
         lines = b"".join(msgspec.json.encode(record) + b"\n" for record in kept)
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.metrics_file, lines)
-        self.summary_file.unlink(missing_ok=True)
-        write_atomically(self.config_file, msgspec.json.format(msgspec.json.encode(config)))
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.summary_file.unlink(missing_ok=True)
+            write_atomically(self.config_file, msgspec.json.format(msgspec.json.encode(config)))
+            write_atomically(self.metrics_file, lines)
+        except OSError as error:
+            raise RunFolderError(
+                f"run folder: {self.path} cannot be written ({error.strerror}); "
+                "choose another place with --out"
+            ) from None
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add one line to the metrics, null for a number that is not finite.
 
-        Lines that a full disk does not take are held, and written with the next.
+        Lines that a full disk does not take are held, and written with the next. Raises
+        ManifoldError where the file cannot be written at all.
         """
         held = bool(self._held)
         self._held += msgspec.json.encode(record) + b"\n"
         try:
             self.flush()
         except OSError as error:
+            if is_permanent(error):
+                raise ManifoldError(
+                    f"run folder: {self.metrics_file} cannot be written: {error.strerror}; "
+                    "mend that and go on with --resume"
+                ) from None
             if not held:
                 logger.error("METRICS CANNOT BE WRITTEN, held in memory: %s", error.strerror)
 
@@ -192,7 +239,10 @@ class RunFolder:
 
         Raises RunFolderError for a line that is no record.
         """
-        written = self.metrics_file.read_bytes() if self.metrics_file.exists() else b""
+        try:
+            written = read_regular(self.metrics_file) if self.metrics_file.exists() else b""
+        except OSError as error:
+            raise self._unreadable(self.metrics_file, error) from None
         lines = [*written.split(b"\n")[:-1], *self._held.split(b"\n")[:-1]]
         try:
             records = [msgspec.json.decode(line, type=dict[str, Any]) for line in lines]
@@ -237,6 +287,9 @@ class RunFolder:
         ):
             raise self._damaged(self.summary_file, "figures are missing")
         return summary
+
+    def _unreadable(self, file: Path, error: OSError) -> RunFolderError:
+        return RunFolderError(f"run folder: {file} cannot be read: {error.strerror}")
 
     def _damaged(self, file: Path, how: str) -> RunFolderError:
         return RunFolderError(f"run folder: {file} is damaged: {how}")

@@ -22,6 +22,7 @@ from manifold_hc.errors import (
     CheckpointError,
     ConfigError,
     DivergedError,
+    ManifoldError,
     StoppedError,
 )
 from manifold_hc.files import insist
@@ -85,6 +86,7 @@ def train(
     processes.by_first(lambda: _begin(config, folder, checkpoints, state))
     if processes.size > 1:
         processes.each(lambda: folder.require_shared(config))
+        processes.each(checkpoints.require_writable)
     budget = config.training
     probe = own_part(ready.validation, 0, processes).inputs.to(ready.device)
     watching = [make(probe) for make in observers]
@@ -158,10 +160,13 @@ def _finish(
         for what, write in files.items():
             processes.at(f"end, {what}")
             insist(write, what, partial(is_asked, what))
-    except OSError:
+    except OSError as error:
         if asked := processes.asked(stop.signal):
             raise StoppedError(state.step, asked, saved=False) from None
-        raise
+        raise ManifoldError(
+            f"run folder: {what} cannot be written in {folder.path}: {error.strerror}; "
+            "mend that and go on with --resume"
+        ) from None
     return summary
 
 
@@ -273,10 +278,12 @@ def _begin(
     config: RunConfig, folder: RunFolder, checkpoints: Checkpoints, state: TrainState
 ) -> None:
     # From here on the same job, started again, takes the newest checkpoint.
+    checkpoints.require_writable()
     several = state.processes.size > 1
     if several and not state.step:
         folder.belong_to(job())
     folder.begin(config, state.step)
+    folder.clean()
     checkpoints.clean()
     checkpoints.abandon_after(state.step)
     if several:
@@ -304,7 +311,10 @@ def _save_last_finite(state: TrainState, checkpoints: Checkpoints, error: Diverg
     Before the first step there is nothing to save: the seed gives that state again.
     """
     processes = state.processes
-    checkpoints.settle(wait=True)
+    try:
+        checkpoints.settle(wait=True)
+    except ManifoldError as failed:
+        logger.error("%s", failed)
     before = processes.by_first(checkpoints.paths)
     try:
         if state.step and state.is_finite():
