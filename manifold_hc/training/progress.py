@@ -1,6 +1,6 @@
 """What a person sees while a run goes on: a bar in a terminal, plain lines elsewhere."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from rich.console import Console
@@ -10,7 +10,7 @@ LINE_EVERY = 50
 """Steps between two lines where there is no terminal."""
 
 
-WIDE = 120
+WIDE = 170
 """Columns from which bar and figures have room side by side."""
 
 
@@ -35,8 +35,10 @@ class ProgressView:
 
     def update(self, step: int, figures: Mapping[str, float]) -> None:
         """Show `figures`; `step` counts from 0."""
-        text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        self._bar.update(self._task, completed=step + 1, figures=text)
+        texts = [f"{name} {value:.4g}" for name, value in figures.items()]
+        text = "  ".join(texts)
+        shown = "\n".join(lines_of(texts, self.console.width))
+        self._bar.update(self._task, completed=step + 1, figures=shown)
         due = (step + 1) % LINE_EVERY == 0 or step + 1 == self.steps
         if due and not self.console.is_terminal:
             line = f"{self.title}  step {step + 1}/{self.steps}  {text}"
@@ -50,3 +52,14 @@ class ProgressView:
     def stop(self) -> None:
         """Leave the last figures standing."""
         self._bar.stop()
+
+
+def lines_of(texts: Sequence[str], width: int) -> list[str]:
+    """The texts in lines of at most `width` columns, none of them broken."""
+    lines: list[str] = []
+    for text in texts:
+        if lines and len(lines[-1]) + 2 + len(text) <= width:
+            lines[-1] += f"  {text}"
+        else:
+            lines.append(text)
+    return lines
