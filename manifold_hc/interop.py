@@ -32,8 +32,8 @@ def load_deepseek(stack: Stack, tensors: Mapping[str, Tensor]) -> None:
     too. The stack has two sublayers a layer and numerics="deepseek_v4"; V4.1, which has no exit of
     its own, is single_pass.
 
-    Raises ConfigError for another kind of stack and for tensors that are missing or left over,
-    ShapeError for shapes that do not fit; the stack is as it was then.
+    Raises ConfigError for another kind of stack, a part of one, and for tensors that are missing or
+    left over, ShapeError for shapes that do not fit; the stack is as it was then.
     """
     config = stack.config
     fits = config.kind == "mhc" and config.dynamic and config.constraint == "sinkhorn"
@@ -41,6 +41,11 @@ def load_deepseek(stack: Stack, tensors: Mapping[str, Tensor]) -> None:
         raise ConfigError(
             'load_deepseek: the stack must be dynamic mhc with numerics="deepseek_v4", Sinkhorn '
             f"and nothing disabled but is {config}"
+        )
+    if not (stack.begins and stack.ends):
+        raise ConfigError(
+            "load_deepseek: the stack must be whole but is a part of one; load the whole stack, "
+            "then take its part"
         )
     wanted = _parameters(stack)
     found = {place: (name, t) for name, t in tensors.items() if (place := _place(name)) is not None}

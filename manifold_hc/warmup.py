@@ -31,6 +31,7 @@ MARGIN = 1.05
 """By how much one pass must be slower before it is given up: repetitions differ by less."""
 
 
+@torch.inference_mode(False)  # where it is on, nothing would record the gradients
 def warmup(
     channels: int,
     config: ConnectionConfig | None = None,

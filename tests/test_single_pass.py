@@ -241,3 +241,10 @@ def test_tensors_that_do_not_fit(unchecked):
         interop.load_deepseek(v4, checkpoint(2))
     with pytest.raises(ConfigError, match='numerics="deepseek_v4"'):
         interop.load_deepseek(mhc.Stack(C, ConnectionConfig(), 4), checkpoint(2))
+
+
+def test_a_part_of_a_stack_takes_no_checkpoint():
+    config = mhc.ConnectionConfig(numerics="deepseek_v4")
+    part = mhc.Stack(8, config, sublayers=4).part([2, 3])
+    with pytest.raises(ConfigError, match=r"load_deepseek: the stack must be whole"):
+        interop.load_deepseek(part, {})

@@ -137,3 +137,9 @@ def test_there_is_nothing_to_choose(caplog):
     assert not any("between" in record.message for record in caplog.records)
     with pytest.raises(ConfigError, match="warmup: tokens must be at least 1 but is 0"):
         mhc.warmup(8, tokens=0)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_it_warms_gradients_too_where_none_are_recorded(mode):
+    with mode():
+        mhc.warmup(8, mhc.ConnectionConfig(), tokens=3)

@@ -1,10 +1,12 @@
 """Stability figures of a whole network, taken from outside on a fixed probe batch."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from manifold_hc.connection import Connection
 from manifold_hc.diagnostics.gain import (
@@ -16,6 +18,9 @@ from manifold_hc.diagnostics.gain import (
 from manifold_hc.diagnostics.streams import effective_rank, pairwise_cosine
 from manifold_hc.errors import ConfigError, ShapeError
 from manifold_hc.functional import Reading
+
+Probe = Tensor | tuple[Any, ...] | Mapping[str, Any]
+"""A model's input: its only argument, its positional arguments, or its keyword arguments."""
 
 
 class GainMonitor:
@@ -33,8 +38,18 @@ class GainMonitor:
         """What a progress view shows: its label, and the key of the figure."""
         return {"gain": "gain_forward", "backward": "gain_backward"}
 
-    def __init__(self, probe: Tensor) -> None:
-        """probe: the model's input, kept for every call."""
+    def __init__(self, probe: Probe) -> None:
+        """probe: the model's input, kept for every call; a tuple holds its positional arguments.
+
+        A mapping (a dict, or a tokenizer's batch) holds its keyword arguments. Raises ConfigError
+        for anything else.
+        """
+        if not isinstance(probe, Tensor | tuple | Mapping):
+            raise ConfigError(
+                "GainMonitor: probe must be a tensor, a tuple of positional arguments or a mapping "
+                f"of keyword arguments but is a {type(probe).__name__}; wrap it as (probe,) if it "
+                "is the model's only argument"
+            )
         self.probe = probe
 
     def __call__(self, model: nn.Module) -> dict[str, Any]:
@@ -91,11 +106,16 @@ class Captured(NamedTuple):
 
 
 @torch.no_grad()
-def capture(model: nn.Module, probe: Tensor) -> list[Captured]:
+def capture(model: nn.Module, probe: Probe) -> list[Captured]:
     """What the connections of this process did, in the order in which the model calls them.
 
-    A connection that is called twice counts twice.
+    A connection that is called twice counts twice. What torch.compile has compiled runs eagerly:
+    its graphs do not call the hooks that are set after it.
     """
+    arguments = (
+        probe if isinstance(probe, tuple) else () if isinstance(probe, Mapping) else (probe,)
+    )
+    keywords = dict(probe) if isinstance(probe, Mapping) else {}
     found: list[Captured] = []
 
     def keep(sublayer: int, reading: Reading) -> None:
@@ -110,11 +130,12 @@ def capture(model: nn.Module, probe: Tensor) -> list[Captured]:
         if isinstance(module, Connection)
     ]
     modes = [(module, module.training) for module in model.modules()]
-    cuda = [probe.device] if probe.device.type == "cuda" else []
+    devices = {leaf.device for leaf in tree_leaves((arguments, keywords)) if torch.is_tensor(leaf)}
+    cuda = [device for device in devices if device.type == "cuda"]
     try:
-        with torch.random.fork_rng(devices=cuda):
+        with torch.random.fork_rng(devices=cuda), torch.compiler.set_stance("force_eager"):
             model.eval()
-            model(probe)
+            model(*arguments, **keywords)
     finally:
         for module, training in modes:
             module.training = training

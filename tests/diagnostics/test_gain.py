@@ -1,4 +1,8 @@
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,3 +204,31 @@ def test_misuse_is_named():
         amax_gain(torch.randn(1, 4, 4), "mean")
     with pytest.raises(ConfigError, match=r"calls no manifold_hc\.Connection"):
         GainMonitor(torch.randn(2, 8))(nn.Linear(8, 8))
+
+
+def test_the_monitor_sees_into_compiled_models():
+    """In a process without jaxtyping's checks, which Dynamo cannot trace."""
+    script = Path(__file__).with_name("compiled_models.py")
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.split() == ["wrapped", "in-place", "stack", "branches", "maps"]
+
+
+def test_a_probe_may_be_positional_or_keyword_arguments():
+    net, h = Network(mhc.ConnectionConfig(phi_std=0.1)), torch.randn(2, 5, 8)
+    wanted = GainMonitor(h)(net)
+    assert GainMonitor((h,))(net) == wanted
+    assert GainMonitor({"h": h})(net) == wanted
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("probe", [[1, 2, 3], "text", None])
+def test_a_probe_that_is_no_input_is_refused(probe):
+    with pytest.raises(ConfigError, match="GainMonitor: probe must be a tensor, a tuple"):
+        GainMonitor(probe)
