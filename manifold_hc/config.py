@@ -6,7 +6,7 @@ from typing import Literal
 
 from manifold_hc import constraints
 from manifold_hc.constraints import ConstraintName
-from manifold_hc.errors import ConfigError, require_at_least_one, require_number
+from manifold_hc.errors import ConfigError, require_at_least_one, require_number, shown
 from manifold_hc.kernels import backends
 from manifold_hc.kernels.operators import FUSED_CONSTRAINTS
 from manifold_hc.numerics import PRESETS, NumericsName, preset
@@ -24,7 +24,7 @@ class ConnectionConfig:
         streams: Number n of residual streams, the papers' expansion rate; residual always has one.
         dynamic: Whether the coefficients depend on the token, or are plain parameters.
         constraint: What mHC's mixing matrix is made by.
-        iterations: Sinkhorn-Knopp iterations.
+        iterations: Sinkhorn-Knopp iterations, 1000 at most.
         numerics: mHC's preset of orders and epsilons.
         norm_eps: Epsilon inside the RMS norm of the streams; the preset's when left out.
         hc_eps: Epsilon of the deepseek_v4 preset, which alone has one; the preset's when left out.
@@ -68,12 +68,13 @@ class ConnectionConfig:
         """Raise ConfigError for anything that cannot be built."""
         if self.kind not in ("residual", "hc", "mhc"):
             raise ConfigError(f"kind: must be residual, hc or mhc but is {self.kind!r}")
-        require_at_least_one(self, "streams", "iterations")
+        require_at_least_one(self, "streams")
         if self.iterations > constraints.MOST_ITERATIONS:
             raise ConfigError(
-                f"iterations: must be at most {constraints.MOST_ITERATIONS} "
-                f"but is {self.iterations}; constraint=exact is what more of them tend to"
+                f"iterations: must be at most {constraints.MOST_ITERATIONS} but is "
+                f"{shown(self.iterations)}; constraint=exact is what more of them tend to"
             )
+        require_at_least_one(self, "iterations")
         require_number(self, "phi_std", "norm_eps", "hc_eps")
         if not math.isfinite(self.alpha):
             raise ConfigError(f"alpha: must be finite but is {self.alpha}")

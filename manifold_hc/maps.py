@@ -149,7 +149,8 @@ class Maps(WideModule):
             )
         else:
             pre, post, res = self._mhc(functional.coefficients, x)
-            res = res if self.learn_res else res.detach()
+            learns = self.learn_res and config.mixing != "identity"
+            res = res if learns else res.detach()
         if "pre" in config.disable:
             pre = torch.full_like(pre, 1 / config.n)
         weights = pre

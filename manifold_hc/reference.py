@@ -13,6 +13,7 @@ Coefficients are computed in float32, or float64 where an input is float64; `rea
 Sources: mHC = arXiv 2512.24880, HC = arXiv 2409.19606, DeepSeek-V4 = arXiv 2606.19348.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -36,22 +37,15 @@ def expand(h: Float[Tensor, "*batch C"], n: int) -> Float[Tensor, "*batch n C"]:
 def project(
     x: Float[Tensor, "*batch n C"], phi: Float[Tensor, "rows nC"], norm_eps: float
 ) -> Float[Tensor, "*batch rows"]:
-    """`RMSNorm(vec(x)) phi^T`, the division after the product (mHC, section 4.3)."""
-    wide = x.flatten(-2).to(_accumulation(x, phi))
-    scale = _scale(wide)
-    v = wide * scale
-    inverse_rms = (v.square().mean(-1, keepdim=True) + norm_eps * scale.square()).rsqrt()
-    return (v @ phi.to(v.dtype).mT) * inverse_rms
+    """`RMSNorm(vec(x)) phi^T`, the division after the product (mHC, section 4.3).
 
-
-def _scale(v: Float[Tensor, "*batch nC"]) -> Float[Tensor, "*batch 1"]:
-    """1, or where the squares of a token or the cube of 1 / rms may leave the range of float32, the
-    power of two that brings its largest value below 1; multiplying by either rounds nothing.
+    NaN for a token whose squares overflow, in float32 from an RMS of 1e17 on: dividing by infinity
+    would make the maps static without a word. The kernels compute it scaled.
     """
-    values = v.detach()
-    largest = torch.maximum(values.amax(-1, keepdim=True), -values.amin(-1, keepdim=True))
-    mantissa, _ = torch.frexp(largest)
-    return torch.where(largest < 2.0**30, 1.0, mantissa / largest)
+    v = x.flatten(-2).to(_accumulation(x, phi))
+    mean = v.square().mean(-1, keepdim=True)
+    inverse_rms = (mean.masked_fill(mean.isinf(), math.nan) + norm_eps).rsqrt()
+    return (v @ phi.to(v.dtype).mT) * inverse_rms
 
 
 def coefficients(

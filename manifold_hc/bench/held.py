@@ -10,6 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from manifold_hc.connection import KNOWN_FORWARDS
 from manifold_hc.models.norm import RMSNorm
 
 STREAMS, INPUTS, NORMALISED = "streams", "inputs", "normalised"
@@ -120,3 +121,6 @@ class Norm(RMSNorm):
         if self.ledger is not None:
             self.ledger.name(made, NORMALISED)
         return made
+
+
+KNOWN_FORWARDS[Norm] = Norm.forward  # which only names what the norm makes

@@ -149,6 +149,7 @@ def test_what_makes_another_library(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86-64 processor")
+@pytest.mark.wide  # beside it, the libraries of a wheel have the contract tested too
 @pytest.mark.parametrize("processor", ["x86-64-v3", "x86-64"])
 def test_the_contract_with_narrower_vectors(tmp_path, processor):
     """Every width of vector is another program; this processor may have a wider one."""

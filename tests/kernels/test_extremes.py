@@ -31,7 +31,6 @@ def relative(got, wanted):
     return float((rows / wanted.reshape(len(got), -1).norm(dim=1)).max())
 
 
-@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("size", [1e15, 1e18, 1e20, 1e30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_huge_streams_keep_their_maps_and_gradients(backend, size, dtype):
@@ -59,7 +58,17 @@ def test_huge_streams_keep_their_maps_and_gradients(backend, size, dtype):
     assert ours[1].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("backend", ALL)
+def test_huge_streams_are_never_static_in_the_reference():
+    """It is the plain formula: NaN says so where float32 does not hold the squares."""
+    n, C = 4, 24
+    x = torch.randn(20, n, C)
+    x[3:] *= 1e20
+    phi, alpha, bias = maps(n, C, n * n)
+    pre, post, _ = functional.coefficients(x, phi, alpha, bias, backend="reference")
+    for got in (pre, post):
+        assert got.isnan().any(1).tolist() == [token >= 3 for token in range(20)]
+
+
 def test_huge_streams_of_the_other_maps(backend):
     """HC's, and the learned exit's."""
     serve(backend, 3, torch.float32)

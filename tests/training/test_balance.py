@@ -9,7 +9,7 @@ from manifold_hc.training import RunFolder, preset, train
 from tests.training.runs import figures
 
 
-@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize("balanced", [True, pytest.param(False, marks=pytest.mark.wide)])
 def test_no_expert_starves_with_balancing_and_some_do_without(tmp_path, balanced):
     """Load of the last 50 steps, layer by layer, in units of an even load."""
     config = preset("tiny-moe")

@@ -73,7 +73,7 @@ def test_memory_is_what_the_machine_says():
 def test_texts_and_numbers_that_no_file_can_hold():
     base = RunConfig()
     for change in ({"paths": ("a\0b",)}, {"paths": ("x\udcff",)}, {"boundary": "\ud800"}):
-        with pytest.raises(ConfigError, match=r"data\.\w+: must be UTF-8 without the character 0"):
+        with pytest.raises(ConfigError, match="UTF-8"):
             replace(base, data=replace(base.data, **change))
     with pytest.raises(ConfigError, match=r"parallel\.stages: must fit into 64 bits"):
         replace(base, parallel=replace(base.parallel, stages=2**63))
