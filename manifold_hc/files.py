@@ -91,9 +91,13 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     """Write beside `path` under a temporary name, flush to disk, and rename over it.
 
     The file gets the umask's mode. A killed process leaves the temporary file, which
-    `remove_temporaries` finds.
+    `remove_temporaries` finds. Raises OSError: NotADirectoryError for a file in the folder's place.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        place = str(path.parent)
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), place) from None
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
