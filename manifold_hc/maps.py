@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from manifold_hc import constraints, functional
 from manifold_hc.config import ConnectionConfig, Part
+from manifold_hc.errors import DtypeError
 from manifold_hc.functional import InputNorm, Reading
 from manifold_hc.kernels.fusion import is_fused
 
@@ -24,8 +25,10 @@ class WideModule(nn.Module):
     """A module whose own parameters never fall below float32.
 
     `.to(bfloat16)`, `.half()` and a checkpoint in half precision leave them in float32,
-    `.double()` converts them.
+    `.double()` converts them. What casts them all the same, `_require_wide` refuses.
     """
+
+    _unit = "the stack, or on each connection outside of one,"
 
     def __init__(self) -> None:
         """Parameters are made by the subclasses, in `wide_dtype()`."""
@@ -34,6 +37,16 @@ class WideModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "WideModule":
         return cast("WideModule", super()._apply(lambda t: _at_least_float32(fn, t), recurse))
+
+    def _require_wide(self) -> None:
+        """Raise DtypeError for parameters below float32, as a sharding policy gathers them."""
+        for name, parameter in self._parameters.items():
+            if parameter is not None and parameter.dtype.itemsize < 4:
+                raise DtypeError(
+                    f"{type(self).__name__}: {name} must be float32 or float64 but is "
+                    f"{parameter.dtype}, to which a sharding policy casts it; call fully_shard on "
+                    f"{self._unit} without a policy, before the fully_shard of the model"
+                )
 
 
 class Unwritten(NamedTuple):
@@ -131,6 +144,7 @@ class Maps(WideModule):
         The norm of what was read is computed with it, if the streams are `Unwritten`. before: what
         single_pass reads written streams with, the pre of the sublayer before; None for the first.
         """
+        self._require_wide()
         config = self.config
         if isinstance(source, Unwritten) and crosses(source, config, self.channels):
             return self._without_disabled(self._boundary(source, input_norm))
@@ -284,6 +298,7 @@ class LearnedExit(WideModule):
 
     def forward(self, x: Float[Tensor, "*batch n C"]) -> Float[Tensor, "*batch C"]:
         """[..., n, C] -> [..., C]."""
+        self._require_wide()
         config = self.config
         weights = functional.exit_coefficients(
             x,

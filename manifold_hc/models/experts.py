@@ -57,6 +57,8 @@ class Router(WideModule):
     bias: Tensor
     load: Tensor
 
+    _unit = "each router"
+
     def __init__(self, channels: int, experts: int, active: int) -> None:
         """channels: C; experts: E; active: K."""
         super().__init__()
@@ -76,6 +78,7 @@ class Router(WideModule):
 
     def forward(self, tokens: Float[Tensor, "N C"]) -> tuple[Float[Tensor, "N K"], Tensor]:
         """Gates and indices [N, K] of the chosen experts."""
+        self._require_wide()
         with torch.autocast(tokens.device.type, enabled=False):
             scores = linear(tokens.to(self.weight.dtype), self.weight).sigmoid()
         chosen = (scores.detach() + self.bias).topk(self.active, -1).indices
