@@ -163,7 +163,7 @@ def test_float32_is_one_process(trained, kind):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("recipe, streams", list(STREAMS.items()))
+@pytest.mark.parametrize(("recipe", "streams"), list(STREAMS.items()))
 def test_coefficients_are_float32_and_streams_as_wanted(trained, kind, recipe, streams):
     _, gradients, saw = trained[kind, recipe]
     assert saw == {(torch.float32, torch.float32, streams)}
@@ -181,6 +181,25 @@ def test_bfloat16_is_one_process_in_bfloat16(trained, kind):
     for name, (_, numbers) in gradients[0].items():
         wanted = wanted_gradients[0][name].float()
         assert (torch.tensor(numbers) - wanted).norm() <= 0.05 * wanted.norm() + 1e-5, name
+
+
+def routed():
+    """Dtypes of what a router in a bfloat16 branch works with, and of its gradient."""
+    meet()
+    branch = Experts(C, ExpertsConfig(routed=4))
+    fully_shard(branch.router)
+    fully_shard(branch, mp_policy=NARROW)
+    dtypes = []
+    branch.router.register_forward_hook(
+        lambda router, _, made: dtypes.extend([router.weight.dtype, made[0].dtype])
+    )
+    branch(torch.randn(2, 4, C)).sum().backward()
+    dist.destroy_process_group()
+    return [*dtypes, branch.router.weight.grad.dtype]
+
+
+def test_a_router_is_a_unit_inside_its_branch():
+    assert together(2, routed) == [[torch.float32] * 3] * 2
 
 
 def refusals():
