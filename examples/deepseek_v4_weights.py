@@ -12,10 +12,14 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import DeepseekV4Config, DeepseekV4Model
 
 import manifold_hc as mhc
 from manifold_hc.interop import load_deepseek
+
+try:
+    from transformers import DeepseekV4Config, DeepseekV4Model
+except ImportError:
+    raise SystemExit("needs transformers: pip install 'manifold-hc[bench]'") from None
 
 CHANNELS, LAYERS, STREAMS = 32, 3, 4
 

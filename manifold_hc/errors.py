@@ -105,7 +105,10 @@ def require_number(config: object, *names: str, positive: bool = False) -> None:
 def require_at_least_one(config: object, *names: str) -> None:
     """Raise ConfigError for the first of `config`'s sizes `names` not from 1 to `LARGEST_SIZE`."""
     for name in names:
-        if (value := getattr(config, name)) < 1:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{name}: must be an integer but is {value!r}")
+        if value < 1:
             raise ConfigError(f"{name}: must be at least 1 but is {shown(value)}")
         _require_no_larger(name, value)
 

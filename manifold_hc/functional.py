@@ -89,6 +89,8 @@ def expand(h: Float[Tensor, "*batch C"], n: int) -> Float[Tensor, "*batch n C"]:
 
     Raises ConfigError for n < 1, ShapeError for a scalar.
     """
+    if not isinstance(n, int | torch.SymInt):
+        raise ConfigError(f"expand: streams must be an integer but are {n!r}")
     if n < 1:
         raise ConfigError(f"expand: streams must be at least 1 but is {n}")
     if h.dim() < 1:

@@ -47,7 +47,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--quick"):
-        chosen = fewest_cases(items)
+        chosen = fewest_cases([i for i in items if not i.get_closest_marker("slow")])
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
     if config.getoption("--wide"):

@@ -27,6 +27,7 @@ mhc.Stack(8, config, 2)(torch.ones(5, 8, requires_grad=True), [torch.sin] * 2).s
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_left_to_compile_for_the_first_step(tmp_path):
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     command = [sys.executable, "-c", FIRST_STEP]

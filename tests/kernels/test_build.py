@@ -13,6 +13,8 @@ import pytest
 import manifold_hc
 from manifold_hc.kernels.cpu import build
 
+pytestmark = pytest.mark.slow
+
 if build.find_compiler() is None:
     pytest.skip("needs a C++ compiler", allow_module_level=True)
 

@@ -71,6 +71,7 @@ def test_opcheck(backend, name):
     library.opcheck(operator, (*tensors, *numbers))
 
 
+@pytest.mark.slow
 def test_compiled_networks_compute_the_same(backend):
     """In a process of its own: Dynamo cannot trace the checks that the tests run under."""
     command = [sys.executable, "-m", "tests.kernels.compiled_networks", backend]

@@ -85,6 +85,7 @@ def table(kernels):
     return "\n".join(rows)
 
 
+@pytest.mark.slow
 def test_nothing_spills(request, tmp_path):
     """With --every-kernel at every n from 1 to 8: some minutes."""
     every = request.config.getoption("--every-kernel")
@@ -99,6 +100,7 @@ def test_nothing_spills(request, tmp_path):
     assert not large, "too much shared memory:\n" + table(large)
 
 
+@pytest.mark.slow
 def test_a_spill_is_seen(tmp_path):
     """Absurd tiles, so that the test above can fail."""
     tiles = {"product_tile": {"BT": 16, "num_warps": 1}}
