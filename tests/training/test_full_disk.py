@@ -19,6 +19,7 @@ from manifold_hc.cli.terminal import log_to_stderr
 from manifold_hc.files import insist
 from manifold_hc.training import CheckpointConfig, Checkpoints, RunFolder, train
 from manifold_hc.training.checkpoint_files import WRITE_ERRORS, save_weights
+from manifold_hc.training.state import TrainState
 from tests.training import runs
 from tests.training.runs import alone, at, figures, go_on
 
@@ -60,6 +61,22 @@ def test_the_save_is_tried_again_and_nothing_else_is_different(tmp_path):
     assert not list(run.checkpoints.glob(".*"))
     calm(CHECKPOINTS, tmp_path / "calm")
     assert figures(run.path) == figures(tmp_path / "calm")
+
+
+def due_after_a_failure(folder):
+    checkpoints = Checkpoints(folder, CheckpointConfig(every=50), "data")
+    state = TrainState(CHECKPOINTS, torch.device("cpu"))
+    planned = [checkpoints.is_due(step, best=False) for step in (9, 10, 11)]
+    limit(1000)
+    saved = checkpoints.save(state)
+    return planned, saved, [checkpoints.is_due(step, best=False) for step in (9, 10, 11)]
+
+
+def test_a_save_that_failed_is_due_again(tmp_path):
+    planned, saved, after = alone(due_after_a_failure, tmp_path)[0]
+    assert planned == [False, False, False]
+    assert not saved
+    assert after == [False, True, True]
 
 
 def no_room_for_weights(folder):
