@@ -101,6 +101,7 @@ def record_run(folder: Path, command: str) -> None:
     """Write beside a single run what trained it: commands, date, machine and versions."""
     commands = _with(run_record(folder).get("commands", []), command)
     record = {"commands": commands, **machine()}
+    remove_temporaries(folder / RUN)
     write_atomically(folder / RUN, json.dumps(record, indent=2) + "\n")
 
 

@@ -89,9 +89,16 @@ def shape(folder):
     )
 
 
-def start_at_every_point(place):
+def spread(found, most):
+    """At most so many, evenly spread, from the first to the last."""
+    count = min(most, len(found))
+    return [found[number * (len(found) - 1) // (count - 1)] for number in range(count)]
+
+
+def start_at_points(place, most):
     """Copies that no start could use, and what such starts have left. Runs in its own process."""
-    import manifold_hc.cli  # noqa: F401  # once, not in every fork
+    import manifold_hc.cli
+    import manifold_hc.report  # noqa: F401  # matplotlib too: once, not in every fork
 
     text, folder, copies = place / "text", place / "run", place / "copies"
     text.write_text(generated_text(4000))
@@ -100,19 +107,23 @@ def start_at_every_point(place):
     )
     wanted = (folder / "model.safetensors").read_bytes()
     failed, left = {}, []
-    for copy in sorted(copies.iterdir()):
+    points = sorted(copies.iterdir())
+    for copy in spread(points, most):
         there = sorted(file.name for file in copy.iterdir())
         status = run("--resume", str(copy)) and run("--data", str(text), "--out", str(copy), *SMALL)
         complete = "summary.json" in there
         if (status and not complete) or (copy / "model.safetensors").read_bytes() != wanted:
             failed[copy.name] = there
-        left += [file for file in copy.rglob(".*") if file.name not in (".lock", ".metadata")]
-    return len(list(copies.iterdir())), failed, left
+        if not complete:
+            left += [file for file in copy.rglob(".*") if file.name not in (".lock", ".metadata")]
+    return len(points), failed, left
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_a_run_killed_at_any_operation_goes_on_or_starts_again(tmp_path):
-    (points, failed, left), _ = alone(start_at_every_point, tmp_path)
+@pytest.mark.parametrize("most", [8, pytest.param(1000, marks=pytest.mark.wide)])
+def test_a_run_killed_at_any_operation_goes_on_or_starts_again(tmp_path, most):
+    """At few of them, or with `--wide` at all."""
+    (points, failed, left), _ = alone(start_at_points, tmp_path, most)
     assert points > 15
     assert failed == {}
     assert left == []
