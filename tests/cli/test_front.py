@@ -1,13 +1,19 @@
 """What a new user types first, and what they get for a slip."""
 
 import importlib.util
+import inspect
 import os
+import re
 import subprocess
 import sys
+from dataclasses import fields
 
+import docstring_parser
 import pytest
 
 from manifold_hc.cli import commands
+from manifold_hc.cli.keys import describe
+from manifold_hc.config import ConnectionConfig
 from tests.cli.test_commands import SMALL, mhc
 
 pytestmark = pytest.mark.usefixtures("unchecked")
@@ -142,3 +148,13 @@ def test_names_and_signs_in_an_ascii_locale(capfd, tmp_path, text_file):
         assert b" +- " in found.stdout
         assert b"report: " in found.stdout
         assert "läufe" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_every_field_is_documented_in_python():
+    """In the class's docstring, which help() shows, by the sentence that stands at the field."""
+    docs = {p.arg_name: p for p in docstring_parser.parse(ConnectionConfig.__doc__).params}
+    listed = {key: sentence for key, _, sentence in describe(ConnectionConfig())}
+    assert docs.keys() == listed.keys() == {f.name for f in fields(ConnectionConfig)}
+    at_fields = re.findall(r'\n    (\w+): .*\n    """(.*)"""', inspect.getsource(ConnectionConfig))
+    assert {name: " ".join(docs[name].description.split()) for name in docs} == dict(at_fields)
+    assert all(listed[name].startswith(sentence) for name, sentence in at_fields)

@@ -206,6 +206,7 @@ def test_misuse_is_named():
         GainMonitor(torch.randn(2, 8))(nn.Linear(8, 8))
 
 
+@pytest.mark.slow
 def test_the_monitor_sees_into_compiled_models():
     """In a process without jaxtyping's checks, which Dynamo cannot trace."""
     script = Path(__file__).with_name("compiled_models.py")

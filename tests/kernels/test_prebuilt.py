@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 
-import hatch_build
 import manifold_hc
 from manifold_hc.kernels.cpu import build, prebuilt
 from manifold_hc.kernels.cpu.compiler import compile_library, find_compiler
+
+hatch_build = pytest.importorskip("hatch_build", reason="hatchling is not installed")
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 
