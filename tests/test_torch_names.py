@@ -74,6 +74,7 @@ def test_torch_has_the_name(name, file):
         (torch.zeros(1), "_version", "recording.py"),
         (torch.zeros(1), "_is_view", "stack.py"),
         (nn.Module(), "_apply", "maps.py"),
+        (nn.Module(), "_compiled_call_impl", "connection.py"),
         (nn.Module(), "_forward_hooks", "connection.py"),
         (nn.Module(), "_forward_pre_hooks", "connection.py"),
         (nn.Module(), "_backward_hooks", "connection.py"),

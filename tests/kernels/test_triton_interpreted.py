@@ -43,14 +43,25 @@ def test_every_kernel_on_this_gpu():
     run_cases(interpreted=False)
 
 
-def test_the_contract_interpreted():
+OPERATORS = (
+    "every_number or broadcasts or another or nobody or second or nan_in or one_at or not_learn"
+    " or several_dtypes or independent"
+)
+EXTREMES = (
+    "(separate and 320 and not deepseek) or huge or infinite or one_hot or cancels"
+    " or transpose_without or extreme_inputs or freed or wrong_arguments or no_channels"
+)
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        pytest.param(OPERATORS, id="operators"),
+        pytest.param(EXTREMES, id="extremes", marks=pytest.mark.wide),
+    ],
+)
+def test_the_contract_interpreted(chosen):
     """The operators around the kernels; what is slow step by step is left to the cases above."""
-    chosen = (
-        "every_number or broadcasts or another or nobody or second or nan_in or one_at or not_learn"
-    )
-    chosen += " or several_dtypes or independent or (separate and 320 and not deepseek) or huge"
-    chosen += " or infinite or one_hot or cancels or transpose_without or extreme_inputs or freed"
-    chosen += " or wrong_arguments or no_channels"
     names = ("contract", "separate_calls", "extremes", "arguments")
     files = [f"tests/kernels/test_{name}.py" for name in names] + ["tests/test_single_pass.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
