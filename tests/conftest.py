@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(config, items):
         return
     for item in items:
         if item.get_closest_marker("wide"):
-            item.add_marker(pytest.mark.skip(reason="takes minutes: make test-distributed"))
+            item.add_marker(pytest.mark.skip(reason="takes minutes: pytest --wide"))
 
 
 def fewest_cases(items):
