@@ -26,6 +26,7 @@ from manifold_hc.errors import (
     StoppedError,
 )
 from manifold_hc.files import insist
+from manifold_hc.kernels import pick
 from manifold_hc.models import balance, mixtures
 from manifold_hc.parallel import Processes, in_depth_order, job
 from manifold_hc.training import checkpoint_files
@@ -173,8 +174,11 @@ def _finish(
 def check(config: RunConfig, corpus: Corpus) -> Ready:
     """What a run needs to start, without starting it.
 
+    Builds the CPU kernels if this machine has none yet: that takes longer than the processes of a
+    run may wait for one another.
     Raises DataError for a text too short or ids outside the vocabulary, ConfigError for a device
-    that torch does not find or a tracker that is not installed.
+    that torch does not find or a tracker that is not installed, BackendError for a backend that
+    cannot serve.
     """
     require_vocabulary(corpus.tokenizer, corpus.vocabulary, config.model.vocabulary)
     if config.training.tensorboard:
@@ -185,7 +189,11 @@ def check(config: RunConfig, corpus: Corpus) -> Ready:
         Batches(part, *size, mask_documents=data.mask_documents)
         for part in corpus.split(data.sequence, data.validation)
     )
-    return Ready(seen, held_out, find_device(training.device))
+    device = find_device(training.device)
+    connection = config.connection
+    if connection.kind != "residual":
+        pick("read", connection.backend, connection.n, [torch.empty(0, device=device)])
+    return Ready(seen, held_out, device)
 
 
 def require_memory(config: RunConfig) -> None:

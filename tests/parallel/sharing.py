@@ -9,7 +9,7 @@ from torch import nn
 
 from manifold_hc.models.experts import mixtures
 from manifold_hc.parallel import ParallelConfig, joined
-from manifold_hc.training import Checkpoints, RunConfig, RunFolder, train
+from manifold_hc.training import Checkpoints, RunConfig, RunFolder, check, train
 from tests.training.runs import text
 
 CPU = torch.device("cpu")
@@ -40,6 +40,7 @@ def in_pieces(config: RunConfig, pieces: int) -> RunConfig:
 def run(config: RunConfig, folder: Path, observers=(), documents: int = 1) -> dict:
     """Start the run, or go on from its last checkpoint; returns the summary."""
     corpus, there = text(documents), RunFolder(folder)
+    check(config, corpus)
     with joined(config.parallel, CPU) as processes:
         saved = Checkpoints(there.checkpoints, config.checkpoint, corpus.digest, processes)
         return train(config, corpus, there, observers, resume=saved.find(), processes=processes)

@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from manifold_hc.data import Batches, Corpus
 from manifold_hc.diagnostics import GainMonitor
-from manifold_hc.errors import ConfigError, DataError, DivergedError, RunFolderError
+from manifold_hc.errors import BackendError, ConfigError, DataError, DivergedError, RunFolderError
 from manifold_hc.files import write_atomically
 from manifold_hc.models import AttentionConfig, Decoder, DecoderConfig
 from manifold_hc.recompute import block_length
@@ -277,6 +277,15 @@ def test_a_tracker_that_is_not_installed_is_named_before_training(folder, monkey
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ConfigError, match=r"pip install 'manifold-hc\[tensorboard\]'"):
         train(small(tensorboard=True), TEXT, folder)
+    assert not list(folder.path.iterdir())
+
+
+def test_a_backend_that_cannot_serve_is_named_before_training(folder):
+    """So is every kernel there before the processes of a run wait for one another."""
+    config = runs.config()
+    config = replace(config, connection=replace(config.connection, backend="triton"))
+    with pytest.raises(BackendError, match='backend "triton"'):
+        train(config, runs.text(), folder)
     assert not list(folder.path.iterdir())
 
 
