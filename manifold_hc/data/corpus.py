@@ -40,7 +40,7 @@ def load(
         folder.verify()
     if not paths:
         return Corpus(
-            [_in_memory([(documentation(),)], chosen)], chosen.vocabulary, (), chosen.name
+            [_tokenized([(documentation(),)], chosen)], chosen.vocabulary, (), chosen.name
         )
     listed = {path: files(path) for path in paths if path not in folders}
     if listed:
@@ -54,7 +54,7 @@ def load(
                 sources.append(Tokens(folders[path].shards))
                 continue
             texts = documents(path, config.text_key, skipped, progress.advance, listed[path])
-            sources.append(_in_memory(texts, chosen, str(path)))
+            sources.append(_tokenized(texts, chosen, str(path)))
     if skipped.reasons:
         logger.warning("data: %s", skipped)
     return Corpus(sources, chosen.vocabulary, config.weights, chosen.name)
@@ -83,7 +83,7 @@ def _require_same(folder: ShardFolder, chosen: Tokenizer, config: DataConfig) ->
         )
 
 
-def _in_memory(texts: Iterable[Document], chosen: Tokenizer, name: str = "") -> Tokens:
+def _tokenized(texts: Iterable[Document], chosen: Tokenizer, name: str = "") -> Tokens:
     """One source of documents, tokenized now."""
     ids, starts = joined(encode(texts, chosen))
     if not len(ids):

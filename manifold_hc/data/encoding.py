@@ -1,15 +1,22 @@
 """Documents to ids, part by part: no more text is held than is encoded at a time."""
 
+import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import IO
 
 import numpy as np
 
 from manifold_hc.data.documents import Document
 from manifold_hc.data.tokenizer import Tokenizer, narrowest
+from manifold_hc.errors import DataError
 
 BATCH_CHARACTERS = 1_000_000
 """Characters that are encoded at a time: about 150 MB in the library."""
+
+HELD = 64_000_000
+"""Bytes of ids that are held in memory; more wait in a file."""
 
 
 def encode(
@@ -34,14 +41,55 @@ def encode(
 
 
 def joined(encoded: Iterable[tuple[bool, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Encoded documents in one line: ids [N], starts [D] int64."""
-    content, starts, size, dtype = bytearray(), array("q"), 0, np.dtype(np.uint8)
+    """Encoded documents in one line: ids [N], starts [D] int64.
+
+    Many ids are mapped from a file without a name among the temporary files, which goes away with
+    the array. Raises DataError when they do not fit there.
+    """
+    line, starts = _Line(), array("q")
     for begins, ids in encoded:
         if begins:
-            starts.append(size)
-        content += ids.data
-        size, dtype = size + len(ids), ids.dtype
-    return np.frombuffer(content, dtype=dtype), np.array(starts, dtype=np.int64)
+            starts.append(line.size)
+        line.append(ids)
+    return line.ids(), np.array(starts, dtype=np.int64)
+
+
+class _Line:
+    """Ids that still come."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._dtype = np.dtype(np.uint8)
+        self._held = bytearray()
+        self._file: IO[bytes] | None = None
+
+    def append(self, ids: np.ndarray) -> None:
+        self._held += ids.data
+        self.size, self._dtype = self.size + len(ids), ids.dtype
+        if len(self._held) > HELD:
+            with _room():
+                self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115
+                self._file.write(self._held)
+            self._held.clear()
+
+    def ids(self) -> np.ndarray:
+        if self._file is None:
+            return np.frombuffer(self._held, dtype=self._dtype)
+        with _room(), self._file as file:
+            file.write(self._held)
+            file.flush()
+            return np.memmap(file, self._dtype, mode="r", shape=(self.size,))
+
+
+@contextmanager
+def _room() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"data: the ids of the text do not fit in {tempfile.gettempdir()}: {error.strerror}; "
+            "set TMPDIR to a folder with more room, or give what mhc tokenize makes of the text"
+        ) from None
 
 
 def _batches(

@@ -1,6 +1,7 @@
 """A long document, encoded in parts."""
 
 import random
+import tempfile
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import tokenizers
 from manifold_hc.data import cuts
 from manifold_hc.data.encoding import encode, joined
 from manifold_hc.data.tokenizer import tokenizer
+from manifold_hc.errors import DataError
 from tests.data import small_tokenizers as small
 
 PART, MARGIN = 1500, 200
@@ -121,6 +123,31 @@ def test_documents_in_stretches_are_the_documents(tmp_path):
     assert ids.tolist() == wanted.tolist()
     assert starts.tolist() == [0, len(whole[0]), len(whole[0]) + 1 + len(whole[1])]
     assert ids.dtype == np.uint16
+
+
+@pytest.mark.usefixtures("short_parts")
+def test_many_ids_are_mapped_from_a_file(tmp_path, monkeypatch):
+    found = opened(small.byte_level(), tmp_path)
+
+    def line():
+        return joined(encode(map(stretches, [TEXTS["prose"], TEXTS["hostile"]]), found))
+
+    held, starts = line()
+    monkeypatch.setattr("manifold_hc.data.encoding.HELD", 1000)
+    mapped, same = line()
+    assert isinstance(mapped, np.memmap)
+    assert not isinstance(held, np.memmap)
+    assert mapped.tolist() == held.tolist()
+    assert same.tolist() == starts.tolist()
+    assert mapped.dtype == held.dtype
+
+
+def test_ids_that_do_not_fit_name_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    monkeypatch.setattr("manifold_hc.data.encoding.HELD", 1000)
+    ids = np.zeros(600, dtype=np.uint8)
+    with pytest.raises(DataError, match=r"do not fit in /\S+/gone: No such .*; set TMPDIR"):
+        joined([(True, ids), (False, ids)])
 
 
 def test_a_part_without_a_place_to_cut_is_announced(tmp_path, monkeypatch, caplog):
