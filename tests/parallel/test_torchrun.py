@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from manifold_hc.training import RunFolder
+from tests.cli.test_commands import mhc
 from tests.conftest import generated_text
 from tests.parallel import drill
 
@@ -74,30 +74,18 @@ def test_two_nodes_that_count_restarts_for_themselves(tmp_path):
     assert "going on from" in said
 
 
-def mhc(*arguments, processes=None):
-    start = [sys.executable, "-m", "manifold_hc"]
-    if processes:
-        start[1:] = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        start += ["-m", "manifold_hc"]
-    return subprocess.run(
-        [*start, *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-
-
-def test_without_torchrun_nothing_starts(tmp_path):
-    done = mhc("train", "parallel.shard=2", "--out", str(tmp_path / "run"))
-    assert done.returncode == 2
-    assert done.stderr.startswith("mhc: error: parallel: shard 2 needs 2 processes")
-    assert done.stderr.count("\n") == 1
+def test_without_torchrun_nothing_starts(capfd, tmp_path):
+    status, _, err = mhc(capfd, "train", "parallel.shard=2", "--out", tmp_path / "run")
+    assert status == 2
+    assert err.startswith("mhc: error: parallel: shard 2 needs 2 processes")
+    assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()
-    compared = mhc("compare", "parallel.shard=2", "--out", str(tmp_path / "run"))
-    assert compared.returncode == 2
-    assert "compare: trains in one process" in compared.stderr
-    named = mhc("train", "parallel.shard=2")
-    assert "--out: a run of several processes needs one" in named.stderr
+    status, _, err = mhc(capfd, "compare", "parallel.shard=2", "--out", tmp_path / "run")
+    assert status == 2
+    assert "compare: trains in one process" in err
+    assert (
+        "--out: a run of several processes needs one" in mhc(capfd, "train", "parallel.shard=2")[2]
+    )
 
 
 def test_a_folder_of_another_run_is_refused_after_a_restart_too(tmp_path):
