@@ -22,7 +22,7 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, "gfx942": 64 * 1024}
 STREAMS = ("bfloat16", "float32", "float16")
 
 
-def job(arch, n, dtype, C=2560, constraint="sinkhorn", transposed=False, tiles=None):
+def job(arch, n, dtype, C=2560, constraint="sinkhorn", transposed=False, tiles=None, only=None):
     return {
         "arch": arch,
         "n": n,
@@ -31,15 +31,14 @@ def job(arch, n, dtype, C=2560, constraint="sinkhorn", transposed=False, tiles=N
         "constraint": constraint,
         "transposed": transposed,
         "tiles": tiles,
+        "only": only,
     }
 
 
 def some_jobs():
-    """One for every architecture and kind of shape: what a test run has time for."""
-    yield job(80, 8, "bfloat16")
+    """One for each maker of GPUs: what a test run has time for."""
     yield job(90, 4, "bfloat16")
-    yield job(100, 3, "float16", transposed=True)
-    yield job("gfx942", 8, "float16", transposed=True)
+    yield job("gfx942", 3, "float16", transposed=True)
 
 
 def all_jobs():
@@ -104,5 +103,6 @@ def test_nothing_spills(request, tmp_path):
 def test_a_spill_is_seen(tmp_path):
     """Absurd tiles, so that the test above can fail."""
     tiles = {"product_tile": {"BT": 16, "num_warps": 1}}
-    work = [job(90, 4, "float32", C=256, constraint="identity", tiles=tiles)]
+    only = "projections_gradient_kernel"
+    work = [job(90, 4, "float32", C=256, constraint="identity", tiles=tiles, only=only)]
     assert any(k["spilled"] for k in compiled(work, tmp_path))

@@ -148,12 +148,14 @@ def main(worker, workers):
     """Compile this worker's share of the jobs on standard input."""
     seen, count = set(), 0
     for job in json.load(sys.stdin):
-        arch = job.pop("arch")
+        arch, only = job.pop("arch"), job.pop("only")
         target = target_of(arch)
         # Which products a GPU makes fast depends on its maker, which torch's build tells a run.
         torch.version.hip = "7.0" if target.backend == "hip" else None
         job["dtype"] = getattr(torch, job["dtype"])
         for kernel, bound, options in launches_of(**job):
+            if only not in (None, kernel.__name__):
+                continue
             src = source(kernel, bound)
             key = (src.hash(), arch, tuple(options.items()))
             if key in seen:

@@ -17,12 +17,12 @@ def test_no_expert_starves_with_balancing_and_some_do_without(tmp_path, balanced
     config = replace(
         config,
         model=replace(config.model, experts=experts),
-        training=replace(config.training, steps=300, validate_every=300, validation_batches=1),
+        training=replace(config.training, steps=150, validate_every=150, validation_batches=1),
     )
     train(config, load(DataConfig()), RunFolder(tmp_path))
     records = [r for r in figures(tmp_path) if r["event"] == "experts"]
     assert all(record["dropped_tokens"] == 0 for record in records)
-    last = [record["load"] for record in records if record["step"] >= 250]
+    last = [record["load"] for record in records if record["step"] >= 100]
     layers = [
         [sum(loads) for loads in zip(*layer, strict=True)] for layer in zip(*last, strict=True)
     ]
