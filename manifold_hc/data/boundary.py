@@ -8,6 +8,7 @@ from typing import NamedTuple
 import msgspec
 
 from manifold_hc.errors import ConfigError
+from manifold_hc.files import read_regular
 
 CONFIG = "tokenizer_config.json"
 """File beside a tokenizer.json that names its end of text, as transformers writes it."""
@@ -87,8 +88,8 @@ def unmarked(ids: Mapping[str, int]) -> list[str]:
 def _told(file: Path) -> str:
     """The end of text that the configuration beside `file` names, or nothing."""
     try:
-        config = msgspec.json.decode(file.with_name(CONFIG).read_bytes(), type=dict)
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        config = msgspec.json.decode(read_regular(file.with_name(CONFIG)), type=dict)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return ""
     token = config.get("eos_token")
     if isinstance(token, dict):  # an AddedToken, as older versions write it

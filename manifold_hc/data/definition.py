@@ -54,13 +54,6 @@ class Definition:
         return _value(self.model, "dropout", float | None) or 0.0
 
     @property
-    def samples(self) -> bool:
-        """Whether the same text may give different ids."""
-        return self.dropout > 0 or any(
-            _value(self.model, key, float | None) is not None for key in ("alpha", "nbest_size")
-        )
-
-    @property
     def unknown(self) -> bool:
         """Whether characters outside the vocabulary have an id or bytes; BPE drops them if not."""
         model = {key: _value(self.model, key, Any) for key in ("unk_token", "byte_fallback")}
@@ -90,8 +83,7 @@ class Definition:
         """
         hidden = {name for name in protected if len(name) > 1}
         model = dict(self.model)
-        for key in ("dropout", "alpha", "nbest_size"):
-            model.pop(key, None)
+        model.pop("dropout", None)
         model["vocab"] = _encoded(self._renamed_vocabulary(hidden))
         if _value(model, "unk_token", str | None) in hidden:
             model["unk_token"] = _encoded(NEVER + _value(model, "unk_token", str))
@@ -122,15 +114,13 @@ class Definition:
 
     def _renamed_added(self, hidden: set[str], protected: set[str]) -> list[dict[str, Any]]:
         """Added tokens keep the ids of their names in the vocabulary, so both are renamed."""
-        names = self._vocabulary if isinstance(self._vocabulary, dict) else dict(self._vocabulary)
         tokens: list[dict[str, Any]] = (
             self._member("added_tokens", list[dict[str, Any]] | None) or []
         )
         for token in tokens:
             if token["content"] in protected:
                 token["special"] = True
-            if token["content"] in names:
-                token["content"] = _renamed(token["content"], hidden)
+            token["content"] = _renamed(token["content"], hidden)
         return tokens
 
     def _merges(self, hidden: set[str]) -> list[Any]:

@@ -173,12 +173,12 @@ def _json_text(line: bytes, key: str, place: str) -> str:
 
 
 def _record(line: bytes) -> Any:
-    """A JSON value; half a surrogate pair and NaN, which Python writes, are let through."""
+    """A JSON value; half a surrogate pair, NaN and numbers of any length are let through."""
     try:
         return msgspec.json.decode(line)
     except msgspec.MsgspecError:
         try:
-            return json.loads(line.decode())
+            return json.loads(line.decode(), parse_int=float)
         except ValueError:
             pass
         raise

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from manifold_hc.data.tokens import Part
 from manifold_hc.errors import DataError
+from manifold_hc.files import open_regular
 
 INDEX = "shards.json"
 TOKENIZER = "tokenizer.json"
@@ -67,6 +68,7 @@ class Shard(Part):
     def __init__(self, file: Path, entry: ShardEntry, tokenizer: str) -> None:
         """Raises DataError unless the file is the one of the index, made by `tokenizer`."""
         try:
+            open_regular(file).close()
             self._content = safe_open(file, framework="numpy")
             made_by = (self._content.metadata() or {}).get("tokenizer")
             self._ids = self._content.get_slice("ids")

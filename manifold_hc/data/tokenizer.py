@@ -14,6 +14,7 @@ from manifold_hc.data.boundary import Boundary, choose_boundary, unmarked
 from manifold_hc.data.cuts import may_be_cut, parts
 from manifold_hc.data.definition import Definition
 from manifold_hc.errors import ConfigError, DataError
+from manifold_hc.files import read_regular
 
 logger = logging.getLogger("manifold_hc")
 
@@ -82,7 +83,7 @@ class FileTokenizer(Tokenizer):
         Raises DataError for a file that is no tokenizer, ConfigError for no such boundary.
         """
         try:
-            self.source = file.read_bytes()
+            self.source = read_regular(file)
         except (OSError, ValueError) as error:
             problem = getattr(error, "strerror", None) or error
             raise DataError(f"tokenizer: {file} cannot be read: {problem}") from None
@@ -154,7 +155,7 @@ class FileTokenizer(Tokenizer):
             )
         else:
             logger.info("%s: nothing separates documents, %s", self.name, choice.reason)
-        if self._definition.samples:
+        if self._definition.dropout:
             logger.warning(
                 "%s: dropout is switched off; the same text gives the same ids", self.name
             )

@@ -1,5 +1,6 @@
 """A long document, encoded in parts."""
 
+import json
 import random
 import tempfile
 
@@ -94,6 +95,20 @@ def test_parts_have_the_ids_of_the_whole(tmp_path, kind):
 def test_where_words_are_not_local_the_whole_is_encoded(tmp_path, kind):
     found = opened(UNCUT[kind](), tmp_path)
     assert list(found.parts(stretches(TEXTS["prose"]))) == [TEXTS["prose"]]
+
+
+@pytest.mark.usefixtures("short_parts")
+def test_a_special_token_across_words_forbids_no_cuts(tmp_path):
+    trained = small.sentencepiece_bpe()
+    content = json.loads(trained.to_str())
+    vocabulary = content["model"]["vocab"]
+    content["added_tokens"] = content["added_tokens"][:1]
+    vocabulary["<end▁of▁text>"] = vocabulary.pop("</s>")
+    special = {"id": vocabulary["<end▁of▁text>"], "content": "<end▁of▁text>", "special": True}
+    content["added_tokens"].append(content["added_tokens"][0] | special)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    found = tokenizer(str(tmp_path / "tokenizer.json"))
+    assert max(map(len, found.parts(stretches(TEXTS["prose"])))) < 3 * PART
 
 
 @pytest.mark.usefixtures("short_parts")

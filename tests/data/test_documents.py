@@ -176,8 +176,9 @@ def test_a_long_text_comes_in_stretches(tmp_path, monkeypatch):
         documents(tmp_path / "a.txt")
 
 
-def test_half_a_surrogate_pair_matters_in_the_text_alone(tmp_path):
-    lines = ['{"text": "one", "other\\ud800": "\\udc00", "score": NaN}', '{"text": "a\\ud800b"}']
+def test_values_that_only_python_reads_matter_in_the_text_alone(tmp_path):
+    whole = f'{{"text": "one", "other\\ud800": "\\udc00", "score": NaN, "id": {"9" * 5000}}}'
+    lines = [whole, '{"text": "a\\ud800b"}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     with pytest.raises(DataError, match="line 2: the text has half a surrogate pair"):
         documents(tmp_path)

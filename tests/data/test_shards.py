@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import numpy as np
@@ -81,13 +82,16 @@ def test_one_shard_of_another_tokenizer(shards):
 
 
 @pytest.mark.parametrize(
-    "damage", ["missing", "truncated", "altered", "swapped", "no index", "broken index"]
+    "damage", ["missing", "FIFO", "truncated", "altered", "swapped", "no index", "broken index"]
 )
 def test_a_damaged_folder(shards, damage):
     folder, _ = shards
     file, index = folder / "shard-00001.safetensors", folder / "shards.json"
     if damage == "missing":
         file.unlink()
+    elif damage == "FIFO":
+        file.unlink()
+        os.mkfifo(file)
     elif damage == "truncated":
         file.write_bytes(file.read_bytes()[:-7])
     elif damage == "altered":

@@ -1,10 +1,12 @@
 import json
+import os
 
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, models
 from tokenizers.processors import TemplateProcessing
 
+from manifold_hc.data.boundary import unmarked
 from manifold_hc.data.tokenizer import narrowest, tokenizer
 from manifold_hc.errors import ConfigError, DataError
 from tests.data import small_tokenizers as small
@@ -124,6 +126,45 @@ def test_a_special_token_that_merges_can_make(tmp_path):
     assert tokenizer(saved(library, tmp_path)).encode(["a<e>a"])[0].tolist() == [5, 3, 2, 5]
 
 
+def test_a_special_token_that_merges_use(tmp_path):
+    letters = {"<": 0, "e": 1, ">": 2, "<e": 3, "<e>": 4, "a": 5, "<e>a": 6}
+    library = Tokenizer(models.BPE(letters, [("<", "e"), ("<e", ">"), ("<e>", "a")]))
+    library.add_special_tokens(["<e>"])
+    assert tokenizer(saved(library, tmp_path)).encode(["a<e>a"])[0].tolist() == [5, 3, 2, 5]
+
+
+def test_a_special_token_that_merges_with_a_prefix_make(tmp_path):
+    letters = {"<": 0, "##e": 1, "##>": 2, "<e": 3, "<e>": 4}
+    merges = [("<", "##e"), ("<e", "##>")]
+    library = Tokenizer(models.BPE(letters, merges, continuing_subword_prefix="##"))
+    library.add_special_tokens(["<e>"])
+    assert tokenizer(saved(library, tmp_path)).encode(["<e>"])[0].tolist() == [3, 2]
+
+
+ONE_WORD = {
+    "whole words of the vocabulary": models.BPE(
+        {"▁": 0, "a": 1, "▁a": 2}, [("▁", "a")], ignore_merges=True
+    ),
+    "a whole word without merges": models.BPE({"▁": 0, "a": 1, "▁a": 2}, [], ignore_merges=True),
+    "ends of words": models.BPE({"▁": 0, "a": 1, "a.": 2}, [], end_of_word_suffix="."),
+    "beginnings of words": models.BPE(
+        {"▁": 0, "#▁": 1, "#a": 2}, [], continuing_subword_prefix="#"
+    ),
+    "unknown signs in one": models.BPE({"?": 0, "a": 1}, [], unk_token="?", fuse_unk=True),
+    "words by a list": models.WordLevel({"▁": 0, "▁a": 1, "?": 2}, unk_token="?"),
+    "words by pieces": models.WordPiece({"▁": 0, "##▁": 1, "##a": 2, "?": 3}, unk_token="?"),
+}
+
+
+@pytest.mark.parametrize("name", ONE_WORD)
+def test_a_text_without_words_is_one_word(tmp_path, name):
+    """Where the model sees the whole text as one word, nothing may split it before."""
+    library = Tokenizer(ONE_WORD[name])
+    wanted = [library.encode(text).ids for text in ("▁a▁a", "b▁a▁b")]
+    found = tokenizer(saved(library, tmp_path)).encode(["▁a▁a", "b▁a▁b"])
+    assert [ids.tolist() for ids in found] == wanted
+
+
 def test_a_special_token_of_one_character_is_that_character(tmp_path):
     library = Tokenizer(models.BPE({"a": 0, "\n": 1}, []))
     library.add_special_tokens(["\n"])
@@ -216,6 +257,42 @@ def test_the_end_of_text(tmp_path, caplog, case):
     with caplog.at_level("INFO", "manifold_hc"):
         found.announce()
     assert (wanted or "nothing separates documents, <eos> is not marked") in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"{", b"\xff", b"[" * 100_000, b'{"eos_token": 3}'])
+def test_a_configuration_that_names_nothing_decides_nothing(tmp_path, content):
+    library = Tokenizer(models.BPE({"a": 0}, []))
+    library.add_special_tokens(["<eos>"])
+    (tmp_path / "tokenizer_config.json").write_bytes(content)
+    assert tokenizer(saved(library, tmp_path)).boundary_name == "<eos>"
+
+
+def test_what_could_be_marked_is_listed_by_the_order_of_the_names():
+    names = ["<eos>", "eos", "[endoftext]", "sep", "<pad>"]
+    assert unmarked(dict.fromkeys(names, 0)) == ["[endoftext]", "<eos>"]
+
+
+def test_only_regular_files_are_read(tmp_path):
+    """Opening a FIFO would wait for a writer."""
+    library = Tokenizer(models.BPE({"a": 0}, []))
+    library.add_special_tokens(["<eos>"])
+    os.mkfifo(tmp_path / "tokenizer_config.json")
+    assert tokenizer(saved(library, tmp_path)).boundary_name == "<eos>"
+    with pytest.raises(DataError, match="cannot be read: is not a regular file"):
+        tokenizer(str(tmp_path / "tokenizer_config.json"))
+
+
+@pytest.mark.parametrize(
+    ("special", "others"),
+    [(["<eos>", "[EOS]"], "[EOS]"), (["<|endoftext|>", "<|im_end|>"], "")],
+)
+def test_ends_of_turns_are_no_other_choice(tmp_path, caplog, special, others):
+    library = Tokenizer(models.BPE({"a": 0}, []))
+    library.add_special_tokens(special)
+    with caplog.at_level("INFO", "manifold_hc"):
+        tokenizer(saved(library, tmp_path)).announce()
+    assert ("data.boundary takes another" in caplog.text) == bool(others)
+    assert others in caplog.text
 
 
 def test_of_two_ends_of_text_the_log_names_both(tmp_path, caplog):
