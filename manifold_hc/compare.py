@@ -1,6 +1,7 @@
 """Several variants of the connection under the same data, order and budget."""
 
 import json
+import logging
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,6 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from rich.console import Console
 
@@ -19,6 +21,8 @@ from manifold_hc.files import remove_temporaries, write_atomically
 from manifold_hc.training import Checkpoints, RunConfig, RunFolder, check, train
 from manifold_hc.training.config import differences
 from manifold_hc.training.folder import is_empty, read_json
+
+logger = logging.getLogger("manifold_hc")
 
 COMPARISON, RUN = "comparison.json", "run.json"
 
@@ -98,22 +102,40 @@ def machine() -> dict[str, Any]:
 
 
 def record_run(folder: Path, command: str) -> None:
-    """Write beside a single run what trained it: commands, date, machine and versions."""
-    commands = _with(run_record(folder).get("commands", []), command)
-    record = {"commands": commands, **machine()}
-    remove_temporaries(folder / RUN)
-    write_atomically(folder / RUN, json.dumps(record, indent=2) + "\n")
+    """Write beside a single run what trains it: commands, date, machine and versions.
+
+    A record that is damaged, or cannot be written, is told in the log and stops no run.
+    """
+    try:
+        known = run_record(folder).get("commands", [])
+    except RunFolderError as error:
+        logger.warning("%s; it is begun again", error)
+        known = []
+    record = {"commands": _with(known, command), **machine()}
+    try:
+        remove_temporaries(folder / RUN)
+        write_atomically(folder / RUN, json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        logger.warning("run folder: %s cannot be written: %s", folder / RUN, error.strerror)
 
 
 def run_record(folder: Path) -> dict[str, Any]:
     """What `record_run` has written; empty if nothing. Raises RunFolderError if it is damaged."""
-    file = folder / RUN
+    return _record(folder / RUN, {"commands": list[str], "date": str, "machine": str})
+
+
+def _record(file: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """What a JSON file holds, if it is there; RunFolderError unless it has the `wanted` members."""
     if not file.exists():
         return {}
     record = read_json(file)
-    if not isinstance(record, dict) or not isinstance(record.get("commands"), list):
-        raise RunFolderError(f"run folder: {file} is damaged: it is no record of a run")
-    return record
+    try:
+        members = msgspec.convert(record, dict[str, Any])
+        for name, kind in wanted.items():
+            msgspec.convert(members.get(name), kind)
+    except msgspec.ValidationError as error:
+        raise RunFolderError(f"run folder: {file} is damaged: {error}") from None
+    return members
 
 
 def run_folder(folder: Path, variant: str, seed: int) -> RunFolder:
@@ -126,13 +148,8 @@ def comparison_record(folder: Path) -> dict[str, Any]:
 
     Raises RunFolderError when the record is damaged.
     """
-    file = folder / COMPARISON
-    if not file.exists():
-        return {}
-    record = read_json(file)
-    if not isinstance(record, dict) or not record.keys() >= {"commands", "variants", "data_sha256"}:
-        raise RunFolderError(f"run folder: {file} is damaged: it is no record of a comparison")
-    return record
+    wanted = {"commands": list[str], "variants": list[str], "data_sha256": str}
+    return _record(folder / COMPARISON, wanted)
 
 
 def check_folder(folder: Path) -> None:

@@ -1,5 +1,7 @@
 import io
 import json
+import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,11 +9,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from manifold_hc.compare import Variant, compare, comparison_record, run_folder
+from manifold_hc.compare import (
+    Variant,
+    compare,
+    comparison_record,
+    record_run,
+    run_folder,
+    run_record,
+)
 from manifold_hc.data import Corpus
 from manifold_hc.errors import RunFolderError
 from manifold_hc.report import as_csv, as_json, as_table, figures, load_runs, summarise, write_page
-from manifold_hc.training import OptimizerConfig
+from manifold_hc.training import OptimizerConfig, RunFolder
 from tests import golden
 from tests.conftest import generated_text
 
@@ -229,20 +238,86 @@ def test_a_comparison_can_grow(tmp_path):
         compare(CONFIG, [variant], 1, TEXT, tmp_path, f"command {number}", quiet)
     (tmp_path / "residual" / "seed-0" / "summary.json").touch()
     (tmp_path / "hc" / "other").mkdir()
+    shutil.copytree(tmp_path / "hc" / "seed-0", tmp_path / "hc" / "seed-0 (copy)")
     assert [r.variant for r in load_runs(tmp_path)] == ["residual", "hc"]
     assert comparison_record(tmp_path)["commands"] == ["command 0", "command 1"]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+RECORD = {"commands": ["mhc"], "variants": ["mhc"], "data_sha256": "0", "date": "", "machine": ""}
+NO_RECORDS = ["", "{", "[]", "{}", *(json.dumps({**RECORD, key: [1]}) for key in RECORD)]
+
+
+@pytest.mark.parametrize("content", NO_RECORDS[:7])
 def test_a_damaged_record_is_named(tmp_path, content):
     (tmp_path / "comparison.json").write_text(content)
     with pytest.raises(RunFolderError, match=r"comparison\.json is damaged"):
         load_runs(tmp_path)
 
 
+@pytest.mark.parametrize("content", [*NO_RECORDS[:5], *NO_RECORDS[7:]])
+def test_a_damaged_record_of_a_run_is_begun_again(tmp_path, content, caplog):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(RunFolderError, match=r"run\.json is damaged"):
+        run_record(tmp_path)
+    record_run(tmp_path, "mhc train")
+    assert "run.json is damaged" in caplog.text
+    assert run_record(tmp_path)["commands"] == ["mhc train"]
+    record_run(tmp_path, "mhc train --resume")
+    assert run_record(tmp_path)["commands"] == ["mhc train", "mhc train --resume"]
+
+
+def test_a_record_that_cannot_be_written_stops_no_run(tmp_path, caplog):
+    (tmp_path / "run.json").mkdir()
+    record_run(tmp_path, "mhc train")
+    assert "run.json cannot be written: Is a directory" in caplog.text
+
+
+def cut(record):
+    record["stream_rank"].pop()
+
+
+def without_a_row(record):
+    record["gains"].pop("backward")
+
+
+def ragged(record):
+    record["composite"][0][0].pop()
+
+
+def empty(record):
+    record["composite"] = []
+
+
+def of_another_kind(record):
+    record["stream_cosine"][0] = "one"
+
+
+@pytest.mark.parametrize("damage", [cut, without_a_row, ragged, empty, of_another_kind])
+def test_a_damaged_record_of_the_gains_is_named(finished, tmp_path, damage):
+    shutil.copytree(finished / "mhc" / "seed-0", tmp_path / "run")
+    file = tmp_path / "run" / "metrics.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    damage(next(record for record in records if record["event"] == "gain"))
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl is damaged: a gain record is "):
+        load_runs(tmp_path / "run")
+
+
 def test_a_folder_of_comparisons_is_no_comparison(finished):
     with pytest.raises(RunFolderError, match="no complete run"):
         load_runs(finished.parent)
+
+
+def test_a_validation_loss_that_is_not_finite_has_its_row(finished, tmp_path):
+    """The last step may break a model: nothing but the validation after it meets that."""
+    shutil.copytree(finished, tmp_path / "runs")
+    folder = RunFolder(tmp_path / "runs" / "mhc" / "seed-0")
+    folder.finish(folder.summary() | {"validation_loss": math.inf})
+    *others, row = summarise(load_runs(tmp_path / "runs"))
+    figures = (row.validation_loss, row.interval, row.difference, row.difference_interval)
+    assert row.variant == "mhc"
+    assert all(map(math.isnan, figures))
+    assert all(math.isfinite(other.validation_loss) for other in others)
 
 
 def test_a_narrow_table_stands_upright(finished):

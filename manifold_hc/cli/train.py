@@ -5,7 +5,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,7 +93,6 @@ def _run(
 ) -> None:
     """Train in `folder`, which must be empty, or go on from the checkpoint that `find` gives."""
     from manifold_hc import training
-    from manifold_hc.compare import record_run
     from manifold_hc.data import load
     from manifold_hc.report import as_table, load_runs, summarise
 
@@ -110,8 +109,6 @@ def _run(
         if not (again and processes.by_first(folder.is_complete)):
             _train(config, corpus, folder, processes, Checkpoints.find if again else find)
         if processes.is_first:
-            with suppress(OSError):  # a full disk: the run itself is complete
-                record_run(path, command_line())
             rows = summarise(load_runs(path))
             console().print(as_table(rows, upright=console().width < WIDE))
             click.echo(f"run folder: {path}")
@@ -166,6 +163,7 @@ def _train(
     find: Callable[[Checkpoints], Path | None] | None,
 ) -> None:
     from manifold_hc import training
+    from manifold_hc.compare import record_run
     from manifold_hc.diagnostics import GainMonitor
 
     at, path = None, folder.path
@@ -181,8 +179,12 @@ def _train(
     command = f"torchrun --nproc-per-node {size} -m manifold_hc" if size > 1 else "mhc"
     again = f"{command} train --resume {shlex.quote(str(path))}"
     screen = console(stderr=True)
+
+    def record() -> None:
+        record_run(path, command_line())
+
     try:
-        training.train(config, corpus, folder, [GainMonitor], screen, kind, at, processes)
+        training.train(config, corpus, folder, [GainMonitor], screen, kind, at, processes, record)
     except DivergedError as error:
         error.add_note(f"lower the rate: {again} optimizer.lr=R")
         raise

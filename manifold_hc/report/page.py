@@ -49,7 +49,7 @@ def render(runs: Sequence[Run], record: dict[str, Any]) -> str:
     return environment.get_template("page.html.jinja").render(
         title=" · ".join(variants),
         subtitle=f"{steps} steps, {len({run.seed for run in runs})} seed(s)",
-        origin=" · ".join(record[key] for key in ORIGIN if key in record),
+        origin=" · ".join(str(record[key]) for key in ORIGIN if key in record),
         command="\n".join(record.get("commands", [])),
         several=len(runs) > len(variants),
         headings=[column.header for column in table.columns],

@@ -7,25 +7,30 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from manifold_hc.compare import comparison_record
+from manifold_hc.diagnostics.gain import AmaxGain
 from manifold_hc.errors import RunFolderError
 from manifold_hc.training import RunConfig, RunFolder
 
-GAIN = {
-    "gain_forward",
-    "gain_backward",
-    "gains",
-    "matrices",
-    "composite",
-    "log_column_sum",
-    "composite_log_column_sum",
-    "stochastic_distance",
-    "stream_cosine",
-    "stream_rank",
-}
-"""What the report draws from a record of the gain monitor."""
+Numbers = list[float | None]
+
+
+class GainRecord(msgspec.Struct):
+    """What the report draws from a record of the gain monitor; null is a number not finite."""
+
+    gain_forward: float | None
+    gain_backward: float | None
+    gains: dict[str, Numbers]
+    matrices: dict[str, Numbers]
+    composite: list[list[Numbers]]
+    log_column_sum: Numbers
+    composite_log_column_sum: Numbers
+    stochastic_distance: Numbers
+    stream_cosine: Numbers
+    stream_rank: Numbers
 
 
 def largest(values: Iterable[float]) -> float:
@@ -77,25 +82,48 @@ def load_runs(folder: Path) -> list[Run]:
     found = [(folder, "")] if RunFolder(folder).is_complete() else []
     for variant in comparison_record(folder).get("variants", []):
         complete = [file.parent for file in (folder / variant).glob("seed-*/summary.json")]
-        found += [(path, variant) for path in sorted(complete, key=_seed)]
+        ours = [path for path in complete if _seed(path).isdecimal()]
+        found += [(path, variant) for path in sorted(ours, key=lambda path: int(_seed(path)))]
     if not found:
         raise RunFolderError(f"report: {folder} holds no complete run; is it a run folder?")
     return [_load(RunFolder(path), variant) for path, variant in found]
 
 
-def _seed(path: Path) -> int:
-    return int(path.name.removeprefix("seed-"))
+def _seed(path: Path) -> str:
+    return path.name.removeprefix("seed-")
 
 
 def _load(run: RunFolder, variant: str) -> Run:
-    config, metrics = run.config(), _with_nan(run.metrics())
-    for record in metrics:
-        if record["event"] == "gain" and (missing := GAIN - record.keys()):
-            raise RunFolderError(
-                f"run folder: {run.metrics_file} is damaged: a gain record lacks {min(missing)}"
-            )
+    config, metrics = run.config(), run.metrics()
+    _require_gains(run.metrics_file, metrics)
     name = variant or config.connection.kind
-    return Run(name, config, run.summary(), metrics)
+    return Run(name, config, _with_nan(run.summary()), _with_nan(metrics))
+
+
+def _require_gains(file: Path, records: list[dict[str, Any]]) -> None:
+    """Raise RunFolderError for a record of the gain monitor that cannot be drawn."""
+    for record in records:
+        if record["event"] != "gain":
+            continue
+        try:
+            found = msgspec.convert(record, GainRecord)
+        except msgspec.ValidationError as error:
+            raise RunFolderError(
+                f"run folder: {file} is damaged: a gain record is not valid: {error}"
+            ) from None
+        if not _is_whole(found):
+            raise RunFolderError(f"run folder: {file} is damaged: a gain record is cut")
+
+
+def _is_whole(record: GainRecord) -> bool:
+    """Whether all figures are of the same sublayers, and the composites square."""
+    L, n = len(record.composite), len(next(iter(record.composite), ()))
+    averages = (record.gains, record.matrices)
+    lists = [average.get(row, []) for average in averages for row in AmaxGain._fields]
+    lists += [record.log_column_sum, record.composite_log_column_sum, record.stochastic_distance]
+    lists += [record.stream_cosine, record.stream_rank]
+    square = all([len(row) for row in matrix] == [n] * n for matrix in record.composite)
+    return L > 0 and n > 0 and square and all(len(numbers) == L for numbers in lists)
 
 
 def _with_nan(value: Any) -> Any:

@@ -80,7 +80,7 @@ def _row(name: str, runs: list[Run], baseline: dict[int, float]) -> VariantRow:
 
 
 def _interval(values: list[float]) -> float:
-    if len(values) < 2:
+    if len(values) < 2 or not all(map(math.isfinite, values)):
         return math.nan
     return student(len(values) - 1) * stdev(values) / math.sqrt(len(values))
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 from safetensors import SafetensorError
@@ -52,13 +53,16 @@ SHOWN = 3
 """Keys that a message names; the rest is counted."""
 
 
+Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a checkpoint is of."""
 
-    step: int
+    step: Count
     """Optimizer steps taken."""
-    sequences: int
+    sequences: Count
     """Sequences seen: the position in the data."""
     validation_loss: float | None
     """Measured at this step, if it was."""

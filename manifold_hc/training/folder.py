@@ -95,6 +95,22 @@ def read_json(file: Path) -> Any:
         raise RunFolderError(f"run folder: {file} is damaged: {error}") from None
 
 
+def _is_number(value: object) -> bool:
+    """Whether a value of a record is a number, or the null of one that was not finite."""
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _problem(record: Mapping[str, Any]) -> str:
+    """What makes a line of the metrics no record; empty if nothing does."""
+    event, step = record.get("event"), record.get("step")
+    if not isinstance(event, str):
+        return "has no event"
+    if not isinstance(step, int) or isinstance(step, bool):
+        return "has no step"
+    wrong = (key for key in RECORDS.get(event, ()) if not _is_number(record.get(key, "missing")))
+    return next((f"has no number as {key}" for key in wrong), "")
+
+
 class RunFolder:
     """What a run has written, and where the next thing goes."""
 
@@ -117,9 +133,10 @@ class RunFolder:
     def is_of(self, job: str | None) -> bool:
         """Whether it belongs to that job."""
         try:
-            return self._job_file.exists() and read_regular(self._job_file).decode() == job
+            known = read_regular(self._job_file) if self._job_file.exists() else None
         except OSError as error:
             raise self._unreadable(self._job_file, error) from None
+        return known is not None and job is not None and known == job.encode()
 
     def require_shared(self, config: RunConfig) -> None:
         """Raise RunFolderError where this process does not see what the first one has begun."""
@@ -249,9 +266,8 @@ class RunFolder:
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise self._damaged(self.metrics_file, str(error)) from None
         for number, record in enumerate(records, start=1):
-            wanted = {"event", "step", *RECORDS.get(record.get("event", ""), ())}
-            if missing := wanted - set(record):
-                raise self._damaged(self.metrics_file, f"line {number} lacks {min(missing)}")
+            if problem := _problem(record):
+                raise self._damaged(self.metrics_file, f"line {number} {problem}")
         return records
 
     def has_validation(self, step: int) -> bool:
@@ -282,10 +298,15 @@ class RunFolder:
     def summary(self) -> dict[str, Any]:
         """The figures of a complete run; RunFolderError when they are not there."""
         summary = read_json(self.summary_file)
-        if not isinstance(summary, dict) or not (
-            summary.keys() >= SUMMARY or "diverged_at" in summary
-        ):
+        if not isinstance(summary, dict):
             raise self._damaged(self.summary_file, "figures are missing")
+        if "diverged_at" in summary:
+            if not isinstance(summary["diverged_at"], int):
+                raise self._damaged(self.summary_file, "diverged_at is no step")
+            return summary
+        for key in sorted(SUMMARY):
+            if not _is_number(summary.get(key, "missing")):
+                raise self._damaged(self.summary_file, f"{key} is missing or no number")
         return summary
 
     def _unreadable(self, file: Path, error: OSError) -> RunFolderError:

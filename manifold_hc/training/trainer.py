@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -59,12 +59,14 @@ def train(
     title: str = "train",
     resume: Path | None = None,
     processes: Processes | None = None,
+    on_begin: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Train one model on `corpus` and leave metrics, checkpoints, weights and a summary.
 
     resume: a checkpoint of the same run, as `Checkpoints.find` gives it, to go on from; losses are
     then those of a run never interrupted, to the bit on the same device, threads and torch.
     processes: those that share the run, all of which call this; the first one writes.
+    on_begin: called by the first process when nothing is refused any more and the folder is begun.
 
     Returns the summary. Raises what `check` raises, and CheckpointError for a checkpoint of another
     model or other data, before anything is written; DivergedError at the first loss or gradient
@@ -85,6 +87,7 @@ def train(
         _go_on(state, resume, digest, folder)
         logger.info("going on from %s", resume)
     processes.by_first(lambda: _begin(config, folder, checkpoints, state))
+    processes.by_first(on_begin)
     if processes.size > 1:
         processes.each(lambda: folder.require_shared(config))
         processes.each(checkpoints.require_writable)

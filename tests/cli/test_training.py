@@ -119,6 +119,8 @@ def test_a_stopped_process_says_how_to_go_on(tmp_path, text_file, number):
     )
     found = Checkpoints(run / "checkpoints", CheckpointConfig(), "").find()
     assert found.name == f"step-{taken:08}"
+    (recorded,) = json.loads((run / "run.json").read_text())["commands"]
+    assert recorded.startswith("mhc train --data ")
 
 
 def test_a_stopped_comparison_goes_on_by_the_same_command(tmp_path, text_file, capfd):

@@ -1,3 +1,4 @@
+import json
 import shutil
 import subprocess
 from dataclasses import replace
@@ -212,6 +213,16 @@ def test_a_checkpoint_under_anothers_name(copy):
     renamed = copy.paths()[-1].rename(copy.folder / "step-00000009")
     with pytest.raises(CheckpointError, match=r"step-00000009 is really that of step 6$"):
         load(renamed, TrainState(CONFIG, CPU))
+
+
+@pytest.mark.parametrize("key", ["step", "sequences"])
+def test_a_position_before_the_beginning(copy, key):
+    file = copy.paths()[-1] / "checkpoint.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: -1}))
+    with pytest.raises(
+        CheckpointError, match=rf"cannot be read: Expected `int` >= 0 - at `.\.{key}`"
+    ):
+        read_manifest(file.parent)
 
 
 def test_a_checkpoint_that_lacks_what_the_optimizer_needs(tmp_path):

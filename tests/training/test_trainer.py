@@ -15,7 +15,7 @@ from manifold_hc.files import write_atomically
 from manifold_hc.models import AttentionConfig, Decoder, DecoderConfig
 from manifold_hc.recompute import block_length
 from manifold_hc.training import OptimizerConfig, RunFolder, TrainingConfig, train
-from manifold_hc.training.folder import locked
+from manifold_hc.training.folder import SUMMARY, locked
 from manifold_hc.training.state import TrainState
 from manifold_hc.training.step import loss_of, take_step
 from manifold_hc.training.trainer import find_device
@@ -134,14 +134,35 @@ def test_a_metrics_line_cut_short_by_a_crash_is_left_out(folder):
     assert folder.metrics() == [{"event": "validation", "step": 0, "loss": 1.0}]
 
 
-@pytest.mark.parametrize("line", ["{}", "[1]", '{"event": "step", "step": 0}', "{"])
+STEP = {"event": "step", "step": 0, "loss": None, "gradient_norm": 1, "seconds": 0.5}
+DAMAGED = [
+    *({**STEP, key: value} for key in STEP for value in ([0], True, {"0": 0})),
+    STEP | {"step": "0"},
+    STEP | {"loss": "0"},
+    *({k: v for k, v in STEP.items() if k != key} for key in STEP),
+    STEP | {"step": None},
+    STEP | {"step": 0.5},
+]
+
+
+@pytest.mark.parametrize("line", ["[1]", "{", "\xff", *map(json.dumps, DAMAGED)])
 def test_a_damaged_line_in_the_middle_is_named(folder, line):
-    folder.metrics_file.write_text(f"{line}\n")
+    folder.metrics_file.write_text(f"{json.dumps(STEP)}\n{line}\n", encoding="latin-1")
     with pytest.raises(RunFolderError, match=r"metrics\.jsonl is damaged"):
         folder.metrics()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"validation_loss": 1.0}'])
+FIGURES = dict.fromkeys(sorted(SUMMARY), 1.0)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[]", "{}", '{"diverged_at": "3"}', '{"diverged_at": null}'),
+        *(json.dumps(FIGURES | {key: "1"}) for key in FIGURES),
+        *(json.dumps({k: v for k, v in FIGURES.items() if k != key}) for key in FIGURES),
+    ],
+)
 def test_a_damaged_summary_is_named(folder, content):
     folder.summary_file.write_text(content)
     with pytest.raises(RunFolderError, match=r"summary\.json is damaged"):

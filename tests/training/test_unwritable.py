@@ -127,6 +127,17 @@ def test_a_run_reads_regular_files_alone(tmp_path, monkeypatch, name, kind):
         read[name]()
 
 
+def test_a_job_that_is_no_text_is_another(tmp_path):
+    run = RunFolder(tmp_path)
+    assert not run.is_of("7")
+    run.belong_to("7")
+    assert run.is_of("7")
+    assert not run.is_of("8")
+    assert not run.is_of(None)
+    (tmp_path / ".job").write_bytes(b"\xff")
+    assert not run.is_of("7")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_has_regular_files_alone(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
