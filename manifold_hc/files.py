@@ -41,6 +41,11 @@ def cache_folder() -> Path:
     return Path(platformdirs.user_cache_dir("manifold-hc", appauthor=False))
 
 
+def is_utf8(text: str) -> bool:
+    """Whether UTF-8 can hold the text: it has no half of a surrogate pair."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def open_regular(path: Path) -> BufferedReader:
     """Open a file for reading.
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from manifold_hc.errors import ConfigError, require_at_least_one
+from manifold_hc.files import is_utf8
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class DataConfig:
         for key in ("paths", "tokenizer", "boundary", "text_key"):
             value = getattr(self, key)
             for text in value if isinstance(value, tuple) else (value,):
-                if text != text.encode(errors="ignore").decode():
+                if not is_utf8(text):
                     raise ConfigError(
                         f"{key}: {text!r} is not valid UTF-8; rename the file or the key"
                     )

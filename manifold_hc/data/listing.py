@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from manifold_hc.errors import DataError
+from manifold_hc.files import is_utf8
 
 logger = logging.getLogger("manifold_hc")
 
@@ -40,12 +41,14 @@ def files(path: Path) -> list[Path]:
     a link where there is a way without. One line in the log counts what is left out. Raises
     DataError for what is missing or cannot be listed, and for a folder without any.
     """
-    if str(path).encode(errors="replace") != str(path).encode(errors="backslashreplace"):
+    if not is_utf8(str(path)):
         raise DataError(f"data: the path {path} is not valid UTF-8; rename the file")
     if not path.exists():
         raise DataError(f"data: {path} does not exist; give a text with --data")
     if not path.is_dir():
-        if Format.of(path).kind is None and path.suffix.lower() not in ("", *PACKED):
+        known = Format.of(path)
+        unpacked = path.with_suffix("") if known.packed else path
+        if known.kind is None and unpacked.suffix:
             logger.info("data: %s is read as plain text, one document", path)
         return [path]
     found, left_out = _search(path)

@@ -128,6 +128,11 @@ class ShardFolder:
             raise DataError(f"data: {path / INDEX} cannot be read: {error.strerror}") from None
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise DataError(f"data: {path / INDEX} is damaged: {error}") from None
+        if not self.index.shards:
+            raise DataError(f"data: {path / INDEX} is damaged: it names no shard")
+        for entry in self.index.shards:
+            if Path(entry.file).name != entry.file:
+                raise DataError(f"data: {path / INDEX} names {entry.file}, outside its folder")
 
     @cached_property
     def shards(self) -> list[Shard]:

@@ -9,6 +9,7 @@ import torch
 from manifold_hc.config import ConnectionConfig
 from manifold_hc.data import DataConfig
 from manifold_hc.errors import ConfigError, require_at_least_one, require_number, shown
+from manifold_hc.files import is_utf8
 from manifold_hc.models import DecoderConfig
 from manifold_hc.parallel.config import SPLITTING, ParallelConfig
 from manifold_hc.training.size import require_possible
@@ -210,12 +211,8 @@ def _require_storable(key: str, value: Any) -> None:
     for item in value if isinstance(value, tuple) else (value,):
         if isinstance(item, int) and not -(2**63) <= item < 2**63:
             raise ConfigError(f"{key}: must fit into 64 bits but is {shown(item)}")
-        if isinstance(item, str) and not _is_text(item):
+        if isinstance(item, str) and ("\0" in item or not is_utf8(item)):
             raise ConfigError(f"{key}: must be UTF-8 without the character 0 but is {item!r}")
-
-
-def _is_text(value: str) -> bool:
-    return "\0" not in value and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 FIXED = ("model", "connection", "data", "training.seed")

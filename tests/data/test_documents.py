@@ -162,6 +162,18 @@ def test_a_file_read_as_plain_text_is_named(folder, caplog):
     with caplog.at_level("INFO", "manifold_hc"):
         documents(folder / "notes.csv")
     assert "notes.csv is read as plain text, one document" in caplog.text
+    for name in ("tables.csv.gz", "book.GZ"):
+        (folder / name).write_bytes(gzip.compress(b"text"))
+    caplog.clear()
+    with caplog.at_level("INFO", "manifold_hc"):
+        for name in ("tables.csv.gz", "book.GZ", "c.jsonl"):
+            documents(folder / name)
+    assert [record.args for record in caplog.records] == [(folder / "tables.csv.gz",)]
+
+
+def test_a_name_that_is_no_text_is_told_without_it(folder):
+    with pytest.raises(DataError, match=r"the path .* is not valid UTF-8; rename the file"):
+        documents(folder / "x\udcff.txt")
 
 
 def test_a_long_text_comes_in_stretches(tmp_path, monkeypatch):
@@ -221,6 +233,7 @@ def test_a_source_of_broken_rows_alone_is_refused(tmp_path):
 
 def test_reading_tells_how_far_it_is(folder):
     told = []
-    documents(folder, "text", None, told.append)
-    files = ("below/a.txt", "c.jsonl", "d.parquet")
+    (folder / "broken.txt").write_bytes(b"\xff" * 99)
+    documents(folder, "text", Skipped(allowed=True), told.append)
+    files = ("below/a.txt", "broken.txt", "c.jsonl", "d.parquet")
     assert sum(told) == pytest.approx(sum((folder / f).stat().st_size for f in files), abs=2)

@@ -110,6 +110,26 @@ def test_a_damaged_folder(shards, damage):
         load(DataConfig(paths=(str(folder),)))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shards": []}, "is damaged: it names no shard"),
+        ({"file": "../elsewhere"}, r"names \.\./elsewhere, outside its folder"),
+        ({"file": "/dev/zero"}, r"names /dev/zero, outside its folder"),
+    ],
+)
+def test_an_index_that_names_what_cannot_be(shards, change, message):
+    folder, _ = shards
+    index = json.loads((folder / "shards.json").read_text())
+    if "file" in change:
+        index["shards"][0] |= change
+    else:
+        index |= change
+    (folder / "shards.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match=message):
+        load(DataConfig(paths=(str(folder),), verify=False))
+
+
 def test_checksums_can_be_left_for_later(shards):
     folder, _ = shards
     file = folder / "shard-00001.safetensors"
