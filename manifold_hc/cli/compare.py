@@ -15,6 +15,9 @@ from manifold_hc.errors import ConfigError, StoppedError
 from manifold_hc.parallel import ParallelConfig
 from manifold_hc.training import check, require_memory
 
+MOST_SEEDS = 10_000
+"""Seeds of a comparison: all its runs are planned before the first one."""
+
 
 @click.command(cls=RunCommand)
 @run_options
@@ -38,7 +41,7 @@ from manifold_hc.training import check, require_memory
 )
 @click.option(
     "--seeds",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, MOST_SEEDS),
     default=1,
     show_default=True,
     help="Seeds a variant, from training.seed on.",

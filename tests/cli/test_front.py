@@ -82,6 +82,14 @@ def test_a_key_that_one_variant_reads_is_for_that_one(capfd, tmp_path, text_file
     assert mhc(capfd, *base, "connection.constraint=identity")[0] == 0
 
 
+@pytest.mark.parametrize("seeds", [0, 10_001, 2**64])
+def test_an_impossible_number_of_seeds_is_one_line(capfd, tmp_path, text_file, seeds):
+    base = ["compare", "--data", text_file, "--out", tmp_path / "c", *SMALL]
+    status, _, err = mhc(capfd, *base, "--seeds", str(seeds))
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"{seeds} is not in the range 1<=x<=10000" in err
+
+
 def test_the_variants_decide_on_the_kind(capfd, tmp_path, text_file):
     base = ["compare", "--data", text_file, "--out", tmp_path / "c", *SMALL]
     status, _, err = mhc(capfd, *base, "connection.kind=hc")

@@ -85,6 +85,14 @@ def test_parquet_without_the_column_or_with_a_hole(tmp_path):
         documents(tmp_path)
 
 
+def test_a_row_of_parquet_that_is_no_utf8(tmp_path):
+    column = pyarrow.array([b"x", b"\xff", b"y"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="row 2: 'text' is no text"):
+        documents(tmp_path)
+    assert documents(tmp_path, "text", Skipped(allowed=True)) == ["x", "y"]
+
+
 def test_a_folder_without_texts(tmp_path):
     with pytest.raises(DataError, match=r"is a folder without \.txt"):
         documents(tmp_path)

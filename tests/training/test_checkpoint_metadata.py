@@ -96,6 +96,8 @@ ATTACKS = {
     "torch's rebuilding of tensors": pickle.dumps(
         Calls(torch._utils._rebuild_device_tensor_from_numpy, Calls(os.system, "touch ran"))
     ),
+    "a known name of another module": b"cos\nMetadata\n)R.",
+    "a dtype of another module": b"cos\nfloat32\n.",
     "inside metadata": pickle.dumps(Metadata({}, storage_data=Calls(os.system, "touch ran"))),
 }
 
@@ -148,7 +150,13 @@ def elsewhere(name):
     return change
 
 
+def packed(index):
+    for info in index.storage_data.values():
+        info.transform_descriptors = ["zstd"]
+
+
 CHANGES = {
+    "packed tensors": (packed, "has transform_descriptors, which is not read here"),
     "a file above": (elsewhere("../other"), "points to ../other, which is not in the folder"),
     "a file anywhere": (elsewhere("/etc/passwd"), "points to /etc/passwd"),
     "no text": (elsewhere(7), "has a int where <class 'str'> belongs"),
