@@ -22,7 +22,7 @@ SATURATED = 40.0
 
 
 class WideModule(nn.Module):
-    """A module whose own parameters never fall below float32.
+    """A module whose own parameters and buffers never fall below float32.
 
     `.to(bfloat16)`, `.half()` and a checkpoint in half precision leave them in float32,
     `.double()` converts them. What casts them all the same, `_require_wide` refuses.
@@ -367,6 +367,6 @@ def _widen_entries(
     module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *rest: object
 ) -> None:
     """Half-precision entries of a checkpoint, which `assign=True` would put in as they are."""
-    for name, _ in module.named_parameters(prefix=prefix.removesuffix("."), recurse=False):
-        if name in state_dict:
-            state_dict[name] = _at_least_float32(lambda tensor: tensor, state_dict[name])
+    for name in (*module._parameters, *module._buffers):
+        if (key := prefix + name) in state_dict:
+            state_dict[key] = _at_least_float32(lambda tensor: tensor, state_dict[key])

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 from torch.nn.functional import grouped_mm, linear, silu
 
 from manifold_hc.autocast import compute_dtype
-from manifold_hc.errors import ConfigError, require_at_least_one, require_number
+from manifold_hc.errors import (
+    ConfigError,
+    require_at_least_one,
+    require_integer,
+    require_number,
+)
 from manifold_hc.maps import WideModule, wide_dtype
 from manifold_hc.models.feed_forward import GatedFeedForward
 from manifold_hc.models.linear import here
@@ -127,8 +132,14 @@ class Experts(nn.Module):
     """K of E routed experts, and shared ones, for every token; no token is ever dropped."""
 
     def __init__(self, channels: int, config: ExpertsConfig) -> None:
-        """channels: C."""
+        """channels: C. Raises ConfigError for a configuration without routed experts."""
         super().__init__()
+        require_integer("Experts", "channels", channels, 1)
+        if not config.routed:
+            raise ConfigError(
+                "Experts: routed must be at least 1 but is 0, which stands for a dense network; "
+                "use GatedFeedForward"
+            )
         self.config = config
         self.routed = RoutedExperts(channels, config)
         self.router = Router(channels, config.routed, config.active)
@@ -216,7 +227,11 @@ def _torch_can(rows: Tensor, weights: Tensor) -> bool:
     """Whether torch's grouped product serves these: by device, dtype and alignment."""
     aligned = all(size * rows.element_size() % ALIGNMENT == 0 for size in weights.shape[-2:])
     if rows.device.type == "cpu":
-        known = rows.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        # torch.compile believes torch's shape function, which takes bfloat16 alone.
+        compiling = torch.compiler.is_compiling()
+        known = rows.dtype == torch.bfloat16 or (
+            rows.dtype in (torch.float32, torch.float16) and not compiling
+        )
     else:
         known = (
             rows.is_cuda

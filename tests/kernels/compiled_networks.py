@@ -6,6 +6,7 @@ import torch
 
 import manifold_hc as mhc
 from manifold_hc.config import ConnectionConfig
+from manifold_hc.models import Experts, ExpertsConfig
 from manifold_hc.models.norm import RMSNorm
 
 
@@ -52,6 +53,17 @@ def check_replaced(kind):
     torch.testing.assert_close(run(h), stack(h, inside))
 
 
+def check_experts(dtype):
+    """The loop over experts and the count of visits break the graph; torch's product does not."""
+    torch._dynamo.reset()
+    experts = Experts(8, ExpertsConfig(routed=5, width=8)).to(dtype)
+    u = torch.randn(30, 8, dtype=dtype)
+    wanted = torch.autograd.grad(experts(u).sum(), experts.routed.down)
+    run = torch.compile(experts, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(run(u).sum(), experts.routed.down), wanted)
+    assert experts.router.load.sum() == 2 * 30 * 2
+
+
 if __name__ == "__main__":
     backend = sys.argv[1]
     check(backend)
@@ -62,3 +74,5 @@ if __name__ == "__main__":
     check(backend, compiler="inductor")
     check_replaced(torch.nn.RMSNorm)
     check_replaced(RMSNorm)
+    check_experts(torch.float32)
+    check_experts(torch.bfloat16)

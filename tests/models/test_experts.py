@@ -189,6 +189,16 @@ def test_routing_stays_in_float32():
     assert experts(u).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_router_of_a_checkpoint_in_bfloat16_is_widened(assign):
+    """Its bias too, which moves by steps that bfloat16 would lose."""
+    router = mixture(torch.float32).router
+    half = {name: tensor.bfloat16() for name, tensor in router.state_dict().items()}
+    router.load_state_dict(half, assign=assign)
+    assert router.weight.dtype == router.bias.dtype == torch.float32
+    assert torch.equal(router.weight, half["weight"].float())
+
+
 def test_autocast_computes_in_its_dtype():
     experts = mixture(torch.float32, width=8)
     u = torch.randn(30, C)
@@ -236,6 +246,8 @@ def test_active_parameters_leave_out_what_a_token_does_not_visit():
         (lambda: ExpertsConfig(active=0), "active: must be at least 1"),
         (lambda: ExpertsConfig(routed=-1), "routed: must be a number from 0 on"),
         (lambda: ExpertsConfig(balancing=float("nan")), "balancing: must be a number from 0 on"),
+        (lambda: ExpertsConfig(balancing="0"), "balancing: must be a number but is '0'"),
+        (lambda: Experts(8, ExpertsConfig()), "routed must be at least 1 but is 0, .* use Gated"),
     ],
 )
 def test_sizes_that_cannot_be_built(build, message):
