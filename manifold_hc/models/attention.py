@@ -74,7 +74,7 @@ class LatentAttention(nn.Module):
         key_value = self.decompress(self.latent_norm(latent))
         key_value = key_value.unflatten(-1, (-1, 2 * config.head_size)).transpose(1, 2)
         key, value = key_value.chunk(2, -1)
-        key_rotary = _rotate(key_rotary.unsqueeze(1), rotation).expand(-1, len(query[0]), -1, -1)
+        key_rotary = _rotate(key_rotary.unsqueeze(1), rotation).expand(-1, query.shape[1], -1, -1)
 
         query = torch.cat([query, _rotate(query_rotary, rotation)], -1)
         key = torch.cat([key, key_rotary], -1)
@@ -113,8 +113,10 @@ def _attend_within(
         _attend(*(x[group].transpose(1, 2) for x in tokens)).transpose(1, 2).flatten(0, 1)
         for group in documents.groups
     ]
-    own = torch.cat(attended)[documents.slots]
-    return own.unflatten(0, (len(query), -1)).transpose(1, 2)
+    nothing = value.new_empty(0, *tokens[2].shape[1:])  # what a batch without tokens has
+    own = torch.cat([nothing, *attended])[documents.slots]
+    batch, length = query.shape[0], query.shape[2]
+    return own.unflatten(0, (batch, length)).transpose(1, 2)
 
 
 def _rotation(

@@ -34,7 +34,7 @@ def group_documents(documents: Int[Tensor, "B T"]) -> Documents:
     order = (order + length * rows).flatten()
     sizes = torch.unique_consecutive(names, dim=1, return_counts=True)[1]
     starts = sizes.cumsum(0) - sizes
-    bits = torch.tensor([(size - 1).bit_length() for size in sizes.tolist()])
+    bits = sizes.new_tensor([(size - 1).bit_length() for size in sizes.tolist()])
 
     groups, slots, filled = [], torch.empty_like(order), 0
     for chosen in (bits == width for width in bits.unique()):

@@ -74,6 +74,16 @@ def test_attention_within_documents_is_that_under_their_mask(rows):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("shape", [(2, 0), (0, 5), (0, 0)])
+def test_a_batch_without_tokens(shape):
+    attention = LatentAttention(16, CONFIG, norm_eps=1e-20)
+    u = torch.randn(*shape, 16, requires_grad=True)
+    for documents in (None, group_documents(torch.zeros(shape, dtype=torch.int64))):
+        out = attention(u, documents)
+        assert out.shape == u.shape
+        out.sum().backward()
+
+
 def test_groups_hold_every_token_once_and_pad_no_document_to_twice_its_length():
     lengths = [1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 64, 94]
     groups, slots = group_documents(documents_of(lengths))
