@@ -1,12 +1,11 @@
 """Arguments of the functions, checked before any work: operation, wanted, got, repair."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from manifold_hc import constraints
 from manifold_hc.errors import ConfigError, DtypeError, ShapeError
+from manifold_hc.numerics import require_epsilon
 
 
 def streams_of(operation: str, x: Tensor) -> tuple[int, int]:
@@ -62,10 +61,7 @@ def check_input_norm(operation: str, weight: Tensor, eps: float, x: Tensor) -> N
             f"but is {shape_of(weight)}; one number a channel"
         )
     check_wide(operation, "the input norm's weight", weight, x.device)
-    if not isinstance(eps, float | int) or not 0 <= eps < math.inf:
-        raise ConfigError(
-            f"{operation}: the input norm's eps must be finite and not negative but is {eps}"
-        )
+    require_epsilon(f"{operation}: the input norm's eps", eps)
 
 
 def check_iterations(operation: str, iterations: int) -> None:

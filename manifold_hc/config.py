@@ -1,6 +1,5 @@
 """What joins a sublayer to the rest of the network, as numbers and names."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +8,7 @@ from manifold_hc.constraints import ConstraintName
 from manifold_hc.errors import ConfigError, require_at_least_one, require_number, shown
 from manifold_hc.kernels import backends
 from manifold_hc.kernels.operators import FUSED_CONSTRAINTS
-from manifold_hc.numerics import PRESETS, NumericsName, preset
+from manifold_hc.numerics import LARGEST_FLOAT32, PRESETS, NumericsName, preset
 
 Kind = Literal["residual", "hc", "mhc"]
 Part = Literal["pre", "post", "res"]
@@ -69,15 +68,16 @@ class ConnectionConfig:
         if self.kind not in ("residual", "hc", "mhc"):
             raise ConfigError(f"kind: must be residual, hc or mhc but is {self.kind!r}")
         require_at_least_one(self, "streams")
-        if self.iterations > constraints.MOST_ITERATIONS:
+        most = constraints.MOST_ITERATIONS
+        if isinstance(self.iterations, int) and self.iterations > most:
             raise ConfigError(
-                f"iterations: must be at most {constraints.MOST_ITERATIONS} but is "
-                f"{shown(self.iterations)}; constraint=exact is what more of them tend to"
+                f"iterations: must be at most {most} but is {shown(self.iterations)}; "
+                "constraint=exact is what more of them tend to"
             )
         require_at_least_one(self, "iterations")
         require_number(self, "phi_std", "norm_eps", "hc_eps")
-        if not math.isfinite(self.alpha):
-            raise ConfigError(f"alpha: must be finite but is {self.alpha}")
+        if not isinstance(self.alpha, int | float) or not abs(self.alpha) <= LARGEST_FLOAT32:
+            raise ConfigError(f"alpha: must be finite in float32 but is {self.alpha!r}")
         if self.backend not in ("auto", *backends()):
             raise ConfigError(
                 f"backend: must be one of auto, {', '.join(backends())} but is {self.backend!r}"

@@ -93,13 +93,16 @@ def require_number(config: object, *names: str, positive: bool = False) -> None:
         value = getattr(config, name)
         if value is None:
             continue
-        whole = isinstance(value, int)
-        if (whole or math.isfinite(value)) and (value > 0 or (value == 0 and not positive)):
-            if whole:
+        if not isinstance(value, int | float):
+            raise ConfigError(f"{name}: must be a number but is {value!r}")
+        finite = isinstance(value, int) or math.isfinite(value)
+        if finite and (value > 0 or (value == 0 and not positive)):
+            if isinstance(value, int):
                 _require_no_larger(name, value)
             continue
         wanted = "a number above 0" if positive else "a number from 0 on"
-        raise ConfigError(f"{name}: must be {wanted} but is {shown(value) if whole else value}")
+        got = shown(value) if isinstance(value, int) else value
+        raise ConfigError(f"{name}: must be {wanted} but is {got}")
 
 
 def require_at_least_one(config: object, *names: str) -> None:

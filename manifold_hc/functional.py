@@ -27,7 +27,7 @@ from manifold_hc.checks import (
 )
 from manifold_hc.errors import ConfigError, ShapeError
 from manifold_hc.kernels import pick
-from manifold_hc.numerics import preset
+from manifold_hc.numerics import preset, require_epsilon
 from manifold_hc.reference import Coefficients
 
 __all__ = [
@@ -274,6 +274,7 @@ def hc_coefficients(
     Returns (pre [..., n], post [..., n], res [..., o, i]) in float32, or float64 where an input is.
     Raises ShapeError, DtypeError, ConfigError, BackendError.
     """
+    require_epsilon("hc_coefficients: norm_eps", norm_eps)
     n, channels = streams_of("hc_coefficients", x)
     check_parameters("hc_coefficients", x, phi, alpha, bias, (2 + n, channels), 2 * n + n * n, 3)
     given = _given(x, phi, alpha, bias)

@@ -1,12 +1,13 @@
 """The numerics presets: the same mathematics, with the details two codebases disagree on."""
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from manifold_hc.errors import ConfigError
 
 NumericsName = Literal["paper", "deepseek_v4"]
+
+LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def preset(name: str, *, norm_eps: float | None = None, hc_eps: float | None = N
     """The preset `name`, with its epsilons replaced where they are given.
 
     Raises ConfigError for an unknown name, for an `hc_eps` with "paper", which has none, and for
-    epsilons below 0 or not finite.
+    epsilons below 0 or not finite in float32.
     """
     if name not in PRESETS:
         raise ConfigError(f"numerics: must be one of {', '.join(PRESETS)} but is {name!r}")
@@ -47,11 +48,16 @@ def preset(name: str, *, norm_eps: float | None = None, hc_eps: float | None = N
         raise ConfigError(
             'hc_eps: numerics "paper" has none; leave it out or use numerics="deepseek_v4"'
         )
-    for epsilon, value in (("norm_eps", norm_eps), ("hc_eps", hc_eps)):
-        if value is not None and not 0 <= value < math.inf:
-            raise ConfigError(f"{epsilon}: must be finite and not negative but is {value}")
     if norm_eps is not None:
+        require_epsilon("norm_eps:", norm_eps)
         chosen = replace(chosen, norm_eps=norm_eps)
     if hc_eps is not None:
+        require_epsilon("hc_eps:", hc_eps)
         chosen = replace(chosen, hc_eps=hc_eps)
     return chosen
+
+
+def require_epsilon(name: str, value: float) -> None:
+    """Raise ConfigError for what is no number, below 0, or more than float32 holds."""
+    if not isinstance(value, float | int) or not 0 <= value <= LARGEST_FLOAT32:
+        raise ConfigError(f"{name} must be finite in float32 and not negative but is {value!r}")

@@ -372,7 +372,17 @@ MISTAKES = {
     "an epsilon below 0": (
         lambda: functional.coefficients(X, PHI, ALPHA, BIAS, norm_eps=-1.0),
         ConfigError,
-        "norm_eps: must be finite and not negative but is -1.0",
+        "norm_eps: must be finite in float32 and not negative but is -1.0",
+    ),
+    "an epsilon that float32 cannot hold": (
+        lambda: functional.coefficients(X, PHI, ALPHA, BIAS, norm_eps=1e39),
+        ConfigError,
+        r"norm_eps: must be finite in float32 and not negative but is 1e\+39",
+    ),
+    "HC with an epsilon below 0": (
+        lambda: functional.hc_coefficients(X, None, None, BIAS[:15], norm_eps=-1.0),
+        ConfigError,
+        "hc_coefficients: norm_eps must be finite in float32 and not negative but is -1.0",
     ),
     "logits not square": (
         lambda: functional.sinkhorn(torch.randn(3, 4)),

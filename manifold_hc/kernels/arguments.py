@@ -4,7 +4,6 @@ An operator can be called by anybody, through `torch.ops` too. What a tensor mus
 its name in the schema (`TENSORS`); letters are sizes, the same in all tensors of a call.
 """
 
-import math
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from manifold_hc.constraints import CONSTRAINTS, MOST_ITERATIONS
 from manifold_hc.errors import BackendError, ConfigError, DtypeError, ShapeError
+from manifold_hc.numerics import require_epsilon
 
 SINKHORN, IDENTITY, NONE = "sinkhorn", "identity", "none"
 FUSED_CONSTRAINTS = (SINKHORN, IDENTITY, NONE)
@@ -163,10 +163,7 @@ class Arguments:
                     )
             elif name.endswith("_eps"):
                 for eps in value if isinstance(value, list | tuple) else (value,):
-                    if not 0 <= eps < math.inf:
-                        raise ConfigError(
-                            f"{self.operator}: {name} must be finite and not negative but is {eps}"
-                        )
+                    require_epsilon(f"{self.operator}: {name}", eps)
 
     def _check_counts(self, arguments: Sequence[Any]) -> None:
         """Of `rebuild`: as many of each as there are writes, or one more."""

@@ -10,8 +10,9 @@ from torch.utils._pytree import tree_map_only
 
 from manifold_hc import functional
 from manifold_hc.config import ConnectionConfig
-from manifold_hc.errors import ConfigError, ManifoldError
-from manifold_hc.kernels.arguments import TENSORS
+from manifold_hc.errors import BackendError, ConfigError, ManifoldError, ShapeError
+from manifold_hc.kernels.arguments import MOST_ROWS, TENSORS, Arguments, Support
+from manifold_hc.kernels.cpu import DTYPES
 from manifold_hc.kernels.operators import NAMESPACE
 from tests.kernels.test_operators import COMPILED, arguments
 
@@ -70,12 +71,15 @@ def wrong_calls(name, given):
                 yield f"{names[place]} = {wrong}", [*given[:place], wrong, *given[place + 1 :]]
 
 
+# C takes a float: 1e39 would be infinity there.
+WRONG_EPSILONS = (-1.0, math.nan, math.inf, 1e39)
+
 WRONG_NUMBERS = {
     "iterations": (0, -1, 1001, 2**31, 2**32, 10**7, 2**64),
     "constraint": ("exact", "", "identity"),
-    "norm_eps": (-1.0, math.nan, math.inf),
-    "hc_eps": (-1.0, math.nan, math.inf),
-    "input_eps": (-1.0, math.nan, math.inf),
+    "norm_eps": WRONG_EPSILONS,
+    "hc_eps": WRONG_EPSILONS,
+    "input_eps": WRONG_EPSILONS,
 }
 
 
@@ -136,7 +140,8 @@ def test_numbers_of_streams_that_no_kernel_has(backend, name, n):
         pytest.skip("takes no streams")
     tensors, numbers = arguments(n=n)[name]
     operator, _ = call_of(backend, name)
-    assert not accepts(operator, [*tensors, *numbers])
+    with pytest.raises(BackendError, match=f"{backend}_{name}: takes .* streams but there are {n}"):
+        operator(*tensors, *numbers)
 
 
 def test_no_channels(backend):
@@ -146,7 +151,28 @@ def test_no_channels(backend):
             continue
         tensors, numbers = arguments(C=0)[name]
         operator, _ = call_of(backend, name)
-        assert not accepts(operator, [*tensors, *numbers]), name
+        with pytest.raises(ShapeError, match=f"{backend}_{name}: needs channels"):
+            operator(*tensors, *numbers)
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (0, 4), (MOST_ROWS + 1, 1)], ids=str)
+def test_sizes_of_phi_that_no_kernel_has(backend, shape):
+    operator, _ = call_of(backend, "project")
+    phi = torch.zeros(()).expand(shape)
+    with pytest.raises(ShapeError, match=f"{backend}_project: needs .* 1 to {MOST_ROWS} rows"):
+        operator(torch.zeros(2, shape[1]), phi, 0.0)
+
+
+def test_a_device_that_the_backend_does_not_have():
+    check = Arguments("op", "(Tensor x, Tensor pre) -> Tensor", Support(("cuda",), [3], DTYPES))
+    given = torch.zeros(2, 3, 4), torch.zeros(2, 3)
+    for computes in (True, False):
+        with pytest.raises(BackendError, match="op: computes on cuda but tensors are on cpu; move"):
+            check(given, computes)
+    shapes = [tensor.to("meta") for tensor in given]
+    check(shapes, computes=False)
+    with pytest.raises(BackendError, match="op: computes on cuda but tensors are on meta; move"):
+        check(shapes, computes=True)
 
 
 def test_a_refusal_says_which_argument(backend):
