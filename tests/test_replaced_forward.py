@@ -68,6 +68,18 @@ def on_the_class_and_in_its_name(norm, ran, patch):
     return norm
 
 
+def on_the_class_by_a_namesake(norm, ran, patch):
+    run, kind = replacement(ran), type(norm)
+
+    def forward(self, x):
+        return run(x)
+
+    forward.__code__ = forward.__code__.replace(co_qualname=f"{kind.__qualname__}.forward")
+    forward.__module__ = "elsewhere"
+    patch.setattr(kind, "forward", forward)
+    return norm
+
+
 def on_every_call(norm, ran, patch):
     run = replacement(ran)
     patch.setattr(type(norm), "__call__", lambda self, x: run(x))
@@ -109,7 +121,8 @@ def parametrized(norm, ran, patch):
 
 
 WAYS = (
-    *(on_the_instance, in_its_call, on_the_class, on_the_class_and_in_its_name, on_every_call),
+    *(on_the_instance, in_its_call, on_every_call),
+    *(on_the_class, on_the_class_and_in_its_name, on_the_class_by_a_namesake),
     *(by_a_subclass, by_a_subclass_in_its_call, bound_to_arguments, compiled, hooked, parametrized),
 )
 
@@ -136,6 +149,29 @@ def test_a_replaced_forward_runs_once_a_sublayer(way, recompute, monkeypatch):
     assert found[0][2] == found[1][2] >= L
     for a, b in zip(found[0][:2], found[1][:2], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+class Composed(Authors):
+    """A norm of two parts."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.scale = nn.Identity()
+
+    def forward(self, x):
+        return self.scale(nn.functional.rms_norm(x, self.normalized_shape, self.weight, self.eps))
+
+    def input_norm(self, dtype):
+        return None
+
+
+def test_a_norm_whose_part_is_altered_does_not_run_again_in_backward():
+    norms, ran = [Composed(C, eps=1e-5) for _ in range(L)], Counter()
+    for norm in norms:
+        norm.scale.register_forward_hook(lambda *_: ran.update(["part"]))
+    h = torch.randn(2, 5, C, requires_grad=True)
+    mhc.Stack(C, ConnectionConfig(), L, 2)(h, [torch.sin] * L, norms).sum().backward()
+    assert ran["part"] == L
 
 
 @pytest.mark.parametrize("recompute", [None, 2])
