@@ -1,11 +1,13 @@
 """The custom operators as PyTorch sees them: schemas, fakes, derivatives, torch.compile."""
 
+import math
 import subprocess
 import sys
 
 import pytest
 import torch
 from torch import library
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from manifold_hc import functional
 from manifold_hc.kernels import backends, refusal
@@ -17,6 +19,21 @@ COMPILED = [
     for name in backends()
     if name != "reference" and not refusal(name, 3, "cpu", [torch.float32])
 ]
+
+
+def strided(tensor):
+    """Every other element, between NaN."""
+    room = torch.full([2 * size for size in tensor.shape], math.nan)
+    view = room[tuple(slice(None, None, 2) for _ in tensor.shape)]
+    return view.copy_(tensor)
+
+
+VIEWS = {
+    "strided": strided,
+    "transposed": lambda tensor: tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor,
+    "expanded": lambda tensor: tensor[:1].expand(tensor.shape),
+    "negated": lambda tensor: torch.complex(tensor, -tensor).conj().imag,
+}
 
 
 @pytest.fixture(params=COMPILED)
@@ -79,6 +96,18 @@ def test_compiled_networks_compute_the_same(backend):
     command = [sys.executable, "-m", "tests.kernels.compiled_networks", backend]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stdout + answer.stderr
+
+
+@pytest.mark.parametrize("name", arguments())
+@pytest.mark.parametrize("layout", ["strided", "transposed", "expanded", "negated"])
+def test_any_memory_layout_is_read_as_it_says(backend, name, layout):
+    tensors, numbers = arguments()[name]
+    operator = getattr(getattr(torch.ops, NAMESPACE), f"{backend}_{name}").default
+    views = tree_map_only(torch.Tensor, VIEWS[layout], tensors)
+    copies = tree_map_only(torch.Tensor, lambda view: view.clone().contiguous(), views)
+    found, wanted = operator(*views, *numbers), operator(*copies, *numbers)
+    for a, b in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_autocast_changes_nothing(backend):
