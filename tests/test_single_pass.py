@@ -243,8 +243,9 @@ def test_tensors_that_do_not_fit(unchecked):
         interop.load_deepseek(mhc.Stack(C, ConnectionConfig(), 4), checkpoint(2))
 
 
-def test_a_part_of_a_stack_takes_no_checkpoint():
+@pytest.mark.parametrize("sublayers", [[0, 1], [1, 2], [2, 3]], ids=str)
+def test_a_part_of_a_stack_takes_no_checkpoint(sublayers):
     config = mhc.ConnectionConfig(numerics="deepseek_v4")
-    part = mhc.Stack(8, config, sublayers=4).part([2, 3])
+    part = mhc.Stack(8, config, sublayers=4).part(sublayers)
     with pytest.raises(ConfigError, match=r"load_deepseek: the stack must be whole"):
         interop.load_deepseek(part, {})

@@ -17,36 +17,60 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+KINDS = {"int64_t": "i", "float": "f"}
+
+
 def declared_in_c():
-    """Result and kinds of arguments of every function that the sources export."""
+    """Result, kinds and names of arguments of every function that the sources export."""
     found = {}
     for file in build.SOURCES.glob("*.cpp"):
         for result, name, inside in re.findall(
             r"^(\w+) (mhc_\w+)\(([^)]*)\)", file.read_text(), re.MULTILINE
         ):
+            given = [argument.split() for argument in inside.split(",")]
             kinds = "".join(
-                "p" if "*" in argument else {"int64_t": "i", "float": "f"}[argument.split()[0]]
-                for argument in inside.split(",")
+                "p" if "*" in " ".join(argument) else KINDS[argument[0]] for argument in given
             )
-            found[name] = (result, kinds)
+            found[name] = (result, kinds, [argument[-1] for argument in given])
     return found
 
 
 def test_the_table_is_what_the_sources_declare():
     table = {name: ("int", kinds.replace(" ", "") + "i") for name, kinds in calls.FUNCTIONS.items()}
     table |= {name: ("int64_t", kinds) for name, kinds in calls.SIZES.items()}
-    assert declared_in_c() == table
+    assert {name: declared[:2] for name, declared in declared_in_c().items()} == table
 
 
-@pytest.mark.parametrize(
-    "numbers",
-    [(-1, 2, 20), (3, 0, 20), (3, 17, 20), (3, 2, 0), (3, 2, 2**31), (3, 2, 2**32), (2**62, 2, 20)],
-    ids=str,
-)
-def test_c_refuses_numbers_out_of_range(numbers):
+SIZES = {"tokens": 3, "n": 2, "C": 4, "size": 8, "rows": 8, "iterations": 2, "writes": 1}
+
+WRONG = {
+    "tokens": (-1, 2**62),
+    "n": (-1, 0, 17, 2**32 + 2),
+    "C": (0, 2**62),
+    "size": (0, 2**62),
+    "iterations": (0, 2**20 + 1, 2**31, 2**32 + 2),
+    "constraint": (-1, 3, 2**32),
+    "writes": (-1, 2**31),
+}
+
+
+def wrong_numbers():
+    for function, (_, _, names) in declared_in_c().items():
+        if function in calls.FUNCTIONS:
+            rows = (7, 9) if "boundary" in function else (0, 2**20 + 1, 2**32 + 8)
+            for name in names:
+                for wrong in rows if name == "rows" else WRONG.get(name, ()):
+                    yield function, name, wrong
+
+
+@pytest.mark.parametrize(("function", "name", "wrong"), list(wrong_numbers()))
+def test_c_refuses_numbers_out_of_range(function, name, wrong):
     """Before it looks at any memory: there is none here."""
-    with pytest.raises(BackendError, match="mhc_sinkhorn was given a number out of its range"):
-        calls.call("mhc_sinkhorn", None, None, *numbers, False, 0.0)
+    _, kinds, names = declared_in_c()[function]
+    sizes, defaults = {**SIZES, name: wrong}, {"p": None, "f": 0.0, "i": 0}
+    given = [sizes.get(each, defaults[k]) for each, k in zip(names, kinds, strict=True)]
+    with pytest.raises(BackendError, match=f"{function} was given a number out of its range"):
+        calls.call(function, *given[:-1])  # threads are added
 
 
 def test_numbers_beyond_64_bits_are_not_cut():
