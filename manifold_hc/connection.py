@@ -125,9 +125,8 @@ class Connection(nn.Module):
         equal_streams: bool = False,
         stacked: bool = False,
     ) -> None:
-        """Raises ConfigError for sizes that are no integers or too small, and for another config.
-
-        single_pass on its own is one too.
+        """Raises ConfigError for sizes that are no integers or too small, for a config of another
+        type, and for single_pass outside of a Stack.
         """
         super().__init__()
         require_integer("Connection", "channels", channels, 1)

@@ -94,8 +94,8 @@ class Maps(WideModule):
       constraints permutation and kronecker, 0 for the identity and -5 for the others; with none, I.
     - hc's `bias`: pre one-hot at stream `sublayer % n`, post 1, res I.
 
-    A forward hook here sees the streams and the coefficients that
-    the forward pass uses; one that returns others replaces them, `u` included.
+    A forward hook here sees the streams and the coefficients that the forward pass uses; one that
+    returns others replaces them, `u` included.
     """
 
     def __init__(

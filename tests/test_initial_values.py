@@ -115,6 +115,22 @@ def test_from_the_meta_device(name):
             assert torch.equal(tensor, wanted), key
 
 
+@pytest.mark.parametrize("remade", [False, True])
+def test_routed_experts_leave_a_decoder_the_random_state_of_a_dense_one(remade):
+    """Runs that were recorded begin with these numbers. A shared expert draws as a dense one."""
+    first = []
+    for experts in (ExpertsConfig(), MIXTURE, ExpertsConfig(routed=9, width=MIXTURE.width)):
+        sizes = {**SIZES, "feed_forward": MIXTURE.width, "experts": experts}
+        torch.manual_seed(3)
+        model = Decoder(DecoderConfig(**sizes), V4)
+        if remade:
+            torch.manual_seed(3)
+            model.reset_parameters()
+        first.append(model.embedding.weight)
+    assert torch.equal(first[0], first[1])
+    assert torch.equal(first[0], first[2])
+
+
 @pytest.mark.usefixtures("poisoned_memory")
 def test_experts_alone_are_of_the_size_of_a_linear_layer():
     experts = Experts(96, ExpertsConfig(routed=16))

@@ -129,8 +129,8 @@ class Arguments:
         for kind in (STREAMS, BRANCH):
             if kind in dtypes and dtypes[kind] not in self.support.dtypes:
                 raise DtypeError(
-                    f"{self.operator}: the {kind} must be {_listed(self.support.dtypes)} "
-                    f"but are {dtypes[kind]}"
+                    f"{self.operator}: {kind} must be in {_listed(self.support.dtypes)} "
+                    f"but came in {dtypes[kind]}"
                 )
         kind = "cpu" if device is None else device.type
         if kind not in self.support.devices and (computes or kind != "meta"):
