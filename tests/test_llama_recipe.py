@@ -44,4 +44,5 @@ def test_its_own_checkpoint_is_read_back(recipe):
     half = recipe["StreamLlama"].from_pretrained("own", dtype=torch.bfloat16)
     for name, parameter in half.named_parameters():
         if "_hc." in name:
+            assert parameter.dtype == torch.float32
             assert torch.equal(parameter, llama.get_parameter(name))
