@@ -126,9 +126,9 @@ class Maps(WideModule):
         n, mixing = self.config.n, self.config.mixing
         dtype, device = self.bias.dtype, self.bias.device
         if self.config.kind == "hc":
-            self.bias.copy_(_hc_bias(n, self.sublayer, dtype, device))
+            _set(self.bias, _hc_bias(n, self.sublayer, dtype, device))
         else:
-            self.bias.copy_(_mhc_bias(n, mixing, dtype, device))
+            _set(self.bias, _mhc_bias(n, mixing, dtype, device))
         if self.phi is not None:
             _fill(self.phi, self.config.phi_std)
             self.alpha.fill_(self.config.alpha)
@@ -342,6 +342,16 @@ def _hc_bias(n: int, sublayer: int, dtype: torch.dtype, device: torch.device) ->
     """Read stream `sublayer % n`, write to all, mix nothing (arXiv 2409.19606, equation 14)."""
     eye = torch.eye(n, dtype=dtype, device=device)
     return torch.cat([eye[sublayer % n], torch.ones_like(eye[0]), eye.flatten()])
+
+
+def _set(parameter: Tensor, values: Tensor) -> None:
+    """Copy values, the same in every process, into a parameter that FSDP2 may have sharded."""
+    if (mesh := getattr(parameter, "device_mesh", None)) is not None:
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        placements = cast(DTensor, parameter).placements
+        values = distribute_tensor(values, mesh, placements, src_data_rank=None)
+    parameter.copy_(values)
 
 
 def _fill(phi: Tensor, std: float) -> None:

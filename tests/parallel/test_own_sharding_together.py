@@ -202,6 +202,36 @@ def test_a_router_is_a_unit_inside_its_branch():
     assert together(2, routed) == [[torch.float32] * 3] * 2
 
 
+STARTS = {
+    "hc": mhc.ConnectionConfig(kind="hc"),
+    "mhc": mhc.ConnectionConfig(),
+    "one stream": mhc.ConnectionConfig(streams=1),
+    "learned exit": mhc.ConnectionConfig(numerics="deepseek_v4"),
+}
+
+
+def from_meta():
+    """Initial values of stacks that are sharded before they have any memory."""
+    meet()
+    found = {}
+    for name, config in STARTS.items():
+        with torch.device("meta"):
+            stack = mhc.Stack(C, config, 2)
+        fully_shard(stack).to_empty(device="cpu")
+        stack.reset_parameters()
+        found[name] = [parameter.full_tensor().tolist() for parameter in stack.parameters()]
+    dist.destroy_process_group()
+    return found
+
+
+def test_a_sharded_stack_from_the_meta_device_starts_as_any_other():
+    wanted = {
+        name: [parameter.tolist() for parameter in mhc.Stack(C, config, 2).parameters()]
+        for name, config in STARTS.items()
+    }
+    assert together(2, from_meta) == [wanted] * 2
+
+
 def refusals():
     """What a bfloat16 policy around coefficients, and around a router, is told."""
     meet()
