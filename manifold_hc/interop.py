@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from manifold_hc.connection import Connection
 from manifold_hc.errors import ConfigError, ShapeError
+from manifold_hc.maps import copy_whole
 from manifold_hc.stack import Stack
 
 OURS = {"fn": "phi", "base": "bias", "scale": "alpha"}
@@ -70,7 +71,7 @@ def load_deepseek(stack: Stack, tensors: Mapping[str, Tensor]) -> None:
             )
     with torch.no_grad():
         for place, parameter in wanted.items():
-            parameter.copy_(found[place][1])
+            copy_whole(parameter, found[place][1])
 
 
 Place = tuple[int, str]

@@ -126,9 +126,9 @@ class Maps(WideModule):
         n, mixing = self.config.n, self.config.mixing
         dtype, device = self.bias.dtype, self.bias.device
         if self.config.kind == "hc":
-            _set(self.bias, _hc_bias(n, self.sublayer, dtype, device))
+            copy_whole(self.bias, _hc_bias(n, self.sublayer, dtype, device))
         else:
-            _set(self.bias, _mhc_bias(n, mixing, dtype, device))
+            copy_whole(self.bias, _mhc_bias(n, mixing, dtype, device))
         if self.phi is not None:
             _fill(self.phi, self.config.phi_std)
             self.alpha.fill_(self.config.alpha)
@@ -344,7 +344,7 @@ def _hc_bias(n: int, sublayer: int, dtype: torch.dtype, device: torch.device) ->
     return torch.cat([eye[sublayer % n], torch.ones_like(eye[0]), eye.flatten()])
 
 
-def _set(parameter: Tensor, values: Tensor) -> None:
+def copy_whole(parameter: Tensor, values: Tensor) -> None:
     """Copy values, the same in every process, into a parameter that FSDP2 may have sharded."""
     if (mesh := getattr(parameter, "device_mesh", None)) is not None:
         from torch.distributed.tensor import DTensor, distribute_tensor

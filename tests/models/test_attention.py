@@ -49,11 +49,12 @@ def test_the_fused_kernel_is_taken_and_nothing_is_t_by_t(lengths, dtype):
     "rows",
     [
         [[0] * 9, [5] * 9],
+        [[1] * 9, [1] * 9],
         [[3, 3, 3, 4, 4, 4, 4, 7, 7], [1, 1, 1, 1, 1, 1, 2, 2, 2]],
         [[0, 1, 2, 3, 4, 5, 6, 7, 8], [8, 7, 7, 6, 6, 6, 5, 5, 5]],
         [[0, 1, 0, 1, 1, 0, 2, 0, 2], [0, 0, 0, 0, 0, 0, 0, 0, 1]],
     ],
-    ids=["whole rows", "runs", "single tokens", "mingled"],
+    ids=["whole rows", "rows of one number", "runs", "single tokens", "mingled"],
 )
 def test_attention_within_documents_is_that_under_their_mask(rows):
     documents = torch.tensor(rows)

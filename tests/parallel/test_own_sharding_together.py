@@ -1,5 +1,6 @@
 """FSDP2 around one's own model, by hand: branches, the coefficients, then the model."""
 
+import math
 import os
 import re
 import warnings
@@ -11,6 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import manifold_hc as mhc
+from manifold_hc import interop
 from manifold_hc.errors import DtypeError
 from manifold_hc.functional import collapse, expand
 from manifold_hc.maps import Maps
@@ -209,9 +211,20 @@ STARTS = {
     "learned exit": mhc.ConnectionConfig(numerics="deepseek_v4"),
 }
 
+CHECKPOINT = {
+    **{
+        f"layers.0.hc_{sublayer}_{name}": torch.arange(math.prod(shape)).view(shape).float()
+        for sublayer in ("attn", "ffn")
+        for name, shape in (("fn", (24, 4 * C)), ("base", (24,)), ("scale", (3,)))
+    },
+    "hc_head_fn": torch.arange(16.0 * C).view(4, 4 * C),
+    "hc_head_base": torch.arange(4.0),
+    "hc_head_scale": torch.tensor([7.0]),
+}
+
 
 def from_meta():
-    """Initial values of stacks that are sharded before they have any memory."""
+    """Values of stacks that are sharded before they have any memory: initial, of a checkpoint."""
     meet()
     found = {}
     for name, config in STARTS.items():
@@ -220,6 +233,8 @@ def from_meta():
         fully_shard(stack).to_empty(device="cpu")
         stack.reset_parameters()
         found[name] = [parameter.full_tensor().tolist() for parameter in stack.parameters()]
+    interop.load_deepseek(stack, CHECKPOINT)
+    found["loaded"] = [parameter.full_tensor().tolist() for parameter in stack.parameters()]
     dist.destroy_process_group()
     return found
 
@@ -229,6 +244,9 @@ def test_a_sharded_stack_from_the_meta_device_starts_as_any_other():
         name: [parameter.tolist() for parameter in mhc.Stack(C, config, 2).parameters()]
         for name, config in STARTS.items()
     }
+    loaded = mhc.Stack(C, STARTS["learned exit"], 2)
+    interop.load_deepseek(loaded, CHECKPOINT)
+    wanted["loaded"] = [parameter.tolist() for parameter in loaded.parameters()]
     assert together(2, from_meta) == [wanted] * 2
 
 
