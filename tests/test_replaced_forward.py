@@ -1,6 +1,8 @@
 """A norm whose forward is not the one that its class was written with runs itself."""
 
 import functools
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -149,6 +151,26 @@ def test_a_replaced_forward_runs_once_a_sublayer(way, recompute, monkeypatch):
     assert found[0][2] == found[1][2] >= L
     for a, b in zip(found[0][:2], found[1][:2], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+PATCHED_FIRST = """
+import torch
+from torch import nn
+nn.RMSNorm.forward = lambda norm, x: 2 * x + norm.weight
+import manifold_hc as mhc
+stack, norms = mhc.Stack(8, sublayers=2), [nn.RMSNorm(8, eps=1e-5) for _ in range(2)]
+h = torch.randn(3, 8)
+inside = stack(h, [lambda u: (2 * u + 1).sin()] * 2)
+torch.testing.assert_close(stack(h, [torch.sin] * 2, norms), inside)
+"""
+
+
+@pytest.mark.slow
+def test_a_class_that_was_patched_before_this_package_was_imported():
+    done = subprocess.run(
+        [sys.executable, "-c", PATCHED_FIRST], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 class Composed(Authors):
