@@ -1,19 +1,21 @@
 """Documents that share a sequence, sorted by length so that attention needs no mask."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 
-class Documents(NamedTuple):
+@dataclass(eq=False)
+class Documents:
     """The documents of a batch in padded groups of similar length, and the way back.
 
-    Tokens are counted over the whole batch, row after row: B * T of them.
+    Tokens are counted over the whole batch, row after row: B * T of them. No tuple, and not frozen:
+    of those torch.compile guards every field, and compiles anew for another number of groups.
     """
 
-    groups: list[Int[Tensor, "documents longest"]]
+    groups: list[Int[Tensor, "_documents _longest"]]
     """Token numbers of every document; a shorter one repeats its last token at the end."""
     slots: Int[Tensor, " tokens"]
     """Where each token stands in the groups, flattened and one after the other."""

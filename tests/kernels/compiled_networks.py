@@ -3,10 +3,12 @@
 import sys
 
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import manifold_hc as mhc
 from manifold_hc.config import ConnectionConfig
-from manifold_hc.models import Experts, ExpertsConfig
+from manifold_hc.models import AttentionConfig, Experts, ExpertsConfig, LatentAttention
+from manifold_hc.models.documents import group_documents
 from manifold_hc.models.norm import RMSNorm
 
 
@@ -64,6 +66,20 @@ def check_experts(dtype):
     assert experts.router.load.sum() == 2 * 30 * 2
 
 
+def check_documents():
+    """However many documents there are, attention is compiled once."""
+    torch._dynamo.reset()
+    sizes = AttentionConfig(heads=2, head_size=8, rotary_size=4, latent_size=8)
+    attention, compiler = LatentAttention(16, sizes, norm_eps=1e-6), CompileCounter()
+    run, u, counts = torch.compile(attention, backend=compiler), torch.randn(2, 16, 16), set()
+    for lengths in ([16, 16], [1] * 32, [8, 4, 3, 1, 16], [2, 14, 5, 11]):
+        numbers = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+        documents = group_documents(numbers.view(2, 16))
+        torch.testing.assert_close(run(u, documents), attention(u, documents))
+        counts.add(compiler.frame_count)
+    assert len(counts) == 1
+
+
 if __name__ == "__main__":
     backend = sys.argv[1]
     check(backend)
@@ -74,5 +90,6 @@ if __name__ == "__main__":
     check(backend, compiler="inductor")
     check_replaced(torch.nn.RMSNorm)
     check_replaced(RMSNorm)
+    check_documents()
     check_experts(torch.float32)
     check_experts(torch.bfloat16)

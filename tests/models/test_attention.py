@@ -87,7 +87,8 @@ def test_a_batch_without_tokens(shape):
 
 def test_groups_hold_every_token_once_and_pad_no_document_to_twice_its_length():
     lengths = [1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 64, 94]
-    groups, slots = group_documents(documents_of(lengths))
+    documents = group_documents(documents_of(lengths))
+    groups, slots = documents.groups, documents.slots
     flat = torch.cat([group.flatten() for group in groups])
     assert torch.equal(flat[slots], torch.arange(T))
     assert len(groups) <= 9
