@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
+from manifold_hc.config import ConnectionConfig
 from manifold_hc.errors import (
     CheckpointError,
     ConfigError,
@@ -176,6 +177,16 @@ def test_a_loss_that_is_not_finite(tmp_path):
     )
     assert error.value.__notes__ == ["the last finite state is saved as step 3"]
     assert Checkpoints(tmp_path / "checkpoints", config.checkpoint, "").find().name[-1] == "3"
+
+
+def test_a_loss_that_is_not_finite_beside_parameters_that_are_not_trained(tmp_path):
+    def break_it(model):
+        model.branches[2].query.weight.data[0, 0] = float("inf")
+
+    every = ConnectionConfig(disable=("pre", "post", "res"))
+    config = replace(runs.config(probe_every=1), connection=every)
+    with pytest.raises(DivergedError, match=r"group 'layers' \(output of branches\.2\.query\)"):
+        go_on(config, runs.text(), tmp_path, [at(1, break_it)])
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
