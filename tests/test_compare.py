@@ -194,6 +194,11 @@ def test_rounding_noise_does_not_fill_an_axis(finished):
     cosine, rank = figures.streams_over_depth(runs).axes
     assert cosine.get_ylim()[0] <= 0 < 1 <= cosine.get_ylim()[1]
     assert rank.get_ylim()[0] <= 1 < 4 <= rank.get_ylim()[1]
+    (heat,) = figures.composite_matrices(runs).axes[0].images
+    assert heat.norm.vmin <= -1 < 1 <= heat.norm.vmax
+    difference = figures._with_difference(runs, "mhc", lambda run: (np.arange(2), np.ones(2)), "")
+    low, high = difference.axes[1].get_ylim()
+    assert low <= -0.01 < 0.01 <= high
 
 
 def test_large_gains_have_plain_numbers(finished):

@@ -154,12 +154,16 @@ def step(
     A dense block and two blocks with experts are built, one after the other; the preset 3b needs
     about 12 GB of memory and some minutes.
     """
+    from manifold_hc.bench import peers
     from manifold_hc.bench.problem import Problem
-    from manifold_hc.bench.step import bench_step
+    from manifold_hc.bench.step import PEER, bench_step
     from manifold_hc.bench.tables import step_table
     from manifold_hc.training import preset
 
     chosen, config = judged_device(device), preset(name)
+    if not allow_missing:
+        known = {peer.package: peer for peer in peers.PEERS}
+        _judge("step", [], [] if known[PEER].version else [PEER])
     found = []
     with console(stderr=True).status("bench step") as status:
         for dtype in dict.fromkeys(dtypes):

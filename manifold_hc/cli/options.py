@@ -90,7 +90,7 @@ def _no_option(error: click.NoSuchOption, given: Sequence[str]) -> str:
     word = next((word for word in given if word.partition("=")[0] == error.option_name), "")
     value = word.partition("=")[2] or next(iter(given[given.index(word) + 1 :] if word else ()), "")
     hint = suggestion(RunConfig(), key, value)
-    is_key = "." in key or hint.rpartition("=")[0].endswith(f".{key.replace('-', '_')}")
+    is_key = "." in key or hint.rpartition("=")[0].endswith(f".{key}")
     if error.possibilities and not is_key:
         return error.format_message()
     hint = hint or "keys of the configuration are given as key=value, see --help"

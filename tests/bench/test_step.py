@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from manifold_hc.bench import parts
+from manifold_hc.bench import parts, peers
 from manifold_hc.bench.step import MHC, RESIDUAL, _blocks
 from manifold_hc.training import preset
 from tests.cli.test_commands import mhc
@@ -69,3 +69,15 @@ def test_a_missing_peer(capfd, monkeypatch):
     assert "overhead of mhc" in out
     assert "bench step: wanted every peer, got none of transformers" in err
     assert mhc(capfd, *options, "--dtype", "float32", "--allow-missing")[0] == 0
+
+
+def test_a_peer_that_is_not_installed_is_missed_before_any_work(capfd, monkeypatch):
+    def build(model, problem):
+        raise AssertionError("nothing is built")
+
+    monkeypatch.setattr(parts, "embedding_task", build)
+    monkeypatch.setattr(peers, "PEERS", (peers.Peer("transformers", build),))
+    monkeypatch.setattr(peers.Peer, "version", None)
+    status, out, err = mhc(capfd, "bench", "step", "--preset", "tiny")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert "bench step: wanted every peer, got none of transformers; pip install" in err
