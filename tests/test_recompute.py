@@ -588,12 +588,32 @@ def test_every_hook_of_a_norm_fires_once(kind, length):
         norm.register_full_backward_hook(lambda *_: ran.update(["backward"]))
     network(input_of().requires_grad_()).sum().backward()
     assert ran == {"backward": L}
+    network = Network(length, **KINDS[kind])
+    for norm in network.norms:
+        norm.register_full_backward_pre_hook(lambda *_: ran.update(["before backward"]))
+    network(input_of().requires_grad_()).sum().backward()
+    assert ran["before backward"] == L
     everywhere = nn.modules.module.register_module_forward_hook(
         lambda module, *_: ran.update([type(module)])
     )
     network = Network(length, **KINDS[kind])
     network(input_of().requires_grad_()).sum().backward()
     everywhere.remove()
+    assert ran[nn.RMSNorm] == L
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # torch, of other modules
+@pytest.mark.parametrize("register", ["full_backward_hook", "full_backward_pre_hook"])
+@pytest.mark.parametrize("length", [None, 2])
+def test_backward_hooks_on_all_modules_see_every_norm(register, length):
+    ran, network = Counter(), Network(length)
+    everywhere = getattr(nn.modules.module, f"register_module_{register}")(
+        lambda module, *_: ran.update([type(module)])
+    )
+    try:
+        network(input_of().requires_grad_()).sum().backward()
+    finally:
+        everywhere.remove()
     assert ran[nn.RMSNorm] == L
 
 
