@@ -67,6 +67,9 @@ class ConnectionConfig:
         """Raise ConfigError for anything that cannot be built."""
         if self.kind not in ("residual", "hc", "mhc"):
             raise ConfigError(f"kind: must be residual, hc or mhc but is {self.kind!r}")
+        for name in ("dynamic", "single_pass"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: must be True or False but is {getattr(self, name)!r}")
         require_at_least_one(self, "streams")
         most = constraints.MOST_ITERATIONS
         if isinstance(self.iterations, int) and self.iterations > most:

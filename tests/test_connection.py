@@ -292,6 +292,8 @@ class TestStack:
         ({"norm_eps": 1e39}, r"norm_eps: must be finite in float32 .* but is 1e\+39"),
         ({"alpha": "1"}, "alpha: must be finite in float32 but is '1'"),
         ({"alpha": 1e39}, r"alpha: must be finite in float32 but is 1e\+39"),
+        ({"dynamic": "no"}, "dynamic: must be True or False but is 'no'"),
+        ({"single_pass": None}, "single_pass: must be True or False but is None"),
         ({"constraint": "orthogonal"}, "constraint: must be one of"),
         ({"constraint": "kronecker", "streams": 3}, "power of two"),
         ({"constraint": "permutation", "streams": 6}, "n <= 5"),
