@@ -35,10 +35,11 @@ demo: .venv/ready  ## train residual, HC and mHC on Python's own documentation, 
 test: .venv/ready-to-develop  ## run the tests, on up to eight processors
 	$(BIN)/pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal $(if $(TEST_DATA),--test-data=$(TEST_DATA)) $(ARGS)
 
+# The interpreter of Triton 3.6, which PyTorch 2.10 brings, does not run with NumPy 2.4.
 test-torch:  ## run the core's tests beside another PyTorch: make test-torch TORCH=torch==2.10.0
 	$(PYTHON) -m venv $(OTHER)
 	$(OTHER)/bin/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
-	$(OTHER)/bin/pip install --quiet --editable '.[test-core]'
+	$(OTHER)/bin/pip install --quiet --editable '.[test-core]' 'numpy<2.4'
 	$(OTHER)/bin/pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal $(CORE) $(ARGS)
 
 test-distributed: .venv/ready-to-develop  ## run the tests of several processes, the widest too

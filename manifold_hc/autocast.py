@@ -4,9 +4,18 @@ import torch
 from torch import Tensor
 
 
+def has_autocast(device: str) -> bool:
+    """Whether there is one for this type of device."""
+    return torch.amp.is_autocast_available(device)
+
+
+# Dynamo of PyTorch 2.10 does not trace it.
+has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def is_autocast(device: str) -> bool:
-    """Whether it is on for this type of device; some have none."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    """Whether it is on for this type of device."""
+    return has_autocast(device) and torch.is_autocast_enabled(device)
 
 
 def compute_dtype(u: Tensor) -> torch.dtype:

@@ -21,6 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
 from manifold_hc import functional
+from manifold_hc.autocast import has_autocast
 from manifold_hc.connection import Branch, Connection, is_altered, runs_known_forward
 from manifold_hc.functional import InputNorm, Reading
 from manifold_hc.maps import Unwritten
@@ -155,7 +156,7 @@ class Recording:
         self.length = length
         self._hooks: saved_tensors_hooks | None = None
         self._autocast: Autocast = nullcontext
-        if torch.amp.is_autocast_available(device):
+        if has_autocast(device):
             self._autocast = partial(
                 torch.autocast,
                 device,

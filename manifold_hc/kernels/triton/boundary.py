@@ -82,7 +82,7 @@ def boundary_kernel(
         branch = tl.load(y + token[:, None] * C + c, mask=mask, other=0.0).to(tl.float32)
         streams = streams_of(x, token, mask, c, n, C)
         total = tl.zeros([BT, BC], tl.float32)
-        mask &= row_block == 0
+        mask = tl.where(row_block == 0, mask, False)
         if n <= KEPT:
             for o in tl.static_range(n):
                 products, norms, total = _write_and_project(
@@ -100,7 +100,7 @@ def boundary_kernel(
     first = split.to(tl.int64) * tokens
     mask = live[:, None] & (r < R)[None, :]
     tl.store(partial + (first + token[:, None]) * R + r[None, :], products, mask=mask)
-    tl.store(squares + first + token, tl.sum(norms, 1), mask=live & (row_block == 0))
+    tl.store(squares + first + token, tl.sum(norms, 1), mask=tl.where(row_block == 0, live, False))
 
 
 def boundary(

@@ -53,11 +53,11 @@ def gates_and_read(
     )
     gates = tl.sigmoid(logits)
     gates = tl.where(is_post, 2 * gates, gates + hc_eps)
-    writes = mask & (segment == 0)
+    writes = tl.where(segment == 0, mask, False)
     tl.store(projected + offsets, p, mask=writes)
     tl.store(pre + token[:, None] * n + j, gates, mask=writes & (j < n))
     tl.store(post + token[:, None] * n + j - n, gates, mask=writes & is_post)
-    tl.store(inverse_rms + token, inverse, mask=live & (segment == 0))
+    tl.store(inverse_rms + token, inverse, mask=tl.where(segment == 0, live, False))
     if u is not None:
         weights = ()
         for i in tl.static_range(n):

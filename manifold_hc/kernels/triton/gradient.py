@@ -294,7 +294,7 @@ def streams_gradient_kernel(
         tl.store(dphis + offsets, sums[b], mask=(row < R) & inside)
     if weight is not None:
         place = dweights + split * C + c
-        tl.store(place, tl.sum(weight_sums, 0), mask=(c < C) & (first_row == 0))
+        tl.store(place, tl.sum(weight_sums, 0), mask=tl.where(first_row == 0, c < C, False))
 
 
 @triton.jit

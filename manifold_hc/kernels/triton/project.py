@@ -41,7 +41,7 @@ def project_part(
     first = split.to(tl.int64) * tokens
     mask = live[:, None] & (r < R)[None, :]
     tl.store(partial + (first + token[:, None]) * R + r[None, :], products, mask=mask)
-    tl.store(squares + first + token, norms, mask=live & (row_block == 0))
+    tl.store(squares + first + token, norms, mask=tl.where(row_block == 0, live, False))
 
 
 @triton.jit
