@@ -13,7 +13,7 @@ from manifold_hc.data.listing import files
 from manifold_hc.data.progress import ReadingProgress
 from manifold_hc.data.shards import ShardFolder, is_shards, short
 from manifold_hc.data.tokenizer import Tokenizer, require_vocabulary, tokenizer, user_path
-from manifold_hc.data.tokens import ArrayPart, Corpus, Tokens
+from manifold_hc.data.tokens import Corpus, Tokens
 from manifold_hc.errors import DataError
 from manifold_hc.parallel import is_first
 
@@ -85,10 +85,10 @@ def _require_same(folder: ShardFolder, chosen: Tokenizer, config: DataConfig) ->
 
 def _tokenized(texts: Iterable[Document], chosen: Tokenizer, name: str = "") -> Tokens:
     """One source of documents, tokenized now."""
-    ids, starts = joined(encode(texts, chosen))
-    if not len(ids):
+    line = joined(encode(texts, chosen))
+    if not len(line):
         raise DataError(f"data: {name} gives no tokens with {chosen.name}; give another tokenizer")
-    return Tokens([ArrayPart(ids, starts)])
+    return Tokens([line])
 
 
 def _tokenizer(config: DataConfig, folders: list[ShardFolder]) -> Tokenizer:

@@ -1,5 +1,6 @@
 """Documents to ids, part by part: no more text is held than is encoded at a time."""
 
+import hashlib
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,7 @@ import numpy as np
 
 from manifold_hc.data.documents import Document
 from manifold_hc.data.tokenizer import Tokenizer, narrowest
+from manifold_hc.data.tokens import ArrayPart
 from manifold_hc.errors import DataError
 
 BATCH_CHARACTERS = 1_000_000
@@ -40,8 +42,8 @@ def encode(
             some, begins = True, False
 
 
-def joined(encoded: Iterable[tuple[bool, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Encoded documents in one line: ids [N], starts [D] int64.
+def joined(encoded: Iterable[tuple[bool, np.ndarray]]) -> ArrayPart:
+    """Encoded documents in one line.
 
     Many ids are mapped from a file without a name among the temporary files, which goes away with
     the array. Raises DataError when they do not fit there.
@@ -51,7 +53,7 @@ def joined(encoded: Iterable[tuple[bool, np.ndarray]]) -> tuple[np.ndarray, np.n
         if begins:
             starts.append(line.size)
         line.append(ids)
-    return line.ids(), np.array(starts, dtype=np.int64)
+    return ArrayPart(line.ids(), np.array(starts, dtype=np.int64), line.hashed)
 
 
 class _Line:
@@ -59,12 +61,14 @@ class _Line:
 
     def __init__(self) -> None:
         self.size = 0
+        self.hashed = hashlib.sha256()  # as they come: no mapped page is read for it
         self._dtype = np.dtype(np.uint8)
         self._held = bytearray()
         self._file: IO[bytes] | None = None
 
     def append(self, ids: np.ndarray) -> None:
         self._held += ids.data
+        self.hashed.update(ids.data)
         self.size, self._dtype = self.size + len(ids), ids.dtype
         if len(self._held) > HELD:
             with _room():

@@ -38,11 +38,17 @@ class Part(ABC):
 
 
 class ArrayPart(Part):
-    """Ids in memory."""
+    """Ids in an array."""
 
-    def __init__(self, ids: np.ndarray, starts: np.ndarray | None = None) -> None:
-        """ids: [N] unsigned; starts: [D]; one document when left out."""
+    def __init__(
+        self,
+        ids: np.ndarray,
+        starts: np.ndarray | None = None,
+        hashed: "hashlib._Hash | None" = None,
+    ) -> None:
+        """ids: [N] unsigned; starts: [D], one document without; hashed: SHA-256 of the ids."""
         self.ids = ids
+        self._hashed = hashed
         self._starts = np.zeros(1, dtype=np.int64) if starts is None else starts
         self.document_count = len(self._starts)
 
@@ -54,7 +60,9 @@ class ArrayPart(Part):
     @property
     def digest(self) -> str:
         """SHA-256 of the ids, and of the starts where there are several."""
-        found = hashlib.sha256(np.ascontiguousarray(self.ids).data)
+        if self._hashed is None:
+            self._hashed = hashlib.sha256(np.ascontiguousarray(self.ids).data)
+        found = self._hashed.copy()
         if len(self._starts) > 1:
             found.update(np.ascontiguousarray(self._starts).data)
         return found.hexdigest()

@@ -11,6 +11,7 @@ import tokenizers
 from manifold_hc.data import cuts
 from manifold_hc.data.encoding import encode, joined
 from manifold_hc.data.tokenizer import tokenizer
+from manifold_hc.data.tokens import ArrayPart
 from manifold_hc.errors import DataError
 from tests.data import small_tokenizers as small
 
@@ -132,12 +133,13 @@ def test_the_whole_has_the_ids_that_the_library_gives(tmp_path, kind):
 def test_documents_in_stretches_are_the_documents(tmp_path):
     found = opened(small.byte_level(), tmp_path)
     texts = [TEXTS["prose"], "", TEXTS["hostile"], "the end"]
-    ids, starts = joined(encode(map(stretches, texts), found))
+    line = joined(encode(map(stretches, texts), found))
     whole = [ids for ids in found.encode(texts) if len(ids)]
     wanted = np.concatenate([whole[0], [found.boundary], whole[1], [found.boundary], whole[2]])
-    assert ids.tolist() == wanted.tolist()
-    assert starts.tolist() == [0, len(whole[0]), len(whole[0]) + 1 + len(whole[1])]
-    assert ids.dtype == np.uint16
+    assert line.ids.tolist() == wanted.tolist()
+    assert line.starts.tolist() == [0, len(whole[0]), len(whole[0]) + 1 + len(whole[1])]
+    assert line.ids.dtype == np.uint16
+    assert line.digest == ArrayPart(line.ids, line.starts).digest
 
 
 @pytest.mark.usefixtures("short_parts")
@@ -147,14 +149,14 @@ def test_many_ids_are_mapped_from_a_file(tmp_path, monkeypatch):
     def line():
         return joined(encode(map(stretches, [TEXTS["prose"], TEXTS["hostile"]]), found))
 
-    held, starts = line()
+    held = line()
     monkeypatch.setattr("manifold_hc.data.encoding.HELD", 1000)
-    mapped, same = line()
-    assert isinstance(mapped, np.memmap)
-    assert not isinstance(held, np.memmap)
-    assert mapped.tolist() == held.tolist()
-    assert same.tolist() == starts.tolist()
-    assert mapped.dtype == held.dtype
+    mapped = line()
+    assert isinstance(mapped.ids, np.memmap)
+    assert not isinstance(held.ids, np.memmap)
+    assert mapped.ids.tolist() == held.ids.tolist()
+    assert mapped.starts.tolist() == held.starts.tolist()
+    assert (mapped.ids.dtype, mapped.digest) == (held.ids.dtype, held.digest)
 
 
 def test_ids_that_do_not_fit_name_the_folder(tmp_path, monkeypatch):
