@@ -165,10 +165,12 @@ def _train(
     from manifold_hc import training
     from manifold_hc.compare import record_run
     from manifold_hc.diagnostics import GainMonitor
+    from manifold_hc.training.checkpoint_files import path_step
 
     at, path = None, folder.path
+    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, corpus.digest, processes)
     if find is not None:
-        at = find(Checkpoints(folder.checkpoints, config.checkpoint, corpus.digest, processes))
+        at = find(checkpoints)
         if at is None and processes.by_first(folder.is_complete):
             raise RunFolderError(
                 f"run folder: {path} holds a complete run without a checkpoint to go on from"
@@ -186,8 +188,29 @@ def _train(
     try:
         training.train(config, corpus, folder, [GainMonitor], screen, kind, at, processes, record)
     except DivergedError as error:
-        error.add_note(f"lower the rate: {again} optimizer.lr=R")
+        saved = [path_step(found) for found in checkpoints.paths()]
+        error.add_note(_advice(error.step, saved, again))
         raise
     except StoppedError as error:
         error.add_note(f"go on with: {again}")
         raise
+
+
+def _advice(failed: int, saved: list[int], again: str) -> str:
+    """What may help where the loss or gradient of step `failed` is not finite.
+
+    saved: the steps of the checkpoints. again: the command that goes on from the newest. A step
+    computes loss and gradient before the rate is read: from its own state it fails at any rate.
+    """
+    if failed == 0:
+        return (
+            "no update came before it, so that no rate is to blame but the configuration itself "
+            "(initial weights, connection.alpha, data); start another run with another one"
+        )
+    if failed not in saved:
+        return f"lower the rate: {again} optimizer.lr=R"
+    beyond = f"the state saved as step {failed} is beyond repair, whatever the rate"
+    if older := [step for step in saved if step < failed]:
+        before = f"{again} --step {max(older)} optimizer.lr=R"
+        return f"{beyond}; lower it from before that: {before}, or in another run"
+    return f"{beyond}; start another run with a lower one"

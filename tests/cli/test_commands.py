@@ -166,13 +166,45 @@ def test_what_is_saved_is_not_touched(capfd, tmp_path, text_file, command):
     assert {f: f.read_bytes() for f in out.rglob("*") if f.is_file()} == before
 
 
-def test_a_diverged_run_is_status_1_with_the_folder(capfd, tmp_path, text_file):
+def test_a_diverged_run_is_status_1_in_one_line(capfd, tmp_path, text_file):
     out = tmp_path / "run"
     wild = ["training.steps=60", "optimizer.lr=1e30", "optimizer.warmup=0", "optimizer.clip=0"]
     status, _, err = mhc(capfd, "train", "--data", text_file, "--out", out, *SMALL, *wild)
     assert status == 1
     assert err.splitlines()[-1].startswith("mhc: error: train: ")
-    assert str(out) in err
+
+
+def test_at_step_0_no_rate_is_to_blame(capfd, tmp_path, text_file):
+    base = ["train", "--data", text_file, "--out", tmp_path / "run", *SMALL]
+    status, _, err = mhc(capfd, *base, "model.init_std=1e30")
+    assert status == 1
+    assert "is not finite at step 0" in err
+    assert "no update came before it, so that no rate is to blame" in err
+    assert "optimizer.lr" not in err
+
+
+def test_a_state_beyond_repair_is_not_gone_on_from(capfd, tmp_path, text_file):
+    """A step fails from the state before it at any rate; from an older one it may not."""
+    out = tmp_path / "run"
+    small = [*SMALL, "checkpoint.best=false", "optimizer.schedule=constant", "optimizer.warmup=0"]
+    assert mhc(capfd, "train", "--data", text_file, "--out", out, *small)[0] == 0
+    wild = ["train", "--resume", out, "training.steps=9", "optimizer.lr=1e30", "optimizer.clip=0"]
+    status, _, err = mhc(capfd, *wild)
+    assert status == 1
+    assert "the state saved as step 4 is beyond repair, whatever the rate" in err
+    older = f"mhc train --resume {out} --step 3 optimizer.lr="
+    assert f"lower it from before that: {older}R, or in another run" in err
+    status, _, err = mhc(capfd, "train", "--resume", out, "optimizer.lr=1e-3")
+    assert status == 1
+    assert f"{older}R" in err
+    assert mhc(capfd, *older.split()[1:-1], "optimizer.lr=1e-3")[0] == 0
+
+
+def test_a_state_beyond_repair_without_an_older_one(capfd, tmp_path, text_file):
+    wild = ["training.steps=9", "optimizer.lr=1e30", "optimizer.warmup=0", "optimizer.clip=0"]
+    _, _, err = mhc(capfd, "train", "--data", text_file, "--out", tmp_path / "run", *SMALL, *wild)
+    assert "step 1 is beyond repair, whatever the rate; start another run with a lower one" in err
+    assert "--resume" not in err
 
 
 def test_report_never_writes_over_a_run(capfd, tmp_path, text_file):
