@@ -3,6 +3,7 @@
 import json
 import logging
 import platform
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -20,7 +21,7 @@ from manifold_hc.errors import DivergedError, RunFolderError
 from manifold_hc.files import remove_temporaries, write_atomically
 from manifold_hc.training import Checkpoints, RunConfig, RunFolder, check, train
 from manifold_hc.training.config import differences
-from manifold_hc.training.folder import is_empty, read_json
+from manifold_hc.training.folder import damaged, is_empty, read_json
 
 logger = logging.getLogger("manifold_hc")
 
@@ -121,20 +122,21 @@ def record_run(folder: Path, command: str) -> None:
 
 def run_record(folder: Path) -> dict[str, Any]:
     """What `record_run` has written; empty if nothing. Raises RunFolderError if it is damaged."""
-    return _record(folder / RUN, {"commands": list[str], "date": str, "machine": str})
+    wanted = {"commands": list[str], "date": str, "machine": str}
+    return _record(folder / RUN, wanted, "no run needs it: it may be deleted")
 
 
-def _record(file: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+def _record(file: Path, wanted: dict[str, Any], cure: str) -> dict[str, Any]:
     """What a JSON file holds, if it is there; RunFolderError unless it has the `wanted` members."""
     if not file.exists():
         return {}
-    record = read_json(file)
+    record = read_json(file, cure)
     try:
         members = msgspec.convert(record, dict[str, Any])
         for name, kind in wanted.items():
             msgspec.convert(members.get(name), kind)
     except msgspec.ValidationError as error:
-        raise RunFolderError(f"run folder: {file} is damaged: {error}") from None
+        raise damaged(file, str(error), cure) from None
     return members
 
 
@@ -149,7 +151,8 @@ def comparison_record(folder: Path) -> dict[str, Any]:
     Raises RunFolderError when the record is damaged.
     """
     wanted = {"commands": list[str], "variants": list[str], "data_sha256": str}
-    return _record(folder / COMPARISON, wanted)
+    each = f"mhc report {shlex.quote(str(folder))}/VARIANT/seed-N"
+    return _record(folder / COMPARISON, wanted, f"put a copy of it back, or see each run: {each}")
 
 
 def check_folder(folder: Path) -> None:

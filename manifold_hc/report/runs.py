@@ -14,6 +14,7 @@ from manifold_hc.compare import comparison_record
 from manifold_hc.diagnostics.gain import AmaxGain
 from manifold_hc.errors import RunFolderError
 from manifold_hc.training import RunConfig, RunFolder
+from manifold_hc.training.folder import damaged
 
 Numbers = list[float | None]
 
@@ -102,17 +103,16 @@ def _load(run: RunFolder, variant: str) -> Run:
 
 def _require_gains(file: Path, records: list[dict[str, Any]]) -> None:
     """Raise RunFolderError for a record of the gain monitor that cannot be drawn."""
-    for record in records:
+    for number, record in enumerate(records, start=1):
         if record["event"] != "gain":
             continue
+        cure = f"delete line {number}"
         try:
             found = msgspec.convert(record, GainRecord)
         except msgspec.ValidationError as error:
-            raise RunFolderError(
-                f"run folder: {file} is damaged: a gain record is not valid: {error}"
-            ) from None
+            raise damaged(file, f"a gain record is not valid: {error}", cure) from None
         if not _is_whole(found):
-            raise RunFolderError(f"run folder: {file} is damaged: a gain record is cut")
+            raise damaged(file, "a gain record is cut", cure)
 
 
 def _is_whole(record: GainRecord) -> bool:

@@ -9,6 +9,7 @@ summary.json       the run's figures; its presence means that the run is complet
 
 import logging
 import os
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -83,8 +84,13 @@ def is_empty(path: Path) -> bool:
     return not path.is_dir() or all(found.name.startswith(".") for found in path.iterdir())
 
 
-def read_json(file: Path) -> Any:
-    """What a JSON file of a run holds; RunFolderError when it is damaged."""
+def damaged(file: Path, how: str, cure: str) -> RunFolderError:
+    """The error for a file of a run that does not hold what it should."""
+    return RunFolderError(f"run folder: {file} is damaged: {how}; {cure}")
+
+
+def read_json(file: Path, cure: str) -> Any:
+    """What a JSON file of a run holds; RunFolderError, with the `cure`, when it is damaged."""
     try:
         return msgspec.json.decode(read_regular(file))
     except FileNotFoundError:
@@ -92,7 +98,7 @@ def read_json(file: Path) -> Any:
     except OSError as error:
         raise RunFolderError(f"run folder: {file} cannot be read: {error.strerror}") from None
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise RunFolderError(f"run folder: {file} is damaged: {error}") from None
+        raise damaged(file, str(error), cure) from None
 
 
 def _is_number(value: object) -> bool:
@@ -178,11 +184,14 @@ class RunFolder:
                 f"run folder: {self.path} has no config.json: no run has begun there that could "
                 "go on; start one with --out"
             )
-        raw = read_json(self.config_file)
+        cure = "put a copy of it back, or start another run with --out"
+        raw = read_json(self.config_file, cure)
         try:
             config = msgspec.convert(raw, RunConfig)
         except msgspec.ValidationError as error:
-            raise RunFolderError(f"run folder: {self.config_file} is not valid: {error}") from None
+            raise RunFolderError(
+                f"run folder: {self.config_file} is not valid: {error}; {cure}"
+            ) from None
         if msgspec.json.decode(msgspec.json.encode(config)) != raw:
             raise RunFolderError(
                 f"run folder: {self.config_file} has other keys than this version's configuration"
@@ -261,13 +270,16 @@ class RunFolder:
         except OSError as error:
             raise self._unreadable(self.metrics_file, error) from None
         lines = [*written.split(b"\n")[:-1], *self._held.split(b"\n")[:-1]]
-        try:
-            records = [msgspec.json.decode(line, type=dict[str, Any]) for line in lines]
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise self._damaged(self.metrics_file, str(error)) from None
-        for number, record in enumerate(records, start=1):
+        records: list[dict[str, Any]] = []
+        for number, line in enumerate(lines, start=1):
+            cure = f"delete line {number}"
+            try:
+                record = msgspec.json.decode(line, type=dict[str, Any])
+            except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+                raise damaged(self.metrics_file, f"line {number}: {error}", cure) from None
             if problem := _problem(record):
-                raise self._damaged(self.metrics_file, f"line {number} {problem}")
+                raise damaged(self.metrics_file, f"line {number} {problem}", cure)
+            records.append(record)
         return records
 
     def has_validation(self, step: int) -> bool:
@@ -297,20 +309,19 @@ class RunFolder:
 
     def summary(self) -> dict[str, Any]:
         """The figures of a complete run; RunFolderError when they are not there."""
-        summary = read_json(self.summary_file)
+        again = f"mhc train --resume {shlex.quote(str(self.path))}"
+        cure = f"delete it, and {again} writes it again"
+        summary = read_json(self.summary_file, cure)
         if not isinstance(summary, dict):
-            raise self._damaged(self.summary_file, "figures are missing")
+            raise damaged(self.summary_file, "figures are missing", cure)
         if "diverged_at" in summary:
             if not isinstance(summary["diverged_at"], int):
-                raise self._damaged(self.summary_file, "diverged_at is no step")
+                raise damaged(self.summary_file, "diverged_at is no step", cure)
             return summary
         for key in sorted(SUMMARY):
             if not _is_number(summary.get(key, "missing")):
-                raise self._damaged(self.summary_file, f"{key} is missing or no number")
+                raise damaged(self.summary_file, f"{key} is missing or no number", cure)
         return summary
 
     def _unreadable(self, file: Path, error: OSError) -> RunFolderError:
         return RunFolderError(f"run folder: {file} cannot be read: {error.strerror}")
-
-    def _damaged(self, file: Path, how: str) -> RunFolderError:
-        return RunFolderError(f"run folder: {file} is damaged: {how}")

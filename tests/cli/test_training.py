@@ -254,3 +254,25 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(capfd, tmp_path, 
     assert status == 0
     assert "going on from the first step: there is no checkpoint yet" in err
     assert losses(run) == wanted
+
+
+def test_the_cure_of_a_damaged_file_cures_it(capfd, tmp_path, text_file):
+    run = tmp_path / "run"
+    base = ["train", "--data", text_file, *SMALL, "optimizer.schedule=constant"]
+    assert mhc(capfd, *base, "--out", run)[0] == 0
+    wanted = losses(run)
+    whole = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(f"{whole}garbage\n")
+    (run / "summary.json").write_text("garbage")
+    go_on = ["train", "--resume", run]
+    status, _, err = mhc(capfd, *go_on, "training.steps=4")
+    assert status == 2
+    assert err.endswith(f"; delete line {whole.count(chr(10)) + 1}\n")
+    (run / "metrics.jsonl").write_text(whole)
+    status, _, err = mhc(capfd, "report", run)
+    assert status == 2
+    assert err.endswith(f"; delete it, and mhc train --resume {run} writes it again\n")
+    (run / "summary.json").unlink()
+    assert mhc(capfd, *go_on)[0] == 0
+    assert mhc(capfd, "report", run)[0] == 0
+    assert losses(run) == wanted

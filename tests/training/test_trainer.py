@@ -148,7 +148,7 @@ DAMAGED = [
 @pytest.mark.parametrize("line", ["[1]", "{", "\xff", *map(json.dumps, DAMAGED)])
 def test_a_damaged_line_in_the_middle_is_named(folder, line):
     folder.metrics_file.write_text(f"{json.dumps(STEP)}\n{line}\n", encoding="latin-1")
-    with pytest.raises(RunFolderError, match=r"metrics\.jsonl is damaged"):
+    with pytest.raises(RunFolderError, match=r"l is damaged: line 2[: ].*; delete line 2$"):
         folder.metrics()
 
 
@@ -165,7 +165,7 @@ FIGURES = dict.fromkeys(sorted(SUMMARY), 1.0)
 )
 def test_a_damaged_summary_is_named(folder, content):
     folder.summary_file.write_text(content)
-    with pytest.raises(RunFolderError, match=r"summary\.json is damaged"):
+    with pytest.raises(RunFolderError, match=r"summary\.json is damaged: .*; delete it, and mhc "):
         folder.summary()
 
 
@@ -192,8 +192,8 @@ def test_a_folder_without_a_valid_config_is_named(folder):
     with pytest.raises(RunFolderError, match=r"has no config\.json"):
         folder.config()
     for content, message in (
-        ("{}}", "is damaged"),
-        ('{"training": 3}', "is not valid"),
+        ("{}}", "is damaged: .*; put a copy of it back, or start another run with --out$"),
+        ('{"training": 3}', "is not valid: .*; put a copy of it back"),
         ("{}", "has other keys"),
         ('{"modell": {}}', "has other keys"),
     ):
