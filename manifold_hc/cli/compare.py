@@ -11,7 +11,7 @@ from manifold_hc.cli.report import check_outputs, publish
 from manifold_hc.cli.terminal import command_line, console
 from manifold_hc.compare import Variant
 from manifold_hc.config import ConnectionConfig
-from manifold_hc.errors import ConfigError, StoppedError
+from manifold_hc.errors import ConfigError, ManifoldError, StoppedError
 from manifold_hc.parallel import ParallelConfig
 from manifold_hc.training import check, require_memory
 
@@ -84,7 +84,12 @@ def compare(
         except StoppedError as error:
             error.add_note("the same command goes on from there")
             raise
-        publish(out, page, json_file)
+        runs = publish(out, page, json_file)
+    if all(run.diverged_at is not None for run in runs):
+        raise ManifoldError(
+            f"compare: every run in {out} diverged; choose another configuration, such as a lower "
+            "optimizer.lr, and another folder with --out"
+        )
 
 
 def parse_variant(text: str, connection: ConnectionConfig) -> Variant:

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
@@ -10,6 +11,9 @@ from manifold_hc.cli.options import json_option
 from manifold_hc.cli.terminal import WIDE, console
 from manifold_hc.errors import ConfigError
 from manifold_hc.files import write_atomically
+
+if TYPE_CHECKING:
+    from manifold_hc.report import Run
 
 RUN_FILES = {"config.json", "summary.json", "comparison.json", "run.json"}
 
@@ -43,8 +47,11 @@ def check_outputs(page: Path, json_file: Path | None) -> None:
             raise ConfigError(f"report: {file} is the name of a run's own file; choose another")
 
 
-def publish(folder: Path, page: Path, json_file: Path | None) -> None:
-    """Print the table of `folder` and write page, picture, CSV and JSON beside one another."""
+def publish(folder: Path, page: Path, json_file: Path | None) -> "list[Run]":
+    """Print the table of `folder` and write page, picture, CSV and JSON beside one another.
+
+    Returns the runs.
+    """
     from manifold_hc.compare import comparison_record, run_record
     from manifold_hc.report import as_csv, as_json, as_table, load_runs, summarise, write_page
 
@@ -60,3 +67,4 @@ def publish(folder: Path, page: Path, json_file: Path | None) -> None:
     terminal = console()
     terminal.print(as_table(rows, upright=terminal.width < WIDE))
     click.echo(f"report: {page}")
+    return runs

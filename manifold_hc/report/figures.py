@@ -132,7 +132,8 @@ def overview(runs: Sequence[Run]) -> Figure:
     _lines(axes[2], runs, backward_at_depth)
     _label(axes[2], "composite gain, backward, at the end", "sublayer", "")
     _as_gains(axes[2])
-    axes[1].legend(frameon=False)
+    if axes[1].lines:
+        axes[1].legend(frameon=False)
     return figure
 
 

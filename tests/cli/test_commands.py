@@ -207,6 +207,21 @@ def test_a_state_beyond_repair_without_an_older_one(capfd, tmp_path, text_file):
     assert "--resume" not in err
 
 
+def test_a_comparison_is_status_1_where_every_run_diverged(capfd, tmp_path, text_file):
+    base = ["compare", "--data", text_file, "--out", tmp_path / "all", *SMALL]
+    wild = ["model.init_std=1e30", "--variant", "hc", "--variant", "mhc"]
+    for _ in range(2):
+        status, out, err = mhc(capfd, *base, *wild)
+        assert (status, err.count("mhc: error:")) == (1, 1)
+        assert "report.html" in out
+        assert err.splitlines()[-1].startswith("mhc: error: compare: every run in ")
+    # Beside a run that did not diverge, one that did is a result.
+    summary = tmp_path / "all" / "mhc" / "seed-0" / "summary.json"
+    figures = ("validation_loss", "seconds_per_step", "largest_gradient_norm", "parameters")
+    summary.write_text(json.dumps(dict.fromkeys(figures, 1.0) | {"steps": 3}))
+    assert mhc(capfd, *base, *wild)[0] == 0
+
+
 def test_report_never_writes_over_a_run(capfd, tmp_path, text_file):
     out = tmp_path / "run"
     assert mhc(capfd, "compare", "--data", text_file, "--out", out, *SMALL)[0] == 0
