@@ -259,6 +259,12 @@ def test_a_damaged_record_is_named(tmp_path, content):
         load_runs(tmp_path)
 
 
+def test_a_comparison_without_a_complete_run_goes_on(tmp_path):
+    (tmp_path / "comparison.json").write_text(json.dumps(RECORD))
+    with pytest.raises(RunFolderError, match="no complete run yet; the mhc compare that began it"):
+        load_runs(tmp_path)
+
+
 @pytest.mark.parametrize("content", [*NO_RECORDS[:5], *NO_RECORDS[7:]])
 def test_a_damaged_record_of_a_run_is_begun_again(tmp_path, content, caplog):
     (tmp_path / "run.json").write_text(content)

@@ -141,8 +141,7 @@ def _take(
     again = restarted and folder.is_of(job())
     if new and not again and not folder.is_new():
         raise RunFolderError(
-            f"run folder: {folder.path} is not empty; choose another with --out, or go on with "
-            f"--resume {shlex.quote(str(folder.path))}"
+            f"run folder: {folder.path} is not empty; choose another with --out{_or_go_on(folder)}"
         )
     if not new and not again and folder.is_complete():
         before = folder.config().training.steps
@@ -153,6 +152,17 @@ def _take(
             )
     held.enter_context(locked(folder.path))
     return again
+
+
+def _or_go_on(folder: RunFolder) -> str:
+    """How to go on with what a folder that is not empty holds; empty where nothing can."""
+    from manifold_hc.compare import COMPARISON
+
+    if folder.config_file.exists():
+        return f", or go on with --resume {shlex.quote(str(folder.path))}"
+    if (folder.path / COMPARISON).exists():
+        return ", or go on with the comparison in it by the same mhc compare command"
+    return ""
 
 
 def _train(
@@ -166,6 +176,7 @@ def _train(
     from manifold_hc.compare import record_run
     from manifold_hc.diagnostics import GainMonitor
     from manifold_hc.training.checkpoint_files import path_step
+    from manifold_hc.training.folder import resume_command
 
     at, path = None, folder.path
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, corpus.digest, processes)
@@ -177,9 +188,7 @@ def _train(
             )
         if at is None:
             logger.info("going on from the first step: there is no checkpoint yet")
-    kind, size = config.connection.kind, processes.size
-    command = f"torchrun --nproc-per-node {size} -m manifold_hc" if size > 1 else "mhc"
-    again = f"{command} train --resume {shlex.quote(str(path))}"
+    kind, again = config.connection.kind, resume_command(path, config)
     screen = console(stderr=True)
 
     def record() -> None:

@@ -14,7 +14,7 @@ from manifold_hc.compare import comparison_record
 from manifold_hc.diagnostics.gain import AmaxGain
 from manifold_hc.errors import RunFolderError
 from manifold_hc.training import RunConfig, RunFolder
-from manifold_hc.training.folder import damaged
+from manifold_hc.training.folder import damaged, resume_command
 
 Numbers = list[float | None]
 
@@ -81,13 +81,30 @@ def load_runs(folder: Path) -> list[Run]:
     Raises RunFolderError when there is none or a file is damaged.
     """
     found = [(folder, "")] if RunFolder(folder).is_complete() else []
-    for variant in comparison_record(folder).get("variants", []):
+    variants = comparison_record(folder).get("variants", [])
+    for variant in variants:
         complete = [file.parent for file in (folder / variant).glob("seed-*/summary.json")]
         ours = [path for path in complete if _seed(path).isdecimal()]
         found += [(path, variant) for path in sorted(ours, key=lambda path: int(_seed(path)))]
+    if not found and variants:
+        raise RunFolderError(
+            f"report: {folder} holds no complete run yet; the mhc compare that began it goes on"
+        )
     if not found:
-        raise RunFolderError(f"report: {folder} holds no complete run; is it a run folder?")
+        raise _not_complete(RunFolder(folder))
     return [_load(RunFolder(path), variant) for path, variant in found]
+
+
+def _not_complete(run: RunFolder) -> RunFolderError:
+    """The error for a folder without a complete run: how far its run is, if it is one's."""
+    if not run.config_file.exists():
+        return RunFolderError(f"report: {run.path} holds no complete run; is it a run folder?")
+    config = run.config()
+    steps = sum(record["event"] == "step" for record in run.metrics())
+    return RunFolderError(
+        f"report: {run.path} is not complete, {steps} of {config.training.steps} steps; "
+        f"go on with: {resume_command(run.path, config)}"
+    )
 
 
 def _seed(path: Path) -> str:

@@ -117,6 +117,13 @@ def _problem(record: Mapping[str, Any]) -> str:
     return next((f"has no number as {key}" for key in wrong), "")
 
 
+def resume_command(path: Path, config: RunConfig) -> str:
+    """The command that goes on with the run in a folder."""
+    size = config.parallel.size
+    command = f"torchrun --nproc-per-node {size} -m manifold_hc" if size > 1 else "mhc"
+    return f"{command} train --resume {shlex.quote(str(path))}"
+
+
 class RunFolder:
     """What a run has written, and where the next thing goes."""
 
@@ -180,9 +187,10 @@ class RunFolder:
     def config(self) -> RunConfig:
         """The run's configuration; RunFolderError unless it is whole and of this version."""
         if not self.config_file.exists():
+            where = "" if self.is_new() else " in another folder"
             raise RunFolderError(
                 f"run folder: {self.path} has no config.json: no run has begun there that could "
-                "go on; start one with --out"
+                f"go on; start one{where} with --out"
             )
         cure = "put a copy of it back, or start another run with --out"
         raw = read_json(self.config_file, cure)

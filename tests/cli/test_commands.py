@@ -275,6 +275,33 @@ def test_report_of_nothing(capfd, tmp_path):
     assert mhc(capfd, "report", tmp_path / "missing")[0] == 2
 
 
+def test_report_of_a_run_that_is_not_complete(capfd, tmp_path, text_file):
+    out = tmp_path / "run"
+    assert mhc(capfd, "train", "--data", text_file, "--out", out, *SMALL)[0] == 0
+    (out / "summary.json").unlink()
+    status, _, err = mhc(capfd, "report", out)
+    assert status == 2
+    assert err == (
+        f"mhc: error: report: {out} is not complete, 3 of 3 steps; "
+        f"go on with: mhc train --resume {out}\n"
+    )
+
+
+def test_only_what_can_go_on_is_offered_to(capfd, tmp_path, text_file):
+    books, runs = tmp_path / "books", tmp_path / "runs"
+    for folder, name in ((books, "thesis.txt"), (runs, "comparison.json")):
+        folder.mkdir()
+        (folder / name).write_text("")
+    base = ["train", "--data", text_file, *SMALL, "--out"]
+    assert mhc(capfd, *base, books)[2].endswith("is not empty; choose another with --out\n")
+    assert mhc(capfd, *base, runs)[2].endswith(
+        "another with --out, or go on with the comparison in it by the same mhc compare command\n"
+    )
+    assert mhc(capfd, "train", "--resume", books)[2].endswith("in another folder with --out\n")
+    (books / "config.json").write_text("")
+    assert mhc(capfd, *base, books)[2].endswith(f"--out, or go on with --resume {books}\n")
+
+
 def test_version_info_and_help(capfd):
     import manifold_hc
 
