@@ -96,7 +96,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     """Write beside `path` under a temporary name, flush to disk, and rename over it.
 
     The file gets the umask's mode. A killed process leaves the temporary file, which
-    `remove_temporaries` finds. Raises OSError: NotADirectoryError for a file in the folder's place.
+    `remove_temporaries` finds. Raises OSError, which names `path`, or for a file in the folder's
+    place that, as NotADirectoryError.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,8 +112,10 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)
         raise
 
 

@@ -1,6 +1,7 @@
 """`mhc report`."""
 
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import msgspec
 
 from manifold_hc.cli.options import json_option
 from manifold_hc.cli.terminal import WIDE, console
-from manifold_hc.errors import ConfigError
+from manifold_hc.errors import ConfigError, ManifoldError
 from manifold_hc.files import write_atomically
 
 if TYPE_CHECKING:
@@ -60,10 +61,18 @@ def publish(folder: Path, page: Path, json_file: Path | None) -> "list[Run]":
     figures = msgspec.json.format(msgspec.json.encode(as_json(rows, runs)))
     record = comparison_record(folder) or run_record(folder)
     name = os.fsencode(folder).decode(errors="backslashreplace")
-    write_page(runs, {"folder": name, **record}, page)
-    write_atomically(page.with_suffix(".csv"), as_csv(rows))
-    for file in filter(None, {page.with_suffix(".json"), json_file}):
-        write_atomically(file, figures)
+    try:
+        write_page(runs, {"folder": name, **record}, page)
+        write_atomically(page.with_suffix(".csv"), as_csv(rows))
+        write_atomically(page.with_suffix(".json"), figures)
+    except OSError as error:
+        again = f"mhc report {shlex.quote(str(folder))} --out FILE.html"
+        raise ManifoldError(
+            f"report: {error.filename} cannot be written: {error.strerror}; "
+            f"choose another place: {again}"
+        ) from None
+    if json_file:
+        write_atomically(json_file, figures)
     terminal = console()
     terminal.print(as_table(rows, upright=terminal.width < WIDE))
     click.echo(f"report: {page}")

@@ -287,6 +287,18 @@ def test_report_of_a_run_that_is_not_complete(capfd, tmp_path, text_file):
     )
 
 
+def test_a_report_that_cannot_be_written_names_its_file(capfd, tmp_path, text_file):
+    out, page = tmp_path / "run", tmp_path / "page.html"
+    assert mhc(capfd, "train", "--data", text_file, "--out", out, *SMALL)[0] == 0
+    (tmp_path / "page.csv").mkdir()
+    status, _, err = mhc(capfd, "report", out, "--out", page)
+    assert status == 1
+    assert err == (
+        f"mhc: error: report: {tmp_path / 'page.csv'} cannot be written: Is a directory; "
+        f"choose another place: mhc report {out} --out FILE.html\n"
+    )
+
+
 def test_only_what_can_go_on_is_offered_to(capfd, tmp_path, text_file):
     books, runs = tmp_path / "books", tmp_path / "runs"
     for folder, name in ((books, "thesis.txt"), (runs, "comparison.json")):

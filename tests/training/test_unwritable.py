@@ -106,6 +106,15 @@ def test_the_end_of_a_run_waits_for_no_place_that_cannot_be_written(tmp_path):
     assert not asked, "another attempt was due"
 
 
+@pytest.mark.parametrize("kind", ["folder", pytest.param("read-only file system", marks=needs_sys)])
+def test_a_failed_write_names_the_file_and_not_the_temporary_one(tmp_path, kind):
+    file = tmp_path / "place" / "weights"
+    in_the_place_of(file if kind == "folder" else file.parent, kind)
+    with pytest.raises(OSError, match="weights") as error:
+        write_atomically(file, "content")
+    assert error.value.filename == str(file)
+
+
 FILES = ["config.json", "metrics.jsonl", ".job", "summary.json"]
 KINDS = ["FIFO", "folder", "device", "socket"]
 
