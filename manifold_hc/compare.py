@@ -22,6 +22,7 @@ from manifold_hc.files import remove_temporaries, write_atomically
 from manifold_hc.training import Checkpoints, RunConfig, RunFolder, check, train
 from manifold_hc.training.config import differences
 from manifold_hc.training.folder import damaged, is_empty, read_json
+from manifold_hc.training.trainer import warn_of_warmup
 
 logger = logging.getLogger("manifold_hc")
 
@@ -79,6 +80,8 @@ def compare(
     }
     remove_temporaries(folder / COMPARISON)
     write_atomically(folder / COMPARISON, json.dumps(record, indent=2) + "\n")
+    if not all(run.is_complete() for _, run, _ in planned):
+        warn_of_warmup(config)
     for title, run, wanted in planned:
         if run.is_complete():
             console.print(f"{title}  complete, kept", highlight=False)

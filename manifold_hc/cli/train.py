@@ -177,6 +177,7 @@ def _train(
     from manifold_hc.diagnostics import GainMonitor
     from manifold_hc.training.checkpoint_files import path_step
     from manifold_hc.training.folder import resume_command
+    from manifold_hc.training.trainer import warn_of_warmup
 
     at, path = None, folder.path
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, corpus.digest, processes)
@@ -194,6 +195,7 @@ def _train(
     def record() -> None:
         record_run(path, command_line())
 
+    warn_of_warmup(config)
     try:
         training.train(config, corpus, folder, [GainMonitor], screen, kind, at, processes, record)
     except DivergedError as error:

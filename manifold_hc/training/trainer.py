@@ -207,6 +207,18 @@ def require_memory(config: RunConfig) -> None:
     require_room(config.model, config.connection, device, shares)
 
 
+def warn_of_warmup(config: RunConfig) -> None:
+    """Log a run that ends before its warm-up does, or with it: no step after it has the rate."""
+    steps, warmup = config.training.steps, config.optimizer.warmup
+    if steps <= warmup:
+        logger.warning(
+            "training.steps=%d is all warm-up: optimizer.warmup=%d; "
+            "set it lower for a run that trains at optimizer.lr",
+            steps,
+            warmup,
+        )
+
+
 def own_part(batches: Batches, first: int, processes: Processes) -> Batch:
     """What this process has of the batch that begins with sequence `first`."""
     size = batches.batch // processes.parts

@@ -299,6 +299,17 @@ def test_a_report_that_cannot_be_written_names_its_file(capfd, tmp_path, text_fi
     )
 
 
+def test_a_run_that_is_all_warm_up_says_so_once(capfd, tmp_path, text_file):
+    said = "training.steps=3 is all warm-up: optimizer.warmup=3; set it lower"
+    base = ["--data", text_file, *SMALL]
+    train, compare = ["train", *base, "--out"], ["compare", *base, "--out"]
+    assert mhc(capfd, *train, tmp_path / "one", "optimizer.warmup=3")[2].count(said) == 1
+    two = ["optimizer.warmup=3", "--variant", "residual", "--variant", "hc"]
+    assert mhc(capfd, *compare, tmp_path / "two", *two)[2].count(said) == 1
+    assert "warm-up" not in mhc(capfd, *train, tmp_path / "warm", "optimizer.warmup=2")[2]
+    assert mhc(capfd, "train", *base, "--dry-run")[2] == ""
+
+
 def test_only_what_can_go_on_is_offered_to(capfd, tmp_path, text_file):
     books, runs = tmp_path / "books", tmp_path / "runs"
     for folder, name in ((books, "thesis.txt"), (runs, "comparison.json")):
