@@ -142,7 +142,7 @@ def test_the_readmes_diff_gives_a_block_that_starts_as_the_old_one():
             self.transformer = nn.ModuleDict({"drop": nn.Identity(), "h": h, "ln_f": nn.Identity()})
 
     config = SimpleNamespace(n_embd=8, bias=False)
-    outputs = []
+    outputs, weights = [], []
     for side, layers in (("-", ()), ("+", (0, 1, 2))):
         names = {
             "nn": nn,
@@ -153,10 +153,17 @@ def test_the_readmes_diff_gives_a_block_that_starts_as_the_old_one():
         exec(one_side(block, side), names)
         torch.manual_seed(0)
         gpt = GPT(names["Block"], *layers)
+        weights.append(gpt.state_dict())
         names |= {"self": gpt, "tok_emb": torch.randn(2, 5, 8), "pos_emb": torch.randn(5, 8)}
         exec(one_side(rest, side), names)
         outputs.append(names["x"])
     torch.testing.assert_close(*outputs)
+    # The README's way past the assertion of nanoGPT's from_pretrained, and strict=False.
+    (filtered,) = re.findall(r"`(sd_keys = .*?)`", (ROOT / "README.md").read_text())
+    names = {"sd_keys": weights[1].keys()}
+    exec(filtered, names)
+    assert set(names["sd_keys"]) == weights[0].keys() < weights[1].keys()
+    assert not gpt.load_state_dict(weights[0], strict=False).unexpected_keys
 
 
 def test_a_marked_command_with_a_mistake_is_found(folder):
