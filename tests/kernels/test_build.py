@@ -3,6 +3,7 @@
 import os
 import platform
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -29,10 +30,13 @@ for _ in range(2):
 """
 
 
-def use(backend="auto", **environment):
+QUIET = USE.replace(USE.splitlines()[2], "")
+
+
+def use(backend="auto", program=USE, **environment):
     """Start one process that reads streams; its output and log when it ends."""
     variables = {**os.environ, **{name: str(value) for name, value in environment.items()}}
-    command = [sys.executable, "-c", USE.replace("BACKEND", repr(backend))]
+    command = [sys.executable, "-c", program.replace("BACKEND", repr(backend))]
     return subprocess.Popen(
         command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -52,12 +56,34 @@ def test_many_processes_build_once(tmp_path, compiler):
     answers = [finished(p) for p in [use("cpu", **environment) for _ in range(3)]]
     assert [(status, out) for status, out, _ in answers] == [(0, ["48.0", "48.0"])] * 3
     assert len(compiled_files(tmp_path)) == len(list(build.SOURCES.glob("*.cpp")))
-    announced = f"INFO building the CPU kernels with {compiler}, once for this machine"
+    announced = f"WARNING building the CPU kernels with {compiler}, once for this machine: 12 to"
     assert sum(log.count(announced) for _, _, log in answers) == 1
     # Nothing is left behind but the library, its checksum and the lock.
     folder = next((tmp_path / "cache" / "manifold-hc" / "kernels").iterdir())
     names = ["operators.lock", "operators.sha256", "operators.so"]
     assert sorted(path.name for path in folder.iterdir()) == names
+
+
+def test_a_build_is_announced_without_any_logging_configuration(tmp_path, compiler):
+    process = use("cpu", QUIET, CXX=compiler, XDG_CACHE_HOME=tmp_path / "cache")
+    status, _, log = finished(process)
+    announced = f"building the CPU kernels with {compiler}, once for this machine: 12 to 40 s"
+    assert (status, log.splitlines()) == (0, [announced])
+
+
+def test_what_a_killed_build_left_is_removed_by_the_next_one(tmp_path, compiler):
+    script, killed = tmp_path / "killing-compiler", tmp_path / "killed"
+    script.write_text(f"""#!/bin/sh
+case " $* " in *" -c "*) [ -f {killed} ] || {{ touch {killed}; kill -9 $PPID; }} ;; esac
+exec {compiler} "$@"
+""")
+    script.chmod(0o755)
+    environment = {"CXX": script, "XDG_CACHE_HOME": tmp_path / "cache"}
+    assert finished(use("cpu", **environment))[0] == -signal.SIGKILL
+    folder = next((tmp_path / "cache" / "manifold-hc" / "kernels").iterdir())
+    assert [path.is_dir() for path in folder.iterdir()].count(True) == 1
+    assert finished(use("cpu", **environment))[:2] == (0, ["48.0", "48.0"])
+    assert not any(path.is_dir() for path in folder.iterdir())
 
 
 def test_an_installation_that_cannot_be_written(tmp_path, compiler):

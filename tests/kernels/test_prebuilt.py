@@ -232,6 +232,7 @@ def damaged(how, library, target):
 )
 def test_a_library_that_cannot_be_used_is_built(wheels, how, caplog):
     own = build._cached()
+    caplog.clear()
     damaged(how, Path(own._name), wheels)
     caplog.set_level(logging.INFO)
     loaded = build.library.__wrapped__()

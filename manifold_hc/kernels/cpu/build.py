@@ -5,6 +5,7 @@ import hashlib
 import logging
 import platform
 import shlex
+import shutil
 import subprocess
 import tempfile
 import time
@@ -28,6 +29,9 @@ from manifold_hc.kernels.cpu.compiler import (
 logger = logging.getLogger("manifold_hc")
 
 NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+
+UNFINISHED = "building-"
+"""How the temporary folder of a build begins."""
 
 
 @cache
@@ -127,8 +131,13 @@ def _built(compiler: tuple[str, ...], target: Path) -> ctypes.CDLL:
         if (found := _found(target)) is not None:
             return found
         start = time.perf_counter()
-        logger.info("building the CPU kernels with %s, once for this machine", compiler[0])
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        # A warning, which Python shows without any configuration: the program seems to stand still.
+        logger.warning(
+            "building the CPU kernels with %s, once for this machine: 12 to 40 s", compiler[0]
+        )
+        for left in target.parent.glob(f"{UNFINISHED}*"):  # by builds that were killed
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=target.parent) as folder:
             built = Path(folder) / target.name
             try:
                 compile_library(compiler, built, [NATIVE], ["-fopenmp"])
