@@ -168,7 +168,7 @@ class Connection(nn.Module):
         if streams.shape[-2:] != (self.config.n, self.channels):
             raise ShapeError(
                 f"Connection: x must be [..., {self.config.n}, {self.channels}] "
-                f"but is {list(streams.shape)}; was expand() called after the embedding?"
+                f"but is {list(streams.shape)}; {self._repair(streams)}"
             )
         input_norm = self.fused(x, norm)
         reading = self.maps(x, input_norm, before)
@@ -185,6 +185,18 @@ class Connection(nn.Module):
             y = y.to(torch.promote_types(streams.dtype, torch.float32))
         unwritten = Unwritten(reading, y, self.config)
         return unwritten.write() if write else unwritten
+
+    def _repair(self, x: Tensor) -> str:
+        """What to do about streams of another shape."""
+        n = self.config.n
+        # With fewer dimensions [..., T, C] and [..., n, C] look alike.
+        if x.dim() < 4 or x.shape[-1] != self.channels:
+            return f"was expand() called after the embedding, with n = {n}?"
+        always = ", as residual always has" if self.config.kind == "residual" else ""
+        return (
+            f"x has {x.shape[-2]} streams and the connection {n}{always}; "
+            "give expand() and the connection the same n"
+        )
 
     def fused(self, x: Tensor | Unwritten, norm: Branch | None) -> InputNorm | None:
         """The norm as it is computed with the streams, if it is."""

@@ -329,6 +329,23 @@ def test_misuse_is_named():
         mhc.Stack(8, ConnectionConfig(), 0)
 
 
+@pytest.mark.parametrize(
+    ("kind", "n", "said"),
+    [
+        ("mhc", 2, r"x has 2 streams and the connection 4; give expand\(\) and .* the same n"),
+        ("residual", 4, r"x has 4 streams and the connection 1, as residual always has; give"),
+    ],
+)
+def test_another_number_of_streams_is_named(kind, n, said):
+    connection = mhc.Connection(8, mhc.ConnectionConfig(kind=kind))
+    x = mhc.functional.expand(torch.randn(2, 5, 8), n)
+    with pytest.raises(ShapeError, match=said):
+        connection(x, torch.nn.Identity())
+    # [B, T, C] looks like [T, n, C]: what is missing may be expand().
+    with pytest.raises(ShapeError, match=rf"was expand\(\) .*, with n = {connection.config.n}\?"):
+        connection(x[0], torch.nn.Identity())
+
+
 IDLE = ["sinkhorn", "permutation", "kronecker", "exact"]
 
 
