@@ -34,7 +34,9 @@ class BrokenRowError(DataError):
 
     def __init__(self, place: str, reason: str, problem: str) -> None:
         """place: file and line; reason: short, the same for all of its kind; problem: whole."""
-        super().__init__(f"data: {problem}")
+        super().__init__(
+            f"data: {problem}; data.skip_broken=true (mhc tokenize --skip-broken) leaves it out"
+        )
         self.place = place
         self.reason = reason
 
@@ -90,7 +92,7 @@ def documents(
     if not found and skipped.reasons:
         raise DataError(f"data: {path} has no row that can be read: {skipped}")
     if not found:
-        raise DataError(f"data: {path} is empty; give a text with --data")
+        raise DataError(f"data: {path} is empty; give another text")
 
 
 def _text(file: Path, _: str, skipped: Skipped, advance: Advance) -> Iterator[Document]:
@@ -119,21 +121,39 @@ def _chained(first: str, others: Iterator[str]) -> Iterator[str]:
 
 def _stretches(file: Path, advance: Advance) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    read = lines = 0
     with _opened(file, advance) as (content, report):
         while True:
             block = content.read(STRETCH)
-            try:
-                text = decoder.decode(block, final=not block)
-            except UnicodeError:
-                text = "\0"
-            if "\0" in text:
-                problem = f"{file} is not UTF-8 text but binary; give a text with --data"
-                raise BrokenRowError(str(file), "binary", problem)
+            read, lines = read + len(block), lines + block.count(b"\n")
+            text, unread = _decoded(decoder, block)
+            if unread:
+                line = 1 + lines - unread.count(b"\n")
+                raise _not_text(f"{file}, line {line}", read - len(unread), unread[0])
             report()
             if text:
                 yield text
             if not block:
                 return
+
+
+def _decoded(decoder: codecs.IncrementalDecoder, block: bytes) -> tuple[str, bytes]:
+    """The text of a block, and its bytes from the first one on that is no text."""
+    if (nul := block.find(b"\0")) >= 0:
+        return "", block[nul:]
+    try:
+        return decoder.decode(block, final=not block), b""
+    except UnicodeDecodeError as error:
+        return "", error.object[error.start :]
+
+
+def _not_text(place: str, offset: int, value: int) -> BrokenRowError:
+    problem = f"{place}: not UTF-8 text: the byte at offset {offset} is 0x{value:02x}"
+    if value:
+        repair = "convert a text in another encoding, as with iconv -f latin1 -t utf-8"
+        return BrokenRowError(place, "not UTF-8", f"{problem}; {repair}")
+    repair = "give a file that is not binary; convert UTF-16 with iconv -f utf-16 -t utf-8"
+    return BrokenRowError(place, "binary", f"{problem}; {repair}")
 
 
 def _json_lines(file: Path, key: str, skipped: Skipped, advance: Advance) -> Iterator[Document]:
@@ -167,7 +187,7 @@ def _json_text(line: bytes, key: str, place: str) -> str:
     text = record.get(key)
     if not isinstance(text, str):
         state = "is no text" if key in record else f"is missing; there are {', '.join(record)}"
-        problem = f"{place}: the key {key!r} {state}; see data.text_key"
+        problem = f"{place}: the key {key!r} {state}; see data.text_key (mhc tokenize --text-key)"
         raise BrokenRowError(place, "without a text", problem)
     return _clean(text, place)
 
@@ -197,7 +217,7 @@ def _parquet(file: Path, key: str, skipped: Skipped, advance: Advance) -> Iterat
         with parquet.ParquetFile(file) as table:
             if key not in (names := table.schema_arrow.names):
                 raise DataError(
-                    f"data: {file} has no column {key!r} but {', '.join(names)}; see data.text_key"
+                    f"data: {file} has no column {key!r} but {', '.join(names)}; see data.text_key (mhc tokenize --text-key)"
                 )
             size = file.stat().st_size / max(1, table.metadata.num_rows)
             row = 0

@@ -44,7 +44,7 @@ def files(path: Path) -> list[Path]:
     if not is_utf8(str(path)):
         raise DataError(f"data: the path {path} is not valid UTF-8; rename the file")
     if not path.exists():
-        raise DataError(f"data: {path} does not exist; give a text with --data")
+        raise DataError(f"data: {path} does not exist; check the path")
     if not path.is_dir():
         known = Format.of(path)
         unpacked = path.with_suffix("") if known.packed else path

@@ -1,4 +1,5 @@
 import bz2
+import codecs
 import gzip
 import json
 import lzma
@@ -64,8 +65,10 @@ def test_another_key(tmp_path):
         ("a.jsonl", b'{"text": "a\xff"}\n', r"line 1: not valid JSON: it is not UTF-8"),
         ("a.jsonl", b"[" * 200_000, r"line 1: not valid JSON: maximum recursion"),
         ("a.jsonl", b"\n", r"is empty"),
-        ("a.txt", bytes(range(256)), r"a\.txt is not UTF-8 text but binary"),
-        ("a.txt", b"a\0b", r"a\.txt is not UTF-8 text but binary"),
+        ("a.txt", bytes(range(256)), r"a\.txt, line 1: not UTF-8 text: .* offset 0 is 0x00; .* binary"),
+        ("a.txt", b"a\n\0b", r"a\.txt, line 2: not UTF-8 text: .* offset 2 is 0x00; .* binary"),
+        ("a.txt", "a\né".encode("latin1"), r"line 2: .* offset 2 is 0xe9; .*-f latin1 -t utf-8"),
+        ("a.txt", "a".encode("utf-16"), r"line 1: .* iconv -f utf-16 -t utf-8"),
         ("a.txt", b" \n", r"is empty"),
         ("a.parquet", b"PAR1", r"a\.parquet cannot be read as Parquet"),
     ],
@@ -124,7 +127,7 @@ def test_compressed_files(tmp_path):
         ("a.jsonl.gz", gzip.compress(b'{"text": "one"}' * 99)[:-30], "it cannot be unpacked"),
         ("a.txt.xz", lzma.compress(b"text" * 99)[:-30], "it cannot be unpacked"),
         ("a.txt.gz", b"no gzip", r"a\.txt\.gz cannot be read: Not a gzipped file"),
-        ("a.txt.gz", gzip.compress(b"a\0b"), r"a\.txt\.gz is not UTF-8 text but binary"),
+        ("a.txt.gz", gzip.compress(b"a\0b"), r"a\.txt\.gz, line 1: not UTF-8 text: .* binary"),
         ("a.parquet.gz", b"", r"is Parquet inside \.gz, which is not read; unpack it"),
     ],
     ids=["cut gzip", "cut xz", "no gzip", "binary", "Parquet"],
@@ -191,9 +194,24 @@ def test_a_long_text_comes_in_stretches(tmp_path, monkeypatch):
     (document,) = [list(stretches) for stretches in place.documents(tmp_path / "a.txt")]
     assert "".join(document) == text
     assert len(document) > 9
-    (tmp_path / "a.txt").write_bytes(b"text" * 9 + b"\xc3")
-    with pytest.raises(DataError, match="binary"):
-        documents(tmp_path / "a.txt")
+    for mark in (b"", codecs.BOM_UTF8):
+        for bad, offset in ((b"\xc3", 36), (b"\xc3 more", 36), ("é\xff".encode() + b"\xff\n", 40)):
+            (tmp_path / "a.txt").write_bytes(mark + b"tex\n" * 9 + bad)
+            said = f"line 10: .* offset {offset + len(mark)} is 0x"
+            with pytest.raises(DataError, match=said):
+                documents(tmp_path / "a.txt")
+
+
+def test_the_ways_on_are_named_for_both_commands(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"txt": "x"}')
+    with pytest.raises(DataError, match="data.text_key .mhc tokenize --text-key.; .*") as error:
+        documents(tmp_path / "a.jsonl")
+    assert "data.skip_broken=true (mhc tokenize --skip-broken) leaves it out" in str(error.value)
+    (tmp_path / "empty.txt").touch()
+    for name in ("empty.txt", "nowhere.txt"):
+        with pytest.raises(DataError, match="is empty|does not exist") as error:
+            documents(tmp_path / name)
+        assert "--data" not in str(error.value)
 
 
 def test_values_that_only_python_reads_matter_in_the_text_alone(tmp_path):
@@ -225,9 +243,9 @@ def test_broken_rows_can_be_left_out(tmp_path):
     (tmp_path / "d.txt").write_text("last")
     skipped = Skipped(allowed=True)
     assert documents(tmp_path, "text", skipped) == ["whole"] * 6 + ["x", "y", "last"]
-    wanted = {"without a text": 3, "binary": 3, "no JSON": 1, "no objects": 1}
+    wanted = {"without a text": 3, "binary": 2, "no JSON": 1, "no objects": 1, "not UTF-8": 1}
     assert skipped.reasons == wanted | {"with half a surrogate pair": 1}
-    assert str(skipped).startswith("broken rows left out: 9 (3 without a text, 3 binary")
+    assert str(skipped).startswith("broken rows left out: 9 (3 without a text, 2 binary")
     assert str(skipped).endswith(f"the first is {tmp_path / 'a.jsonl'}, line 2")
     with pytest.raises(DataError, match="line 2: the key 'text' is no text"):
         documents(tmp_path)
