@@ -22,6 +22,8 @@ ROWS = 1024
 STRETCH = 1_000_000
 """Bytes of a text file that are held at a time."""
 
+SEE_KEY = "see data.text_key (mhc tokenize --text-key)"
+
 Document = Iterable[str]
 """A document's text in one or more stretches, so that no file need fit into memory."""
 
@@ -187,7 +189,7 @@ def _json_text(line: bytes, key: str, place: str) -> str:
     text = record.get(key)
     if not isinstance(text, str):
         state = "is no text" if key in record else f"is missing; there are {', '.join(record)}"
-        problem = f"{place}: the key {key!r} {state}; see data.text_key (mhc tokenize --text-key)"
+        problem = f"{place}: the key {key!r} {state}; {SEE_KEY}"
         raise BrokenRowError(place, "without a text", problem)
     return _clean(text, place)
 
@@ -217,7 +219,7 @@ def _parquet(file: Path, key: str, skipped: Skipped, advance: Advance) -> Iterat
         with parquet.ParquetFile(file) as table:
             if key not in (names := table.schema_arrow.names):
                 raise DataError(
-                    f"data: {file} has no column {key!r} but {', '.join(names)}; see data.text_key (mhc tokenize --text-key)"
+                    f"data: {file} has no column {key!r} but {', '.join(names)}; {SEE_KEY}"
                 )
             size = file.stat().st_size / max(1, table.metadata.num_rows)
             row = 0
