@@ -97,6 +97,11 @@ def parse_variant(text: str, connection: ConnectionConfig) -> Variant:
     kind, *pairs = text.split(":")
     if "=" in kind:
         raise ConfigError(f"variant: {text!r} must start with residual, hc or mhc")
+    if "" in pairs:
+        raise ConfigError(
+            f"variant: {text!r} has nothing after a colon; give a key=value there, as in "
+            "mhc:constraint=identity, or leave the colon out"
+        )
     keys = [pair.partition("=")[0] for pair in pairs]
     if "kind" in keys:
         raise ConfigError(f"variant: {text!r} names its kind twice; leave kind= out")

@@ -122,7 +122,7 @@ def _merged(config: Any, tree: dict[str, Any], prefix: str = "") -> Any:
         if name not in hints or (isinstance(new, dict) and not dataclasses.is_dataclass(value)):
             raise ConfigError(_unknown(_first_leaf(key, new), config, prefix))
         if not dataclasses.is_dataclass(value):
-            changes[name] = _parsed(key, new, hints[name])
+            changes[name] = _parsed(key, new, hints[name], value)
         elif isinstance(new, dict):
             changes[name] = _merged(value, new, f"{key}.")
         else:
@@ -148,15 +148,17 @@ def _unknown(key: str, config: Any, prefix: str) -> str:
     return f"unknown key {key!r}; {hint}"
 
 
-def _parsed(key: str, new: Any, hint: Any) -> Any:
+def _parsed(key: str, new: Any, hint: Any, present: Any) -> Any:
+    """present: the value there is, an example of one that would do."""
     value = new
     if get_origin(hint) is tuple and isinstance(new, str):
         value = [part.strip() for part in new.split(",") if part.strip()]
     try:
         return msgspec.convert(value, hint, strict=False)
-    except (msgspec.ValidationError, UnicodeError) as error:
-        reason = "" if get_origin(hint) is not tuple else f" ({error})"
-        raise ConfigError(f"{key}: must be {_wanted(hint)} but is {_quoted(new)}{reason}") from None
+    except (msgspec.ValidationError, UnicodeError):
+        several = get_origin(hint) is tuple
+        wanted = _several(get_args(hint), _shown(present)) if several else _wanted(hint)
+        raise ConfigError(f"{key}: must be {wanted} but is {_quoted(new)}") from None
 
 
 def _quoted(value: Any) -> str:
@@ -170,3 +172,14 @@ def _wanted(hint: Any) -> str:
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(map(_wanted, get_args(hint)))
     return getattr(hint, "__name__", str(hint))
+
+
+def _several(kinds: tuple[Any, ...], example: str) -> str:
+    """The elements that a tuple takes: so many of one kind, or any number."""
+    kind = kinds[0]
+    if get_origin(kind) is Literal:
+        return f"any of {', '.join(get_args(kind))}, with commas between,"
+    noun = "numbers" if kind is float else "texts"
+    if kinds[-1] is Ellipsis:
+        return f"{noun} with commas between"
+    return f"{len(kinds)} {noun}, as {example},"

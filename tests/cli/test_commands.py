@@ -368,8 +368,14 @@ def test_values_of_every_type():
     back = keys.override(config, ["connection.disable=", "connection.norm_eps=null"])
     assert back.connection.disable == ()
     assert back.connection.norm_eps is None
-    with pytest.raises(ConfigError, match=r"optimizer\.betas: must be .* but is '1'"):
-        keys.override(RunConfig(), ["optimizer.betas=1"])
+    for pair, wanted in {
+        "optimizer.betas=1": "must be 2 numbers, as 0.9,0.95, but is '1'",
+        "optimizer.betas=0.9,x": "must be 2 numbers, as 0.9,0.95, but is '0.9,x'",
+        "connection.disable=pre,foo": "must be any of pre, post, res, with commas between, but is",
+        "data.weights=3,many": "must be numbers with commas between but is '3,many'",
+    }.items():
+        with pytest.raises(ConfigError, match=f"{pair.partition('=')[0]}: {wanted}"):
+            keys.override(RunConfig(), [pair])
 
 
 def test_keys_are_checked_together_whatever_their_order():
@@ -391,6 +397,9 @@ def test_variants():
             parse_variant(silent, ConnectionConfig())
     with pytest.raises(ConfigError, match="names its kind twice"):
         parse_variant("mhc:kind=hc", ConnectionConfig())
+    for empty in ("mhc:", "mhc::streams=2"):
+        with pytest.raises(ConfigError, match="nothing after a colon; give a key=value there"):
+            parse_variant(empty, ConnectionConfig())
     with pytest.raises(ConfigError, match="kind: must be one of residual, hc, mhc"):
         parse_variant("gpt", ConnectionConfig())
 
