@@ -5,7 +5,7 @@ projected and read for the next one: every connection but the last leaves its wr
 successor.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from functools import partial
 from itertools import repeat
 from typing import TYPE_CHECKING, cast
@@ -174,6 +174,11 @@ class Stack(nn.Module):
 
     def _require_one_each(self, name: str, given: Sequence[Branch]) -> None:
         sublayers = len(present(self.connections))
+        if not isinstance(given, Sized):  # a generator is used up by one pass
+            raise ShapeError(
+                f"Stack: {name} must be a list of {sublayers}, one per sublayer, "
+                f"but is {type(given).__name__}; write list(...)"
+            )
         if len(given) != sublayers:
             raise ShapeError(
                 f"Stack: {name} must be {sublayers}, one per sublayer, "

@@ -278,6 +278,14 @@ class TestStack:
         with pytest.raises(ShapeError, match=r"branches must be 3, .* but are 2"):
             mhc.Stack(8, ConnectionConfig(), 3)(torch.randn(2, 8), [torch.sin] * 2)
 
+    @pytest.mark.usefixtures("unchecked")
+    def test_branches_that_are_no_list_are_named(self):
+        stack, h = mhc.Stack(8, ConnectionConfig(), 3), torch.randn(2, 8)
+        with pytest.raises(ShapeError, match=r"branches must be a list of 3, .* but is generator"):
+            stack(h, (torch.sin for _ in range(3)))
+        with pytest.raises(ShapeError, match=r"norms must be a list of 3, .* but is generator"):
+            stack(h, [torch.sin] * 3, (torch.sin for _ in range(3)))
+
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
