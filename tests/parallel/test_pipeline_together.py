@@ -111,12 +111,23 @@ def test_every_gradient_of_every_kind_of_network(parallel, kinds):
     configs = [config for config, _ in planned.values()]
     found, *_ = together(configs[0].parallel.size, all_gradients, configs)
     for kind, gradients in zip(kinds, found, strict=True):
-        (wanted,) = all_gradients([planned[kind][1]])
-        tolerance = 1e-3 if kind == "bfloat16" else 1e-5
+        alone = planned[kind][1]
+        (wanted,) = all_gradients([alone])
         assert gradients.keys() == wanted.keys()
+        if kind == "bfloat16":
+            # Where gradients cancel, a rounding is as large as one of them.
+            exact = replace(alone, training=replace(alone.training, precision="float32"))
+            (in_float32,) = all_gradients([exact])
+            assert distance(gradients, wanted) <= 0.25 * distance(wanted, in_float32)
+            continue
         for name, gradient in wanted.items():
             apart = abs(gradients[name] - gradient).max()
-            assert apart <= tolerance * abs(gradient).max() + 1e-9, (kind, name)
+            assert apart <= 1e-5 * abs(gradient).max() + 1e-9, (kind, name)
+
+
+def distance(ours, theirs):
+    """Of all gradients taken as one vector."""
+    return sum(((ours[name] - theirs[name]) ** 2).sum() for name in theirs) ** 0.5
 
 
 def all_gradients(configs):
