@@ -37,12 +37,13 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if library := config.getoption("--cpu-library"):
-        from manifold_hc.kernels.cpu import build
+    if file := config.getoption("--cpu-library"):
+        from manifold_hc.kernels.cpu import prebuilt
+        from manifold_hc.kernels.cpu.build import library
 
-        build.prebuilt.find = lambda: library
-        if build.library()._name != str(library):
-            raise pytest.UsageError(f"--cpu-library={library} does not load")
+        prebuilt.find = lambda: file
+        if library()._name != str(file):
+            raise pytest.UsageError(f"--cpu-library={file} does not load")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -14,6 +14,7 @@ import pytest
 
 import manifold_hc
 from manifold_hc.kernels.cpu import build, prebuilt
+from manifold_hc.kernels.cpu.build import library as loaded_once
 from manifold_hc.kernels.cpu.compiler import compile_library, find_compiler
 
 hatch_build = pytest.importorskip("hatch_build", reason="hatchling is not installed")
@@ -235,7 +236,7 @@ def test_a_library_that_cannot_be_used_is_built(wheels, how, caplog):
     caplog.clear()
     damaged(how, Path(own._name), wheels)
     caplog.set_level(logging.INFO)
-    loaded = build.library.__wrapped__()
+    loaded = loaded_once.__wrapped__()
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     if how == "whole":
         assert (loaded._name, warnings) == (str(wheels), [])
