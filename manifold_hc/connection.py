@@ -8,11 +8,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from manifold_hc import constraints
-from manifold_hc.autocast import is_autocast
 from manifold_hc.config import ConnectionConfig, require_config
 from manifold_hc.errors import ConfigError, ShapeError, require_integer
 from manifold_hc.functional import InputNorm
 from manifold_hc.maps import Maps, ResidualMaps, Unwritten, crosses
+from manifold_hc.precision import is_autocast
 
 Branch = Callable[[Tensor], Tensor]
 """A sublayer, its own norm inside unless the connection has it: [..., C] -> [..., C]."""

@@ -197,7 +197,9 @@ class Constraint:
     build: Callable[[Tensor, int, int, Numerics], Tensor]
     """(logits [*batch, k], n, iterations, numerics) -> res [*batch, o, i]."""
     rows_sum_to_one: bool = True
-    """Whether every row of res sums to 1, so that mixing equal streams changes nothing."""
+    """True if every row of res sums to 1, so that mixing equal streams changes nothing."""
+    in_kernels: bool = False
+    """True if the compiled kernels compute res themselves; torch builds the others."""
 
 
 def _matrix(logits: Tensor, n: int) -> Tensor:
@@ -223,11 +225,13 @@ CONSTRAINTS: dict[str, Constraint] = {
         build=lambda logits, n, iterations, numerics: sinkhorn(
             _matrix(logits, n), iterations, numerics
         ),
+        in_kernels=True,
     ),
     "identity": Constraint(
         size=lambda n: 0,
         initial=lambda n: [],
         build=lambda logits, n, iterations, numerics: identity(n, logits),
+        in_kernels=True,
     ),
     "permutation": Constraint(
         size=math.factorial,
@@ -251,6 +255,7 @@ CONSTRAINTS: dict[str, Constraint] = {
         initial=lambda n: [float(i == o) for o in range(n) for i in range(n)],
         build=lambda logits, n, iterations, numerics: _oriented(_matrix(logits, n), numerics),
         rows_sum_to_one=False,
+        in_kernels=True,
     ),
 }
 

@@ -13,7 +13,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from manifold_hc import reference
-from manifold_hc.autocast import is_autocast
 from manifold_hc.checks import (
     check_coefficient,
     check_input_norm,
@@ -28,11 +27,12 @@ from manifold_hc.checks import (
 from manifold_hc.errors import ConfigError, ShapeError
 from manifold_hc.kernels import pick
 from manifold_hc.numerics import preset, require_epsilon
+from manifold_hc.precision import is_autocast
 from manifold_hc.reference import Coefficients
 
 __all__ = [
+    "BackwardLink",
     "InputNorm",
-    "Link",
     "Reading",
     "boundary",
     "coefficients",
@@ -48,14 +48,14 @@ __all__ = [
 ]
 
 
-class Link(NamedTuple):
+class BackwardLink(NamedTuple):
     """Ties a write to the coefficients its streams were read with, so that both share a backward.
 
     Opaque. It holds for these streams and this `res`, whose gradients come through it; a write with
     others does without.
     """
 
-    stand_in: Float[Tensor, "*tokens n C"]
+    grad_carrier: Float[Tensor, "*tokens n C"]
     x: Float[Tensor, "*batch n C"]
     res: Float[Tensor, "*batch o i"]
 
@@ -70,9 +70,9 @@ class Reading(NamedTuple):
     """What was read, after `input_norm` where that was given."""
     x: Float[Tensor, "*batch n C"]
     """The streams themselves."""
-    weights: Float[Tensor, "*batch n"]
+    read_weights: Float[Tensor, "*batch n"]
     """What u was read with: pre, or what `boundary` was given for it."""
-    link: Link | None
+    link: BackwardLink | None
     """For the `write` that follows; None where the backend has no use for it."""
 
 
@@ -187,12 +187,12 @@ def coefficients_and_read(
     """
     chosen = preset(numerics, norm_eps=norm_eps, hc_eps=hc_eps)
     n = check_maps("coefficients_and_read", x, phi, alpha, bias, iterations, constraint)
-    pre, post, res, u, stand_in = _run(
+    pre, post, res, u, grad_carrier = _run(
         *("coefficients_and_read", backend, n, _given(x, phi, alpha, bias)),
         *(x, phi, alpha, bias, iterations, constraint, chosen, learn_res),
     )
     res = res if learn_res else res.detach()
-    return Reading(pre, post, res, u, x, pre, _link(stand_in, x, res))
+    return Reading(pre, post, res, u, x, pre, _link(grad_carrier, x, res))
 
 
 def boundary(
@@ -206,7 +206,7 @@ def boundary(
     *,
     pre: Float[Tensor, "*#batch n"] | None = None,
     input_norm: InputNorm | None = None,
-    link: Link | None = None,
+    link: BackwardLink | None = None,
     iterations: int = 20,
     constraint: str = "sinkhorn",
     numerics: str = "paper",
@@ -236,23 +236,23 @@ def boundary(
         check_input_norm("boundary", weight, eps, x)
     given = _given(x, phi, alpha, bias, y, post, res, pre, weight)
     arguments = (x, y, post, res, pre, phi, alpha, bias, weight, eps)
-    written, new_pre, new_post, new_res, u, stand_in = _run(
+    written, new_pre, new_post, new_res, u, grad_carrier = _run(
         *("boundary", backend, n, given, *arguments, iterations, constraint, chosen),
-        *(learn_res, _stand_in(link, x, res)),
+        *(learn_res, _grad_carrier(link, x, res)),
     )
     new_res = new_res if learn_res else new_res.detach()
     weights = new_pre if pre is None else pre
-    new_link = _link(stand_in, written, new_res)
+    new_link = _link(grad_carrier, written, new_res)
     return Reading(new_pre, new_post, new_res, u, written, weights, new_link)
 
 
-def _link(stand_in: Tensor | None, x: Tensor, res: Tensor) -> Link | None:
-    return None if stand_in is None else Link(stand_in, x, res)
+def _link(grad_carrier: Tensor | None, x: Tensor, res: Tensor) -> BackwardLink | None:
+    return None if grad_carrier is None else BackwardLink(grad_carrier, x, res)
 
 
-def _stand_in(link: Link | None, x: Tensor, res: Tensor) -> Tensor | None:
+def _grad_carrier(link: BackwardLink | None, x: Tensor, res: Tensor) -> Tensor | None:
     """The link's, if it holds for these."""
-    return link.stand_in if link is not None and link.x is x and link.res is res else None
+    return link.grad_carrier if link is not None and link.x is x and link.res is res else None
 
 
 def hc_coefficients(
@@ -326,7 +326,7 @@ def write(
     res: Float[Tensor, "*#batch n n"],
     backend: str = "auto",
     *,
-    link: Link | None = None,
+    link: BackwardLink | None = None,
 ) -> Float[Tensor, "*batch n C"]:
     """The next streams `x'[o] = sum_i res[o, i] x[i] + post[o] y`: [..., n, C], in x's dtype.
 
@@ -335,7 +335,7 @@ def write(
     """
     n = check_write("write", x, y, post, res)
     result: Tensor = _run(
-        "write", backend, n, [x, y, post, res], x, y, post, res, _stand_in(link, x, res)
+        "write", backend, n, [x, y, post, res], x, y, post, res, _grad_carrier(link, x, res)
     )
     return result
 

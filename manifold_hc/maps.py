@@ -10,43 +10,15 @@ from torch import Tensor, nn
 
 from manifold_hc import constraints, functional
 from manifold_hc.config import ConnectionConfig, Part
-from manifold_hc.errors import DtypeError
 from manifold_hc.functional import InputNorm, Reading
 from manifold_hc.kernels.fusion import is_fused
+from manifold_hc.precision import WideModule, wide_dtype
 
 POST_SPREAD = 0.2
 """Half the range of mHC's initial write logits: different values, so that streams separate."""
 
 SATURATED = 40.0
 """A logit whose sigmoid is 1 in float64."""
-
-
-class WideModule(nn.Module):
-    """A module whose own parameters and buffers never fall below float32.
-
-    `.to(bfloat16)`, `.half()` and a checkpoint in half precision leave them in float32,
-    `.double()` converts them. What casts them all the same, `_require_wide` refuses.
-    """
-
-    _unit = "the stack, or on each connection outside of one,"
-
-    def __init__(self) -> None:
-        """Parameters are made by the subclasses, in `wide_dtype()`."""
-        super().__init__()
-        self.register_load_state_dict_pre_hook(_widen_entries)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "WideModule":
-        return cast("WideModule", super()._apply(lambda t: _at_least_float32(fn, t), recurse))
-
-    def _require_wide(self) -> None:
-        """Raise DtypeError for parameters below float32, as a sharding policy gathers them."""
-        for name, parameter in self._parameters.items():
-            if parameter is not None and parameter.dtype.itemsize < 4:
-                raise DtypeError(
-                    f"{type(self).__name__}: {name} must be float32 or float64 but is "
-                    f"{parameter.dtype}, to which a sharding policy casts it; call fully_shard on "
-                    f"{self._unit} without a policy, before the fully_shard of the model"
-                )
 
 
 class Unwritten(NamedTuple):
@@ -358,25 +330,3 @@ def _fill(phi: Tensor, std: float) -> None:
     # Zero draws nothing, so that all kinds of connection leave the branches the same random state.
     with torch.no_grad():
         phi.normal_(0, std) if std else phi.zero_()
-
-
-def wide_dtype() -> torch.dtype:
-    """float32, or float64 where that is torch's default."""
-    return torch.promote_types(torch.get_default_dtype(), torch.float32)
-
-
-def _at_least_float32(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """`fn`, the conversion that a module passes down, without its fall below float32."""
-    result: Any = fn(tensor)
-    if result.is_floating_point() and result.dtype.itemsize < 4:
-        return tensor.to(device=result.device, dtype=torch.float32)
-    return cast(Tensor, result)
-
-
-def _widen_entries(
-    module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *rest: object
-) -> None:
-    """Half-precision entries of a checkpoint, which `assign=True` would put in as they are."""
-    for name in (*module._parameters, *module._buffers):
-        if (key := prefix + name) in state_dict:
-            state_dict[key] = _at_least_float32(lambda tensor: tensor, state_dict[key])

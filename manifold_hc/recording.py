@@ -21,10 +21,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
 from manifold_hc import functional
-from manifold_hc.autocast import has_autocast
 from manifold_hc.connection import Branch, Connection, is_altered, runs_known_forward
 from manifold_hc.functional import InputNorm, Reading
 from manifold_hc.maps import Unwritten
+from manifold_hc.precision import has_autocast
 
 Kind = Literal["streams", "input", "normalised"]
 
@@ -228,7 +228,7 @@ class Recording:
             x, backend = reading.x, unwritten.config.backend
             self._block = Block(x.detach(), x._version, backend, self._autocast)
         block, sublayer = self._block, len(self._block.reads)
-        block.reads.append(reading.weights.detach())
+        block.reads.append(reading.read_weights.detach())
         block.writes.append((unwritten.y.detach(), post, res))
         block.versions.append(unwritten.y._version)
         self._streams = reading.x.detach()
@@ -348,7 +348,7 @@ def may_run_again(norm: nn.Module) -> bool:
 
 def is_read(reading: Reading, norm: InputNorm | None, backend: str) -> bool:
     """Whether u is what `weights` read: a hook may have replaced it."""
-    _, (u,) = functional.rebuild(reading.x, [], [reading.weights], [norm], backend)
+    _, (u,) = functional.rebuild(reading.x, [], [reading.read_weights], [norm], backend)
     return torch.equal(u, reading.u)
 
 

@@ -122,7 +122,7 @@ def test_every_parameter_but_the_first_res_learns():
 
 def test_the_first_sublayer_reads_stream_0():
     stack, seen = stack_of(4), []
-    stack.connections[0].maps.register_forward_hook(lambda *a: seen.append(a[2].weights))
+    stack.connections[0].maps.register_forward_hook(lambda *a: seen.append(a[2].read_weights))
     stack(torch.randn(5, C), branches_of(torch.randn(L, C)))
     assert torch.equal(seen[0], torch.tensor([1.0, 0, 0, 0]).expand(5, 4))
 

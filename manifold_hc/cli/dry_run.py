@@ -46,7 +46,7 @@ def _layout(config: RunConfig) -> str:
     parallel, pieces = config.parallel, config.training.accumulate
     if parallel.pipeline == 1:
         return str(parallel)
-    stages, size = parallel.all_stages, config.training.batch // parallel.parts // pieces
+    stages, size = parallel.all_stages, config.training.batch // parallel.dp_size // pieces
     return (
         f"{parallel}; {parallel.schedule} over {stages} stages of {config.model.blocks // stages} "
         f"blocks, microbatches: {pieces} of {size:,} sequences"

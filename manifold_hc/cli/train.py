@@ -102,11 +102,11 @@ def _run(
     corpus = load(config.data, config.model.vocabulary, console(stderr=True))
     device = training.check(config, corpus).device
     with joined(config.parallel, device) as processes, ExitStack() as held:
-        restarted = any(processes.gathered(is_restarted()))
-        again = processes.by_first(
+        restarted = any(processes.all_gather(is_restarted()))
+        again = processes.on_rank0(
             lambda: _take(folder, held, config, new=find is None, restarted=restarted)
         )
-        if not (again and processes.by_first(folder.is_complete)):
+        if not (again and processes.on_rank0(folder.is_complete)):
             _train(config, corpus, folder, processes, Checkpoints.find if again else find)
         if processes.is_first:
             rows = summarise(load_runs(path))
@@ -183,7 +183,7 @@ def _train(
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint, corpus.digest, processes)
     if find is not None:
         at = find(checkpoints)
-        if at is None and processes.by_first(folder.is_complete):
+        if at is None and processes.on_rank0(folder.is_complete):
             raise RunFolderError(
                 f"run folder: {path} holds a complete run without a checkpoint to go on from"
             )

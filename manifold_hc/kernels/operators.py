@@ -395,7 +395,7 @@ def _coefficients_and_read(define: _Definer) -> None:
     def run(x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *settings: Any) -> Any:
         tensors = _dense(x, phi, alpha, bias)
         made = define.kernels.coefficients_and_read(*tensors, Settings(*settings))
-        return (*made, _stand_in(x))
+        return (*made, _grad_carrier(x))
 
     define(
         "coefficients_and_read",
@@ -472,7 +472,7 @@ def _boundary(define: _Definer) -> None:
         y, post, res, pre, _, phi, alpha, bias, weight, input_eps, *settings = rest
         tensors = _dense(x, y, post, res, pre, phi, alpha, bias, weight)
         made = define.kernels.boundary(*tensors, input_eps, Settings(*settings))
-        return (*made, _stand_in(x))
+        return (*made, _grad_carrier(x))
 
     define(
         "boundary",
@@ -512,7 +512,7 @@ def _rebuild(define: _Definer) -> None:
     )
 
 
-def _stand_in(x: Tensor) -> Tensor:
+def _grad_carrier(x: Tensor) -> Tensor:
     return x.new_zeros(()).expand(x.shape)
 
 

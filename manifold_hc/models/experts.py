@@ -9,16 +9,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import grouped_mm, linear, silu
 
-from manifold_hc.autocast import compute_dtype
 from manifold_hc.errors import (
     ConfigError,
     require_at_least_one,
     require_integer,
     require_number,
 )
-from manifold_hc.maps import WideModule, wide_dtype
 from manifold_hc.models.feed_forward import GatedFeedForward
 from manifold_hc.models.linear import here
+from manifold_hc.precision import WideModule, compute_dtype, wide_dtype
 
 ALIGNMENT = 16
 """Bytes that torch's grouped product wants every row to be a multiple of."""

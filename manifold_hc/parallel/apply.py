@@ -8,7 +8,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from manifold_hc.maps import WideModule
 from manifold_hc.models import Decoder
 from manifold_hc.models.attention import LatentAttention
 from manifold_hc.models.experts import mixtures
@@ -18,6 +17,7 @@ from manifold_hc.parallel.experts import share_experts
 from manifold_hc.parallel.pipeline import Pipeline, cut
 from manifold_hc.parallel.processes import Processes
 from manifold_hc.parallel.tensor import SHARDED, share_branch
+from manifold_hc.precision import WideModule
 from manifold_hc.stack import present
 
 FLOAT32 = MixedPrecisionPolicy()

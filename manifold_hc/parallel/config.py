@@ -94,7 +94,7 @@ class ParallelConfig:
         return self.size // self.pipeline
 
     @property
-    def parts(self) -> int:
+    def dp_size(self) -> int:
         """Parts of a batch that are computed at once."""
         return self.replicate * self.shard
 

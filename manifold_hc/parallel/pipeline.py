@@ -14,10 +14,10 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from manifold_hc.autocast import compute_dtype
 from manifold_hc.logs import quiet
 from manifold_hc.models import Decoder
 from manifold_hc.parallel.processes import Processes
+from manifold_hc.precision import compute_dtype
 from manifold_hc.stack import Stack
 
 Found = TypeVar("Found")
@@ -82,7 +82,7 @@ class Pipeline(nn.Module):
                 with self.processes.waiting():
                     for tensor in sent:
                         there = self._owner(number - 1)
-                        dist.recv(tensor, group=self.processes.line, group_src=there)
+                        dist.recv(tensor, group=self.processes.pp_group, group_src=there)
             self.running = number
             out = stage(*sent, documents=documents)
             sent = out if isinstance(out, tuple) else (out,)
@@ -90,7 +90,9 @@ class Pipeline(nn.Module):
                 with self.processes.waiting():
                     for tensor in sent:
                         there = self._owner(number + 1)
-                        dist.send(tensor.contiguous(), group=self.processes.line, group_dst=there)
+                        dist.send(
+                            tensor.contiguous(), group=self.processes.pp_group, group_dst=there
+                        )
         return sent[0] if self._last in self.stages else None
 
     def backward(
@@ -120,7 +122,7 @@ class Pipeline(nn.Module):
 
     def in_depth_order(self, found: list[tuple[int, Found]]) -> list[Found]:
         """What all processes of the pipeline have found, each in its own sublayers, by sublayer."""
-        everywhere = [one for part in self.processes.along_pipeline(found) for one in part]
+        everywhere = [one for part in self.processes.all_gather_pp(found) for one in part]
         return [what for _, what in sorted(everywhere, key=lambda one: one[0])]
 
     def _planned(self, tokens: Int[Tensor, "B T"]) -> Any:
@@ -162,7 +164,7 @@ def cut(decoder: Decoder, processes: Processes, precision: torch.dtype) -> dict[
     length = sublayers // config.all_stages
     return {
         number: Stage(decoder.part(range(number * length, (number + 1) * length)), precision)
-        for number in config.stages_of(processes.position)
+        for number in config.stages_of(processes.pp_rank)
     }
 
 

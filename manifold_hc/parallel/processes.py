@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from manifold_hc.errors import ConfigError, LostProcessError
 from manifold_hc.parallel.config import ParallelConfig, require_started
-from manifold_hc.parallel.meeting import agreed_name
+from manifold_hc.parallel.rendezvous import agree_on_prefix
 from manifold_hc.parallel.watchdog import Watchdog
 
 Result = TypeVar("Result")
@@ -46,14 +46,14 @@ class Processes:
         self._watchdog = watchdog
         self.background = None if mesh is None else dist.new_group(backend="gloo")
         """The same processes, for a thread that asks while the main one does."""
-        self.line: dist.ProcessGroup | None = None
+        self.pp_group: dist.ProcessGroup | None = None
         """Those that have this one's tokens and other layers, in the order of the pipeline."""
         self._copies: dist.ProcessGroup | None = None
         """Those that have this one's layers and other tokens; None where that is all."""
         if mesh is not None and self.config.pipeline > 1:
             sizes = (self.config.pipeline, self.config.copies)
             grid = mesh._unflatten(0, sizes, ("pipeline", "copies"))
-            self.line, self._copies = grid.get_group("pipeline"), grid.get_group("copies")
+            self.pp_group, self._copies = grid.get_group("pipeline"), grid.get_group("copies")
 
     @property
     def is_first(self) -> bool:
@@ -71,27 +71,27 @@ class Processes:
         return 1 if self.mesh is None else dist.get_world_size()
 
     @property
-    def part(self) -> int:
+    def dp_rank(self) -> int:
         """Which part of every batch is this one's."""
         return self.rank % self.config.copies // self.config.tensor
 
     @property
-    def parts(self) -> int:
+    def dp_size(self) -> int:
         """In how many parts a batch is computed at once."""
-        return self.config.parts
+        return self.config.dp_size
 
     @property
-    def place(self) -> int:
+    def tp_rank(self) -> int:
         """Which part of every sequence is this one's."""
         return self.rank % self.config.tensor
 
     @property
-    def places(self) -> int:
+    def tp_size(self) -> int:
         """In how many parts a sequence is computed at once."""
         return self.config.tensor
 
     @property
-    def position(self) -> int:
+    def pp_rank(self) -> int:
         """Which process of its pipeline this one is."""
         return self.rank // self.config.copies
 
@@ -122,15 +122,15 @@ class Processes:
         yield
         self.goes_on()
 
-    def summed(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, on every process."""
-        return self._summed(tensor, None)
+        return self._all_reduce(tensor, None)
 
-    def over_tokens(self, tensor: Tensor) -> Tensor:
+    def all_reduce_data(self, tensor: Tensor) -> Tensor:
         """The sum over those that have this one's layers: over all tokens of a batch."""
-        return self._summed(tensor, self._copies)
+        return self._all_reduce(tensor, self._copies)
 
-    def _summed(self, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    def _all_reduce(self, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         if self.mesh is None:
             return tensor
         total = tensor.clone()
@@ -138,47 +138,47 @@ class Processes:
             dist.all_reduce(total, group=group)
         return total
 
-    def along_pipeline(self, value: Result) -> list[Result]:
+    def all_gather_pp(self, value: Result) -> list[Result]:
         """The values of those that have other layers for this one's tokens, in their order."""
-        return [value] if self.line is None else self._gathered(value, self.line)
+        return [value] if self.pp_group is None else self._all_gather(value, self.pp_group)
 
     def collected(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of all processes of a pipeline, on the first one's host; its own elsewhere.
 
         Only the processes that are the `is_first_copy` of their layers have any to give.
         """
-        known = self.along_pipeline({n: (t.shape, t.dtype) for n, t in tensors.items()})
-        if self.line is None or not self.is_first_copy:
+        known = self.all_gather_pp({n: (t.shape, t.dtype) for n, t in tensors.items()})
+        if self.pp_group is None or not self.is_first_copy:
             return tensors
         for position, names in enumerate(known[1:], start=1):
             for name, (shape, dtype) in names.items():
-                if self.position == position:
-                    dist.send(tensors[name].cpu().contiguous(), group=self.line, group_dst=0)
-                elif self.position == 0:
+                if self.pp_rank == position:
+                    dist.send(tensors[name].cpu().contiguous(), group=self.pp_group, group_dst=0)
+                elif self.pp_rank == 0:
                     tensors[name] = torch.empty(shape, dtype=dtype)
-                    dist.recv(tensors[name], group=self.line, group_src=position)
+                    dist.recv(tensors[name], group=self.pp_group, group_src=position)
         return tensors
 
     def largest(self, number: int) -> int:
         """The largest of all processes' numbers."""
-        return max(self.gathered(number))
+        return max(self.all_gather(number))
 
     def asked(self, seen: Signals | None) -> Signals | None:
         """The signal that some process has seen, the same for all."""
         number = self.largest(seen or 0)
         return Signals(number) if number else None
 
-    def gathered(self, value: Result) -> list[Result]:
+    def all_gather(self, value: Result) -> list[Result]:
         """The values of all processes, by rank."""
-        return [value] if self.mesh is None else self._gathered(value, None)
+        return [value] if self.mesh is None else self._all_gather(value, None)
 
-    def _gathered(self, value: Result, group: dist.ProcessGroup | None) -> list[Result]:
+    def _all_gather(self, value: Result, group: dist.ProcessGroup | None) -> list[Result]:
         values: list[Any] = [None] * dist.get_world_size(group)
         with self.waiting():
             dist.all_gather_object(values, value, group=group)
         return values
 
-    def by_first(self, run: Callable[[], Result]) -> Result:
+    def on_rank0(self, run: Callable[[], Result]) -> Result:
         """What `run` returns in the first process, or the error that it raises there, in all."""
         return self.each(lambda: run() if self.is_first else cast(Result, None))[0]
 
@@ -191,7 +191,7 @@ class Processes:
             result = run()
         except Exception as error:
             failed = error
-        outcomes = self.gathered((result, failed))
+        outcomes = self.all_gather((result, failed))
         for _, reason in outcomes:
             if reason is not None:
                 raise reason
@@ -231,7 +231,7 @@ def joined(config: ParallelConfig, device: torch.device) -> Iterator[Processes]:
         torch.cuda.set_device(dist.get_node_local_rank())
     patience = timedelta(seconds=config.timeout + GRACE)
     known, rank, size = next(rendezvous("env://", timeout=patience))
-    store = PrefixStore(agreed_name(known, rank, size, config.timeout), known)
+    store = PrefixStore(agree_on_prefix(known, rank, size, config.timeout), known)
     watchdog = Watchdog(store, rank, size, config.timeout)
     try:
         dist.init_process_group(

@@ -32,7 +32,7 @@ def planned(
             next(stage.parameters()).device,
             input_args=sizes[number],
             output_args=sizes[number + 1],
-            group=processes.line,
+            group=processes.pp_group,
         )
         for number, stage in stages.items()
     ]

@@ -93,7 +93,7 @@ class Checkpoints:
         if self._pending is None:
             return
         step, writer, written = self._pending
-        if not wait and not all(self.processes.gathered(written.done())):
+        if not wait and not all(self.processes.all_gather(written.done())):
             return
         self._pending = None
         try:
@@ -106,7 +106,7 @@ class Checkpoints:
     def _start(self, state: TrainState, validation_loss: float | None, *, wait: bool) -> None:
         path = self.folder / f"step-{state.step:08}"
         self.processes.at(f"step {state.step}, checkpoint")
-        if self.processes.by_first(path.exists):
+        if self.processes.on_rank0(path.exists):
             return
         tensors = state.tensors()
         manifest = self._manifest(state, tensors, validation_loss)
@@ -116,7 +116,7 @@ class Checkpoints:
             # torch copies what it writes itself.
             weights = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
         writer = Writer(path, manifest, weights)
-        self.processes.by_first(writer.clear)
+        self.processes.on_rank0(writer.clear)
         if wait:
             with one_process():
                 save = partial(save_tensors, tensors, storage_writer=writer, no_dist=alone)
@@ -134,7 +134,7 @@ class Checkpoints:
 
     def _made(self) -> None:
         self._retry_at = math.inf
-        self.processes.by_first(self._prune)
+        self.processes.on_rank0(self._prune)
 
     def _failed(self, step: int, error: OSError) -> None:
         if is_permanent(error):
@@ -164,7 +164,7 @@ class Checkpoints:
         A damaged one is passed over, loudly, for the one before it. Raises CheckpointError where
         that of `step` is damaged, or all are.
         """
-        paths = self.processes.by_first(self.paths)
+        paths = self.processes.on_rank0(self.paths)
         if step is not None:
             chosen = [path for path in paths if path_step(path) == step]
             if not chosen:

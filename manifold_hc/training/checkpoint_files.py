@@ -97,7 +97,7 @@ def verify(path: Path, processes: Processes | None = None) -> None:
     The processes share the work, and raise together.
     """
     processes = processes or Processes()
-    listed = list(processes.by_first(lambda: _listed(path)).items())
+    listed = list(processes.on_rank0(lambda: _listed(path)).items())
     processes.each(lambda: _verify_files(path, listed[processes.rank :: processes.size]))
 
 

@@ -157,7 +157,7 @@ class RunConfig:
                 raise ConfigError(
                     f"parallel.tensor: must divide {name}={size} but is {self.parallel.tensor}"
                 )
-        pieces = self.parallel.parts * self.training.accumulate
+        pieces = self.parallel.dp_size * self.training.accumulate
         if self.training.batch % pieces:
             raise ConfigError(
                 f"training.batch: must be a multiple of {pieces}, parallel.replicate x "

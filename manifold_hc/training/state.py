@@ -80,7 +80,7 @@ class TrainState:
     def is_finite(self) -> bool:
         """Whether every weight is; every process must ask."""
         here = all(bool(local(p).isfinite().all()) for p in self.model.parameters())
-        return all(self.processes.gathered(here))
+        return all(self.processes.all_gather(here))
 
     def weights(self) -> dict[str, torch.Tensor]:
         """All weights whole, on the first process's host; every process must ask."""
@@ -95,7 +95,7 @@ class TrainState:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of all weights, in every process; every one must ask."""
         here = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
-        found = self.processes.along_pipeline(here)
+        found = self.processes.all_gather_pp(here)
         return {name: shape for part in found for name, shape in part.items()}
 
     @property

@@ -36,8 +36,8 @@ def take_step(state: TrainState, batch: Batch, config: RunConfig) -> StepFigures
     model, rate = state.model, learning_rate(state.step, config.training.steps, config.optimizer)
     processes = state.processes
     processes.at(f"step {state.step}, forward and backward")
-    targets = max(1, int(processes.over_tokens(count_targets(batch.targets))))
-    loss = processes.summed(backward(model, batch, targets, config.training))
+    targets = max(1, int(processes.all_reduce_data(count_targets(batch.targets))))
+    loss = processes.all_reduce(backward(model, batch, targets, config.training))
     if not math.isfinite(loss.item()):
         raise DivergedError(state.step, "loss", _first_infinite_layer(state, batch, config))
     processes.at(f"step {state.step}, update")
@@ -52,7 +52,7 @@ def take_step(state: TrainState, batch: Batch, config: RunConfig) -> StepFigures
     state.optimizer.step()
     state.optimizer.zero_grad()
     state.step += 1
-    state.sequences += len(batch.inputs) * processes.parts
+    state.sequences += len(batch.inputs) * processes.dp_size
     return StepFigures(loss.item(), norm.item(), rate)
 
 
@@ -87,7 +87,7 @@ def gradient_norm(model: nn.Module, processes: Processes) -> Tensor:
     )
     if processes.size == 1:
         return norm
-    squares = processes.summed(norm.double().square()) / processes.config.replicate
+    squares = processes.all_reduce(norm.double().square()) / processes.config.replicate
     return squares.sqrt().to(norm.dtype)
 
 
@@ -122,7 +122,7 @@ def _first_infinite_gradient(state: TrainState) -> str:
         for group in state.optimizer.param_groups
     }
     groups: dict[str, dict[str, bool]] = {}
-    for part in state.processes.gathered(here):
+    for part in state.processes.all_gather(here):
         for group, tensors in part.items():
             known = groups.setdefault(group, {})
             known |= {name: bad or known.get(name, False) for name, bad in tensors.items()}
@@ -170,7 +170,7 @@ def _first_infinite_layer(state: TrainState, batch: Batch, config: RunConfig) ->
         for handle in handles:
             handle.remove()
     # In the order of stages, and of calls in each.
-    seen = sorted(chain.from_iterable(state.processes.gathered(found)), key=lambda one: one[0])
+    seen = sorted(chain.from_iterable(state.processes.all_gather(found)), key=lambda one: one[0])
     if not seen:
         return "the loss itself, while every layer's output is finite"
     _, group, name = seen[0]

@@ -86,8 +86,8 @@ def train(
     if resume is not None:
         _go_on(state, resume, digest, folder)
         logger.info("going on from %s", resume)
-    processes.by_first(lambda: _begin(config, folder, checkpoints, state))
-    processes.by_first(on_begin)
+    processes.on_rank0(lambda: _begin(config, folder, checkpoints, state))
+    processes.on_rank0(on_begin)
     if processes.size > 1:
         processes.each(lambda: folder.require_shared(config))
         processes.each(checkpoints.require_writable)
@@ -110,8 +110,8 @@ def train(
             except DivergedError as error:
                 _save_last_finite(state, checkpoints, error)
                 raise
-            loads = balance(state.model, processes.over_tokens)
-            tokens = batch.inputs.numel() * processes.parts * processes.places
+            loads = balance(state.model, processes.all_reduce_data)
+            tokens = batch.inputs.numel() * processes.dp_size * processes.tp_size
             seconds = time.perf_counter() - start
             figures |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
             journal.step(step, figures)
@@ -145,15 +145,15 @@ def _finish(
     processes = state.processes
     processes.at("end, gathering the weights")
     weights = state.weights()
-    size = sum(processes.along_pipeline(sum(p.numel() for p in state.model.parameters())))
-    peak = max(processes.gathered(peak_memory(state.device)))
+    size = sum(processes.all_gather_pp(sum(p.numel() for p in state.model.parameters())))
+    peak = max(processes.all_gather(peak_memory(state.device)))
     known = {"parameters": size, "peak_memory": peak}
-    summary = processes.by_first(lambda: folder.figures() | known)
+    summary = processes.on_rank0(lambda: folder.figures() | known)
     files = {
-        "the metrics": lambda: processes.by_first(folder.flush),
-        "the weights": lambda: processes.by_first(lambda: folder.save_model(weights)),
+        "the metrics": lambda: processes.on_rank0(folder.flush),
+        "the weights": lambda: processes.on_rank0(lambda: folder.save_model(weights)),
         "the last checkpoint": lambda: checkpoints.write(state),
-        "the summary": lambda: processes.by_first(lambda: folder.finish(summary)),
+        "the summary": lambda: processes.on_rank0(lambda: folder.finish(summary)),
     }
 
     def is_asked(what: str) -> Signals | None:
@@ -221,8 +221,10 @@ def warn_of_warmup(config: RunConfig) -> None:
 
 def own_part(batches: Batches, first: int, processes: Processes) -> Batch:
     """What this process has of the batch that begins with sequence `first`."""
-    size = batches.batch // processes.parts
-    return batches.take(first + size * processes.part, size).span(processes.place, processes.places)
+    size = batches.batch // processes.dp_size
+    return batches.take(first + size * processes.dp_rank, size).span(
+        processes.tp_rank, processes.tp_size
+    )
 
 
 @torch.no_grad()
@@ -241,8 +243,8 @@ def validate(state: TrainState, batches: Batches) -> float:
             loss += loss_of(model, piece, training.precision).double() * count
             targets += count
     model.train()
-    total = processes.summed(loss).item()
-    return total / max(1, processes.over_tokens(targets).item())
+    total = processes.all_reduce(loss).item()
+    return total / max(1, processes.all_reduce_data(targets).item())
 
 
 def load_figures(loads: list[Tensor], model: nn.Module, visits: int) -> dict[str, Any]:
@@ -338,13 +340,13 @@ def _save_last_finite(state: TrainState, checkpoints: Checkpoints, error: Diverg
         checkpoints.settle(wait=True)
     except ManifoldError as failed:
         logger.error("%s", failed)
-    before = processes.by_first(checkpoints.paths)
+    before = processes.on_rank0(checkpoints.paths)
     try:
         if state.step and state.is_finite():
             checkpoints.write(state)  # drops none: what made it fail may be in its weights already
     except OSError as failed:
         logger.error("CHECKPOINT NOT SAVED at step %d: %s", state.step, failed.strerror)
-    there = [checkpoint_files.path_step(path) for path in processes.by_first(checkpoints.paths)]
+    there = [checkpoint_files.path_step(path) for path in processes.on_rank0(checkpoints.paths)]
     saved = f"saved as step {there[-1]}" if there else "not saved"
     error.add_note(f"the last finite state is {saved}")
     if older := [step for path in before if (step := checkpoint_files.path_step(path)) < there[-1]]:

@@ -201,7 +201,7 @@ def test_what_is_rebuilt_has_the_same_bits(backend, n, dtype):
             read = functional.read(last, after.pre, backend)
             assert torch.equal(after.x, functional.write(*coefficients, backend))
             writes = [(y, before.post, before.res), (z, after.post, after.res)]
-            reads = [before.pre, after.weights, after.pre]
+            reads = [before.pre, after.read_weights, after.pre]
             streams, inputs = functional.rebuild(x, writes, reads, backend=backend)
             assert all(map(torch.equal, streams, (after.x, last)))
             assert all(map(torch.equal, inputs, (before.u, after.u, read)))

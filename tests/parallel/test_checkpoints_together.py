@@ -68,7 +68,7 @@ def test_every_layout_goes_on_from_every_other(order, asynchronous, tmp_path):
     config = runs.with_experts(runs.config(probe_every=1, checkpoint=saving))
     config = replace(config, model=replace(config.model, blocks=4))
     for number, degrees in enumerate(order, start=1):
-        pieces = 4 // ParallelConfig(**degrees).parts
+        pieces = 4 // ParallelConfig(**degrees).dp_size
         here = shared(in_pieces(config, pieces), **degrees)
         size = here.parallel.size
         if number < len(order):

@@ -17,7 +17,7 @@ def test_every_axis_compiled(degrees, tmp_path):
     base = replace(EVERYTHING, training=replace(EVERYTHING.training, compile=True))
     config = shared(base, **degrees)
     together(2, run, config, tmp_path / "together")
-    run(in_pieces(EVERYTHING, 2 * config.parallel.parts), tmp_path / "alone")
+    run(in_pieces(EVERYTHING, 2 * config.parallel.dp_size), tmp_path / "alone")
     found, wanted = figures(tmp_path / "together"), figures(tmp_path / "alone")
     assert len(found["losses"]) == 20
     assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-5)

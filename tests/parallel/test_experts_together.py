@@ -67,7 +67,7 @@ def test_every_layout(degrees, tmp_path):
     answers = together(config.parallel.size, travelled, config, tmp_path / "together")
     assert min(share for _, share in answers) > 0.25
     alone = Choices()
-    run(in_pieces(EXPERTS, config.parallel.parts), tmp_path / "alone", [lambda probe: alone])
+    run(in_pieces(EXPERTS, config.parallel.dp_size), tmp_path / "alone", [lambda probe: alone])
     T = EXPERTS.data.sequence
     wanted = torch.stack(alone.made).unflatten(0, (STEPS, -1)).unflatten(2, (-1, T)).flatten(1, 2)
     told = flips(side_by_side(answers, config.parallel), wanted)

@@ -47,7 +47,7 @@ def compare(folder, reference, rel=1e-5):
 def test_every_layout(degrees, tmp_path):
     config = shared(runs.config(), **degrees)
     together(config.parallel.size, run, config, tmp_path / "together")
-    run(in_pieces(runs.config(), config.parallel.parts), tmp_path / "alone")
+    run(in_pieces(runs.config(), config.parallel.dp_size), tmp_path / "alone")
     compare(tmp_path / "together", tmp_path / "alone")
 
 
@@ -70,7 +70,7 @@ def test_every_kind_of_network(degrees, kinds, tmp_path):
     planned = {kind: shared(RUNS[kind], **degrees) for kind in kinds}
     together(2, run_all, [(config, tmp_path / kind) for kind, config in planned.items()])
     for kind, config in planned.items():
-        alone = in_pieces(RUNS[kind], config.parallel.parts)
+        alone = in_pieces(RUNS[kind], config.parallel.dp_size)
         run(alone, tmp_path / f"{kind} alone")
         narrow = config.training.precision == "bfloat16"
         compare(tmp_path / kind, tmp_path / f"{kind} alone", rel=1e-3 if narrow else 1e-5)

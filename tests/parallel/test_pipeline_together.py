@@ -156,7 +156,7 @@ def after_a_batch(config, processes):
                 noise = distribute_tensor(noise, weight.device_mesh, weight.placements)
             weight += noise
     batch = own_part(check(config, runs.text()).training, 0, processes)
-    targets = int(processes.over_tokens(count_targets(batch.targets)))
+    targets = int(processes.all_reduce_data(count_targets(batch.targets)))
     backward(state.model, batch, targets, config.training)
     return state
 

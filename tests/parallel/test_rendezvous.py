@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from manifold_hc.errors import LostProcessError
-from manifold_hc.parallel.meeting import agreed_name
+from manifold_hc.parallel.rendezvous import agree_on_prefix
 
 
 def store():
@@ -16,7 +16,7 @@ def store():
 def meet(known, size):
     with ThreadPoolExecutor(size) as pool:
         clients = [known.clone() for _ in range(size)]
-        return list(pool.map(lambda r: agreed_name(clients[r], r, size, 20.0), range(size)))
+        return list(pool.map(lambda r: agree_on_prefix(clients[r], r, size, 20.0), range(size)))
 
 
 def test_every_meeting_has_a_name_of_its_own():
@@ -43,6 +43,6 @@ def test_what_dead_processes_have_written_is_not_followed():
 
 def test_who_does_not_come_is_named():
     with pytest.raises(LostProcessError, match=r"^parallel: processes \[1, 2\] have not come$"):
-        agreed_name(store(), 0, 3, 0.2)
+        agree_on_prefix(store(), 0, 3, 0.2)
     with pytest.raises(LostProcessError, match=r"^parallel: the first process has not come$"):
-        agreed_name(store(), 1, 3, 0.2)
+        agree_on_prefix(store(), 1, 3, 0.2)

@@ -16,7 +16,7 @@ PAUSE = 0.05
 """Seconds between two looks at the store."""
 
 
-def agreed_name(store: Store, rank: int, size: int, timeout: float) -> str:
+def agree_on_prefix(store: Store, rank: int, size: int, timeout: float) -> str:
     """A name for this meeting, the same for all `size` processes and new.
 
     Raises LostProcessError when they have not met after `timeout` seconds.

@@ -1,0 +1,79 @@
+"""Precision: modules whose parameters stay in float32, and the state of autocast."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from manifold_hc.errors import DtypeError
+
+
+def has_autocast(device: str) -> bool:
+    """Whether there is one for this type of device."""
+    return torch.amp.is_autocast_available(device)
+
+
+# Dynamo of PyTorch 2.10 does not trace it.
+has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_autocast(device: str) -> bool:
+    """Whether it is on for this type of device."""
+    return has_autocast(device) and torch.is_autocast_enabled(device)
+
+
+def compute_dtype(u: Tensor) -> torch.dtype:
+    """What a linear layer would compute in: autocast's dtype where it is on."""
+    device = u.device.type
+    return torch.get_autocast_dtype(device) if is_autocast(device) else u.dtype
+
+
+class WideModule(nn.Module):
+    """A module whose own parameters and buffers never fall below float32.
+
+    `.to(bfloat16)`, `.half()` and a checkpoint in half precision leave them in float32,
+    `.double()` converts them. What casts them all the same, `_require_wide` refuses.
+    """
+
+    _unit = "the stack, or on each connection outside of one,"
+
+    def __init__(self) -> None:
+        """Parameters are made by the subclasses, in `wide_dtype()`."""
+        super().__init__()
+        self.register_load_state_dict_pre_hook(_widen_entries)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "WideModule":
+        return cast("WideModule", super()._apply(lambda t: _at_least_float32(fn, t), recurse))
+
+    def _require_wide(self) -> None:
+        """Raise DtypeError for parameters below float32, as a sharding policy gathers them."""
+        for name, parameter in self._parameters.items():
+            if parameter is not None and parameter.dtype.itemsize < 4:
+                raise DtypeError(
+                    f"{type(self).__name__}: {name} must be float32 or float64 but is "
+                    f"{parameter.dtype}, to which a sharding policy casts it; call fully_shard on "
+                    f"{self._unit} without a policy, before the fully_shard of the model"
+                )
+
+
+def wide_dtype() -> torch.dtype:
+    """float32, or float64 where that is torch's default."""
+    return torch.promote_types(torch.get_default_dtype(), torch.float32)
+
+
+def _at_least_float32(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """`fn`, the conversion that a module passes down, without its fall below float32."""
+    result: Any = fn(tensor)
+    if result.is_floating_point() and result.dtype.itemsize < 4:
+        return tensor.to(device=result.device, dtype=torch.float32)
+    return cast(Tensor, result)
+
+
+def _widen_entries(
+    module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *rest: object
+) -> None:
+    """Half-precision entries of a checkpoint, which `assign=True` would put in as they are."""
+    for name in (*module._parameters, *module._buffers):
+        if (key := prefix + name) in state_dict:
+            state_dict[key] = _at_least_float32(lambda tensor: tensor, state_dict[key])
