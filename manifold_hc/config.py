@@ -1,39 +1,53 @@
-"""What joins a sublayer to the rest of the network, as numbers and names."""
+"""Configuration of the connections, and of the recompute of a stack."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from manifold_hc import constraints
-from manifold_hc.constraints import ConstraintName
+from manifold_hc.constraints import CONSTRAINTS, ConstraintName
 from manifold_hc.errors import ConfigError, require_at_least_one, require_number, shown
 from manifold_hc.kernels import backends
-from manifold_hc.kernels.operators import FUSED_CONSTRAINTS
 from manifold_hc.numerics import LARGEST_FLOAT32, PRESETS, NumericsName, preset
 
 Kind = Literal["residual", "hc", "mhc"]
 Part = Literal["pre", "post", "res"]
 
+Recompute = int | Literal["none", "auto"] | None
+"""Sublayers in a recompute block, "auto" for the length that holds least; None and "none" for off.
+"""
+
 
 @dataclass(frozen=True)
 class ConnectionConfig:
-    """What joins a sublayer to the rest of the network.
+    """Configuration of the connection around each sublayer; frozen, checked when it is built.
 
     Attributes:
         kind: residual, hc (arXiv 2409.19606) or mhc (arXiv 2512.24880).
         streams: Number n of residual streams, the papers' expansion rate; residual always has one.
-        dynamic: Whether the coefficients depend on the token, or are plain parameters.
-        constraint: What mHC's mixing matrix is made by.
-        iterations: Sinkhorn-Knopp iterations, 1000 at most.
-        numerics: mHC's preset of orders and epsilons.
-        norm_eps: Epsilon inside the RMS norm of the streams; the preset's when left out.
-        hc_eps: Epsilon of the deepseek_v4 preset, which alone has one; the preset's when left out.
+        dynamic: True for coefficients computed from each token, False for plain parameters.
+        constraint: Set of matrices that mHC's mixing matrix `res` is taken from.
+        iterations: Sinkhorn-Knopp iterations, 1 to 1000.
+        numerics: Preset of mHC's orders and epsilons: paper or deepseek_v4.
+        norm_eps: Epsilon inside the RMS norm of the streams; None for the preset's.
+        hc_eps: Epsilon of the deepseek_v4 preset, which alone has one; None for the preset's.
         alpha: Initial gate of the dynamic part.
-        phi_std: Standard deviation of the dynamic part's initial projection.
-        disable: Parts replaced by constants, as in the paper's Table 1: pre 1/n, post 1, res
-            identity.
-        single_pass: Whether a sublayer reads with the `pre` of the one before it (DeepSeek-V4.1);
-            in a Stack.
-        backend: Which implementation computes the connection.
+        phi_std: Standard deviation of the initial projection phi.
+        disable: Maps replaced by constants, as in the paper's Table 1: pre by 1/n, post by 1, res
+            by the identity.
+        single_pass: True if each sublayer reads with the `pre` of the one before (DeepSeek-V4.1);
+            only in a Stack.
+        backend: Backend that computes the connection: auto, reference, cpu or triton.
+        fuse_boundaries: True if a Stack computes a write, the next coefficients and the next read
+            in one kernel where there is one. `warmup` measures which is faster.
+
+    Raises:
+        ConfigError: If a field has a wrong type or value, or two fields exclude each other.
+
+    Example:
+        >>> import manifold_hc as mhc
+        >>> mhc.ConnectionConfig(kind="mhc", streams=4).mixing
+        'sinkhorn'
     """
 
     kind: Kind = "mhc"
@@ -41,33 +55,35 @@ class ConnectionConfig:
     streams: int = 4
     """Number n of residual streams, the papers' expansion rate; residual always has one."""
     dynamic: bool = True
-    """Whether the coefficients depend on the token, or are plain parameters."""
+    """True for coefficients computed from each token, False for plain parameters."""
     constraint: ConstraintName = "sinkhorn"
-    """What mHC's mixing matrix is made by."""
+    """Set of matrices that mHC's mixing matrix `res` is taken from."""
     iterations: int = 20
-    """Sinkhorn-Knopp iterations, 1000 at most."""
+    """Sinkhorn-Knopp iterations, 1 to 1000."""
     numerics: NumericsName = "paper"
-    """mHC's preset of orders and epsilons."""
+    """Preset of mHC's orders and epsilons: paper or deepseek_v4."""
     norm_eps: float | None = None
-    """Epsilon inside the RMS norm of the streams; the preset's when left out."""
+    """Epsilon inside the RMS norm of the streams; None for the preset's."""
     hc_eps: float | None = None
-    """Epsilon of the deepseek_v4 preset, which alone has one; the preset's when left out."""
+    """Epsilon of the deepseek_v4 preset, which alone has one; None for the preset's."""
     alpha: float = 0.01
     """Initial gate of the dynamic part."""
     phi_std: float = 0.0
-    """Standard deviation of the dynamic part's initial projection."""
+    """Standard deviation of the initial projection phi."""
     disable: tuple[Part, ...] = ()
-    """Parts replaced by constants, as in the paper's Table 1: pre 1/n, post 1, res identity."""
+    """Maps replaced by constants, as in the paper's Table 1: pre 1/n, post 1, res identity."""
     single_pass: bool = False
-    """Whether a sublayer reads with the `pre` of the one before it (DeepSeek-V4.1); in a Stack."""
+    """True if each sublayer reads with the `pre` of the one before (DeepSeek-V4.1); in a Stack."""
     backend: str = "auto"
-    """Which implementation computes the connection."""
+    """Backend that computes the connection: auto, reference, cpu or triton."""
+    fuse_boundaries: bool = True
+    """True if a Stack computes a write, the next coefficients and the next read in one kernel."""
 
     def __post_init__(self) -> None:
         """Raise ConfigError for anything that cannot be built."""
         if self.kind not in ("residual", "hc", "mhc"):
             raise ConfigError(f"kind: must be residual, hc or mhc but is {self.kind!r}")
-        for name in ("dynamic", "single_pass"):
+        for name in ("dynamic", "single_pass", "fuse_boundaries"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: must be True or False but is {getattr(self, name)!r}")
         require_at_least_one(self, "streams")
@@ -88,31 +104,32 @@ class ConnectionConfig:
         if unknown := [part for part in self.disable if part not in ("pre", "post", "res")]:
             raise ConfigError(f"disable: takes any of pre, post, res but has {unknown[0]!r}")
         if self.single_pass and self.kind != "mhc":
-            raise ConfigError(
-                f"single_pass: only mhc reads a sublayer late but kind is {self.kind}; leave it out"
-            )
+            raise ConfigError(f"single_pass: needs kind=mhc but kind is {self.kind}; leave it out")
         constraints.constraint(self.constraint, self.streams)
         preset(self.numerics, norm_eps=self.norm_eps, hc_eps=self.hc_eps)
 
     @property
     def n(self) -> int:
-        """Streams the network really carries: `streams`, or 1 for residual."""
+        """Number of streams in the network: `streams`, or 1 for residual."""
         return 1 if self.kind == "residual" else self.streams
 
     @property
     def mixing(self) -> ConstraintName:
-        """The constraint, or the identity where res is disabled."""
+        """Constraint of `res`, or identity if `res` is disabled."""
         return "identity" if "res" in self.disable else self.constraint
 
     @property
-    def is_one_pass(self) -> bool:
-        """Whether one operator makes a token's coefficients and reads with them."""
-        fused = self.dynamic and self.mixing in FUSED_CONSTRAINTS
-        return self.kind == "mhc" and fused and "pre" not in self.disable
+    def reads_in_kernel(self) -> bool:
+        """True if a kernel can compute the coefficients and read with them in one pass.
+
+        It needs dynamic mHC, a constraint that the kernels compute, and a learned `pre`.
+        """
+        in_kernel = self.dynamic and CONSTRAINTS[self.mixing].in_kernels
+        return self.kind == "mhc" and in_kernel and "pre" not in self.disable
 
     @property
     def exit(self) -> Literal["mean", "sum", "learned", "pre"]:
-        """How the streams become one after the last sublayer; "pre": weighted by its pre."""
+        """Reduction of the streams after the last sublayer; "pre" weights them by its pre."""
         if self.single_pass:
             return "pre"
         if self.kind == "hc":
@@ -123,7 +140,7 @@ class ConnectionConfig:
 
 
 def require_config(operation: str, config: object) -> ConnectionConfig:
-    """The configuration, or the default one for None; ConfigError for anything else."""
+    """Return the configuration, or the default one for None; ConfigError for another type."""
     if config is None:
         return ConnectionConfig()
     if isinstance(config, ConnectionConfig):
@@ -138,3 +155,27 @@ def require_config(operation: str, config: object) -> ConnectionConfig:
         f"{operation}: config must be a ConnectionConfig or None but is {config!r}, "
         f"a {type(config).__name__}; write {repair}"
     )
+
+
+def block_length(recompute: Recompute, sublayers: int, n: int) -> int | None:
+    """Return the number of sublayers in a recompute block, or None if recompute is off.
+
+    "auto" is the length L_r that minimises the memory held at once, `n ceil(L / L_r) + (n + 2) L_r`
+    times C numbers a token (mHC, equation 20), the smallest such length.
+    Raises ConfigError for a length below 1 or above `sublayers`.
+    """
+    if recompute in (None, "none"):
+        return None
+    if recompute == "auto":
+        return min(
+            range(1, sublayers + 1),
+            key=lambda length: n * math.ceil(sublayers / length) + (n + 2) * length,
+        )
+    if isinstance(recompute, bool) or not isinstance(recompute, int):
+        raise ConfigError(f'recompute: must be None, "auto" or a block length but is {recompute!r}')
+    if not 1 <= recompute <= sublayers:
+        raise ConfigError(
+            f"recompute: a block must have 1 to {sublayers} sublayers, as many as the stack, "
+            f'but has {recompute}; "auto" chooses'
+        )
+    return recompute

@@ -1,7 +1,6 @@
 """One sublayer's connection: residual, hyper-connection (HC) or manifold-constrained (mHC)."""
 
 from collections.abc import Callable
-from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -11,109 +10,38 @@ from manifold_hc import constraints
 from manifold_hc.config import ConnectionConfig, require_config
 from manifold_hc.errors import ConfigError, ShapeError, require_integer
 from manifold_hc.functional import InputNorm
-from manifold_hc.maps import Maps, ResidualMaps, Unwritten, crosses
-from manifold_hc.precision import is_autocast
+from manifold_hc.known_forwards import KNOWN_FORWARDS
+from manifold_hc.maps import Maps, PendingWrite, ResidualMaps
 
 Branch = Callable[[Tensor], Tensor]
-"""A sublayer, its own norm inside unless the connection has it: [..., C] -> [..., C]."""
-
-
-_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
-
-KNOWN_FORWARDS: dict[type, Callable[..., Any]] = {}
-"""The forwards that kernels and recompute stand in for, as their classes were written."""
-
-
-def is_written(kind: type, forward: Callable[..., Any]) -> bool:
-    """True if the class body itself defines this forward: neither patched in later nor wrapped."""
-    code = getattr(forward, "__code__", None)
-    return (
-        code is not None
-        and code.co_qualname == f"{kind.__qualname__}.forward"
-        and forward.__module__ == kind.__module__
-    )
-
-
-def known_forward(kind: type) -> Callable[..., Any] | None:
-    """The forward that kernels and recompute may stand in for, by class.
-
-    Either the one in `KNOWN_FORWARDS`, or the one of the class that defines `input_norm`, which
-    promises what its forward computes. A subclass that overrides forward alone has none.
-    """
-    for base in kind.__mro__:
-        if base in KNOWN_FORWARDS:
-            return KNOWN_FORWARDS[base]
-        if "input_norm" in vars(base):
-            made: Callable[..., Any] = cast(type[nn.Module], base).forward
-            return made if any(is_written(owner, made) for owner in base.__mro__) else None
-    return None
-
-
-def is_altered(module: nn.Module) -> bool:
-    """True if a call runs something besides its class's forward.
-
-    That is a replaced or compiled forward, hooks of its own or on all modules, or a
-    parametrization of its weights (`torch.nn.utils.parametrize`).
-    """
-    everywhere, kind = nn.modules.module, type(module)
-    return any(
-        (
-            kind.__call__ is not _CALL,
-            # Of the instance, not of its __dict__, whose changes torch.compile does not notice.
-            getattr(module._call_impl, "__func__", None) is not _CALL_IMPL,
-            getattr(module.forward, "__func__", None) is not kind.forward,
-            module._compiled_call_impl is not None,
-            "parametrizations" in module._modules,
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-            everywhere._global_forward_hooks,
-            everywhere._global_forward_pre_hooks,
-            everywhere._global_backward_hooks,
-            everywhere._global_backward_pre_hooks,
-        )
-    )
-
-
-def runs_known_forward(module: nn.Module) -> bool:
-    """True if a call of the module runs `known_forward` and nothing else.
-
-    The one condition under which a kernel may compute the module, and backward may run it again.
-    """
-    known = known_forward(type(module))
-    return known is not None and type(module).forward is known and not is_altered(module)
-
-
-def known_norm(norm: Branch, x: Tensor) -> InputNorm | None:
-    """The norm as a kernel takes it, or None where the norm itself must run.
-
-    A kernel takes an RMSNorm over C: torch's in x's own dtype and with an epsilon, or one with a
-    method `input_norm(dtype)`. A norm whose forward is replaced, hooked or compiled runs itself.
-    """
-    if not isinstance(norm, nn.RMSNorm) or norm.normalized_shape != x.shape[-1:]:
-        return None
-    if not runs_known_forward(norm):
-        return None
-    if callable(known := getattr(norm, "input_norm", None)):
-        return cast(InputNorm, known(x.dtype))
-    plain = type(norm) is nn.RMSNorm and not is_autocast(x.device.type)
-    if not plain or norm.eps is None or norm.weight is None or norm.weight.dtype != x.dtype:
-        return None
-    return InputNorm(norm.weight.to(torch.promote_types(x.dtype, torch.float32)), norm.eps)
+"""Sublayer function [..., C] -> [..., C]; its norm is inside unless the Stack gets it apart."""
 
 
 class Connection(nn.Module):
-    """One sublayer's connection; wraps any branch.
+    """Connection around one sublayer: reads the streams, runs the branch, mixes and writes.
 
-    connection = Connection(channels, ConnectionConfig(kind="mhc", streams=4), sublayer=index)
-    x = connection(x, branch)      x: [..., n, C], from `functional.expand` or the one before
+    `u = sum_i pre[i] x[i]`, `x'[o] = sum_i res[o, i] x[i] + post[o] branch(u)` (arXiv 2512.24880,
+    equation 3). The coefficients come from `maps`, a module with this connection's parameters.
 
-    sublayer: the index in depth order; HC's first read takes stream `sublayer % n`.
-    stacked: whether a Stack runs it, which knows its neighbours.
-    equal_streams: whether the streams are known to be equal, as after `expand`. Then mHC's res,
-    whose rows sum to 1, changes nothing, and its gradient is rounding noise, which Adam with the
-    paper's epsilon of 1e-20 would turn into full steps: it gets none.
+    Args:
+        channels: Channels C of a stream.
+        config: Kind and sizes; None for the paper's mHC with four streams.
+        sublayer: Index in depth order; HC's initial read takes stream `sublayer % n`.
+        equal_streams: True if the streams are known to be equal, as after `expand`. mHC's res,
+            whose rows sum to 1, then changes nothing, and its gradient is rounding noise, which
+            Adam with the paper's epsilon of 1e-20 would turn into full steps: it gets no gradient.
+        stacked: True if a Stack runs this connection and passes `previous_pre`.
+
+    Raises:
+        ConfigError: If a size is not an integer or too small, if `config` has another type, or for
+            single_pass outside a Stack.
+
+    Example:
+        >>> import torch, manifold_hc as mhc
+        >>> connection = mhc.Connection(8, mhc.ConnectionConfig(kind="mhc", streams=4))
+        >>> x = mhc.functional.expand(torch.randn(2, 5, 8), 4)
+        >>> connection(x, torch.nn.Linear(8, 8)).shape
+        torch.Size([2, 5, 4, 8])
     """
 
     def __init__(
@@ -125,9 +53,7 @@ class Connection(nn.Module):
         equal_streams: bool = False,
         stacked: bool = False,
     ) -> None:
-        """Raises ConfigError for sizes that are no integers or too small, for a config of another
-        type, and for single_pass outside of a Stack.
-        """
+        """Create the maps with their initial values."""
         super().__init__()
         require_integer("Connection", "channels", channels, 1)
         require_integer("Connection", "sublayer", sublayer, 0)
@@ -139,7 +65,7 @@ class Connection(nn.Module):
                 "connection does not have; use mhc.Stack"
             )
         self.sublayer = sublayer
-        self.res_is_idle = self._mixes_to_one() and (equal_streams or self.config.n == 1)
+        self.res_is_idle = self._rows_sum_to_one() and (equal_streams or self.config.n == 1)
         residual = self.config.kind == "residual"
         self.maps = (
             ResidualMaps()
@@ -148,32 +74,45 @@ class Connection(nn.Module):
         )
 
     def forward(
+        self, x: Float[Tensor, "*batch n C"], branch: Branch
+    ) -> Float[Tensor, "*batch n C"]:
+        """Read the streams, run the branch, mix and write.
+
+        Args:
+            x: Streams [..., n, C], from `functional.expand` or the connection before.
+            branch: Callable [..., C] -> [..., C].
+
+        Returns:
+            The next streams [..., n, C], in x's dtype.
+
+        Raises:
+            ShapeError: If x does not hold this connection's streams, or the branch changes the
+                shape of its input.
+        """
+        return self.run(x, branch).write()
+
+    def run(
         self,
-        x: Float[Tensor, "*batch n C"] | Unwritten,
+        source: Float[Tensor, "*batch n C"] | PendingWrite,
         branch: Branch,
         norm: Branch | None = None,
-        *,
-        write: bool = True,
-        before: Float[Tensor, "*batch n"] | None = None,
-    ) -> Float[Tensor, "*batch n C"] | Unwritten:
-        """Read the streams, run the branch, mix and write: [..., n, C] -> [..., n, C].
+        input_norm: InputNorm | None = None,
+        previous_pre: Float[Tensor, "*batch n"] | None = None,
+    ) -> PendingWrite:
+        """Run the sublayer up to its write; the entry of a Stack, without hooks.
 
-        norm: what the branch's input goes through first, if that is not inside the branch. write:
-        False leaves the write to the next connection, which takes it together with its own maps.
-        before: with single_pass, the pre of the sublayer before, where x is written.
-        Raises ShapeError when x does not hold this connection's streams, or when the branch
-        changes the shape of its input.
+        source: the streams, or the pending write of the sublayer before, which the fused kernel
+        writes first. norm: module that the branch's input goes through. input_norm: the same norm
+        if the fused kernel computes it. previous_pre: see `Maps.forward`.
         """
-        streams = x.reading.x if isinstance(x, Unwritten) else x
+        streams = source.reading.x if isinstance(source, PendingWrite) else source
         if streams.shape[-2:] != (self.config.n, self.channels):
             raise ShapeError(
                 f"Connection: x must be [..., {self.config.n}, {self.channels}] "
                 f"but is {list(streams.shape)}; {self._repair(streams)}"
             )
-        input_norm = self.fused(x, norm)
-        reading = self.maps(x, input_norm, before)
-        u = reading.u if norm is None or input_norm is not None else norm(reading.u)
-        y = branch(u)
+        reading = self.maps(source, input_norm, previous_pre)
+        y = branch(reading.u if norm is None else norm(reading.u))
         wanted = (*streams.shape[:-2], self.channels)
         if not isinstance(y, Tensor) or y.shape != wanted:
             returned = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
@@ -183,11 +122,10 @@ class Connection(nn.Module):
             )
         if y.dtype not in (streams.dtype, torch.float32, torch.bfloat16):
             y = y.to(torch.promote_types(streams.dtype, torch.float32))
-        unwritten = Unwritten(reading, y, self.config)
-        return unwritten.write() if write else unwritten
+        return PendingWrite(reading, y, self.config)
 
     def _repair(self, x: Tensor) -> str:
-        """What to do about streams of another shape."""
+        """Return the advice for streams of another shape."""
         n = self.config.n
         # With fewer dimensions [..., T, C] and [..., n, C] look alike.
         if x.dim() < 4 or x.shape[-1] != self.channels:
@@ -198,20 +136,12 @@ class Connection(nn.Module):
             "give expand() and the connection the same n"
         )
 
-    def fused(self, x: Tensor | Unwritten, norm: Branch | None) -> InputNorm | None:
-        """The norm as it is computed with the streams, if it is."""
-        if norm is None or not isinstance(x, Unwritten):
-            return None
-        if not crosses(x, self.config, self.channels):
-            return None
-        return known_norm(norm, x.reading.x)
-
     def reset_parameters(self) -> None:
-        """Set the initial values that `Maps` names: the connection starts as a residual one."""
+        """Set the initial values listed at `Maps`: the connection starts as a residual one."""
         self.maps.reset_parameters()
 
-    def _mixes_to_one(self) -> bool:
-        """Whether the rows of res sum to 1 whatever its logits are."""
+    def _rows_sum_to_one(self) -> bool:
+        """True if every row of res sums to 1 for any logits."""
         return (
             self.config.kind == "mhc"
             and constraints.CONSTRAINTS[self.config.constraint].rows_sum_to_one
@@ -223,6 +153,3 @@ class Connection(nn.Module):
 
 
 KNOWN_FORWARDS.update({kind: kind.forward for kind in (Connection, Maps, ResidualMaps)})
-KNOWN_FORWARDS.update(
-    {kind: kind.forward for kind in (nn.RMSNorm, nn.LayerNorm) if is_written(kind, kind.forward)}
-)

@@ -1,4 +1,4 @@
-"""The learned maps of a connection: streams, written or not, to coefficients and what is read."""
+"""Learned maps of a connection: from the streams to the coefficients and the sublayer's input."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from manifold_hc import constraints, functional
 from manifold_hc.config import ConnectionConfig, Part
 from manifold_hc.functional import InputNorm, Reading
-from manifold_hc.kernels.fusion import is_fused
 from manifold_hc.precision import WideModule, wide_dtype
 
 POST_SPREAD = 0.2
@@ -21,21 +20,21 @@ SATURATED = 40.0
 """A logit whose sigmoid is 1 in float64."""
 
 
-class Unwritten(NamedTuple):
-    """A sublayer whose output is not in the streams yet.
+class PendingWrite(NamedTuple):
+    """Output of a sublayer that is not in the streams yet.
 
-    What a connection of a Stack hands to the next one, which makes the streams together with its
-    own coefficients.
+    A Stack passes it to the next sublayer, whose fused kernel writes the streams and computes the
+    next coefficients from them in one pass; `write` writes the streams alone.
     """
 
     reading: Reading
-    """The streams, and the coefficients that mix and write them."""
+    """Streams before the write, with the coefficients that mix and write them."""
     y: Float[Tensor, "*batch C"]
-    """The branch's output."""
+    """Output of the branch."""
     config: ConnectionConfig
 
     def write(self) -> Float[Tensor, "*batch n C"]:
-        """The next streams [..., n, C]."""
+        """Return the next streams `res x + post y` [..., n, C]."""
         x, y, reading = self.reading.x, self.y, self.reading
         if self.config.kind == "residual":
             return (x + y.unsqueeze(-2)).to(x.dtype)
@@ -44,18 +43,8 @@ class Unwritten(NamedTuple):
         )
 
 
-def crosses(source: Unwritten, config: ConnectionConfig, channels: int) -> bool:
-    """Whether the streams are written together with the coefficients of the next connection.
-
-    channels: those of x, which torch.compile may know as a symbol only.
-    """
-    x = source.reading.x
-    size = (x.device.type, x.dtype, config.n, channels, config.single_pass)
-    return config.is_one_pass and is_fused(*size)
-
-
 class Maps(WideModule):
-    """The learned maps of one connection: streams, written or not -> `functional.Reading`.
+    """Learned maps of one connection: streams -> `functional.Reading`.
 
     Parameters `phi`, `alpha` and `bias`, packed as `functional.coefficients` and
     `functional.hc_coefficients` say, in float32 or float64. Initial values (`reset_parameters`):
@@ -66,14 +55,17 @@ class Maps(WideModule):
       constraints permutation and kronecker, 0 for the identity and -5 for the others; with none, I.
     - hc's `bias`: pre one-hot at stream `sublayer % n`, post 1, res I.
 
-    A forward hook here sees the streams and the coefficients that the forward pass uses; one that
-    returns others replaces them, `u` included.
+    A forward hook on this module sees the streams and coefficients of the forward pass, fused or
+    not; a hook that returns another Reading replaces them, `u` included.
     """
 
     def __init__(
         self, channels: int, config: ConnectionConfig, sublayer: int, learn_res: bool = True
     ) -> None:
-        """Initialise so that a network of these equals the pre-norm residual network."""
+        """Initialise so that a network of such connections equals the pre-norm residual network.
+
+        learn_res: False if `res` gets no gradient, because mixing equal streams changes nothing.
+        """
         super().__init__()
         self.config = config
         self.channels = channels
@@ -89,12 +81,12 @@ class Maps(WideModule):
         else:
             self.register_parameter("phi", None)
             self.register_parameter("alpha", None)
-        self.requires_grad_(bool(self._live_parts()))
+        self.requires_grad_(bool(self._learned_coefficients()))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set the initial values that the class names; only a `phi_std` draws random numbers."""
+        """Set the initial values listed above; random numbers are drawn only if `phi_std` > 0."""
         n, mixing = self.config.n, self.config.mixing
         dtype, device = self.bias.dtype, self.bias.device
         if self.config.kind == "hc":
@@ -107,47 +99,35 @@ class Maps(WideModule):
 
     def forward(
         self,
-        source: Float[Tensor, "*batch n C"] | Unwritten,
+        source: Float[Tensor, "*batch n C"] | PendingWrite,
         input_norm: InputNorm | None = None,
-        before: Float[Tensor, "*batch n"] | None = None,
+        previous_pre: Float[Tensor, "*batch n"] | None = None,
     ) -> Reading:
-        """The coefficients of every token, and what is read from its streams.
+        """Compute the coefficients of every token, and read the sublayer's input with them.
 
-        The norm of what was read is computed with it, if the streams are `Unwritten`. before: what
-        single_pass reads written streams with, the pre of the sublayer before; None for the first.
+        source: the streams, or a pending write that the fused kernel writes first.
+        input_norm: norm of the input that the fused kernel computes too.
+        previous_pre: with single_pass the `pre` of the sublayer before, which this one reads with;
+        None for the first sublayer, which reads stream 0.
         """
         self._require_wide()
         config = self.config
-        if isinstance(source, Unwritten) and crosses(source, config, self.channels):
-            return self._without_disabled(self._boundary(source, input_norm))
-        x = source.write() if isinstance(source, Unwritten) else source
-        if config.is_one_pass and not config.single_pass:
-            made = self._mhc(functional.coefficients_and_read, x, learn_res=self.learn_res)
-            return self._without_disabled(made)
-        if config.kind == "hc":
-            pre, post, res = functional.hc_coefficients(
-                x,
-                self.phi,
-                self.alpha,
-                self.bias,
-                norm_eps=1e-20 if config.norm_eps is None else config.norm_eps,
-                backend=config.backend,
-            )
-        else:
-            pre, post, res = self._mhc(functional.coefficients, x)
-            learns = self.learn_res and config.mixing != "identity"
-            res = res if learns else res.detach()
+        if isinstance(source, PendingWrite):
+            return self._replace_disabled(self._fused(source, input_norm, previous_pre))
+        if config.reads_in_kernel and not config.single_pass:
+            made = self._mhc(functional.coefficients_and_read, source, learn_res=self.learn_res)
+            return self._replace_disabled(made)
+        pre, post, res = self._coefficients(source)
         if "pre" in config.disable:
             pre = torch.full_like(pre, 1 / config.n)
-        weights = pre
+        read_weights = pre
         if config.single_pass:
-            before = source.reading.pre if isinstance(source, Unwritten) else before
-            weights = first_read(pre) if before is None else before
-        u = functional.read(x, weights, config.backend)
-        return self._without_disabled(Reading(pre, post, res, u, x, weights, None))
+            read_weights = first_read_weights(pre) if previous_pre is None else previous_pre
+        u = functional.read(source, read_weights, config.backend)
+        return self._replace_disabled(Reading(pre, post, res, u, source, read_weights, None))
 
     def extra_repr(self) -> str:
-        """Kind, sizes, what makes the coefficients, and the parameters' shapes."""
+        """Kind, sizes, constraint and numerics, and the parameters' shapes."""
         config, parts = self.config, [_sizes(self.config, self.channels)]
         if config.kind == "mhc":
             parts.append(f"constraint={config.mixing}, numerics={config.numerics}")
@@ -156,30 +136,53 @@ class Maps(WideModule):
             parts.append(f"disable={','.join(config.disable)}")
         return ", ".join([*parts, *_shapes(self)])
 
-    def _boundary(self, source: Unwritten, input_norm: InputNorm | None) -> Reading:
+    def _fused(
+        self,
+        source: PendingWrite,
+        input_norm: InputNorm | None,
+        previous_pre: Float[Tensor, "*batch n"] | None,
+    ) -> Reading:
         before = source.reading
         return cast(
             Reading,
             self._mhc(
                 functional.boundary,
-                *(before.x, source.y, before.post, before.res),
-                pre=before.pre if self.config.single_pass else None,
+                before.x,
+                source.y,
+                before.post,
+                before.res,
+                pre=previous_pre,
                 input_norm=input_norm,
                 link=before.link,
                 learn_res=self.learn_res,
             ),
         )
 
-    def _live_parts(self) -> set[Part]:
-        """The parts that these parameters make and the streams use.
+    def _coefficients(self, x: Float[Tensor, "*batch n C"]) -> tuple[Tensor, Tensor, Tensor]:
+        config = self.config
+        if config.kind == "hc":
+            return functional.hc_coefficients(
+                x,
+                self.phi,
+                self.alpha,
+                self.bias,
+                norm_eps=1e-20 if config.norm_eps is None else config.norm_eps,
+                backend=config.backend,
+            )
+        pre, post, res = self._mhc(functional.coefficients, x)
+        learns = self.learn_res and config.mixing != "identity"
+        return pre, post, res if learns else res.detach()
 
-        Without any, no parameter would have a gradient: Adam would hold no moments for it, and
+    def _learned_coefficients(self) -> set[Part]:
+        """Coefficients that these parameters produce and the forward pass uses.
+
+        If there are none, no parameter gets a gradient: Adam would hold no moments for it, and
         DistributedDataParallel would wait for it. So none is trainable.
         """
-        live: set[Part] = {"pre", "post"}
+        learned: set[Part] = {"pre", "post"}
         if self.learn_res and self.config.mixing != "identity":
-            live.add("res")
-        return live - set(self.config.disable)
+            learned.add("res")
+        return learned - set(self.config.disable)
 
     def _mhc(self, compute: Callable[..., Any], *streams: Any, **options: Any) -> Any:
         config = self.config
@@ -197,8 +200,8 @@ class Maps(WideModule):
             **options,
         )
 
-    def _without_disabled(self, reading: Reading) -> Reading:
-        """post and res by their constants where they are disabled."""
+    def _replace_disabled(self, reading: Reading) -> Reading:
+        """Replace `post` and `res` by their constants if they are disabled."""
         if "post" in self.config.disable:
             reading = reading._replace(post=torch.ones_like(reading.post))
         if "res" in self.config.disable and self.config.kind == "hc":
@@ -206,18 +209,18 @@ class Maps(WideModule):
         return reading
 
 
-def first_read(pre: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-    """What the first sublayer reads with where each reads with the one before it: stream 0."""
+def first_read_weights(pre: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+    """Single-pass read weights of the first sublayer: one-hot on stream 0."""
     weights = torch.zeros_like(pre)
     weights[..., 0] = 1
     return weights
 
 
 class ResidualMaps(nn.Module):
-    """The maps of a plain residual connection: one stream, every coefficient 1."""
+    """Maps of a plain residual connection: one stream, every coefficient 1, no parameters."""
 
     def reset_parameters(self) -> None:
-        """Nothing to set: there are no parameters."""
+        """Do nothing: there are no parameters."""
 
     def extra_repr(self) -> str:
         """One stream and no parameters."""
@@ -225,28 +228,27 @@ class ResidualMaps(nn.Module):
 
     def forward(
         self,
-        source: Float[Tensor, "*batch 1 C"] | Unwritten,
+        source: Float[Tensor, "*batch 1 C"],
         input_norm: InputNorm | None = None,
-        before: Tensor | None = None,
+        previous_pre: Tensor | None = None,
     ) -> Reading:
-        """Ones, as views of a single number, and the stream itself; no norm is computed with it."""
-        x = source.write() if isinstance(source, Unwritten) else source
-        wide = torch.promote_types(x.dtype, torch.float32)
-        one = torch.ones((), dtype=wide, device=x.device)
-        batch = x.shape[:-2]
+        """Return coefficients of 1, as views of a single number, and the stream as input."""
+        wide = torch.promote_types(source.dtype, torch.float32)
+        one = torch.ones((), dtype=wide, device=source.device)
+        batch = source.shape[:-2]
         weight, res = one.expand(*batch, 1), one.expand(*batch, 1, 1)
-        return Reading(weight, weight, res, x.squeeze(-2), x, weight, None)
+        return Reading(weight, weight, res, source.squeeze(-2), source, weight, None)
 
 
 class LearnedExit(WideModule):
-    """DeepSeek-V4's exit: the streams summed with weights computed from them (`hc_head`).
+    """DeepSeek-V4's exit: sum of the streams, weighted by a map of them (`hc_head`).
 
     Starts as the mean: `phi` 0, or normal with standard deviation `phi_std`; `alpha`
     `config.alpha`; `bias` -ln(n - 1), whose sigmoid is 1/n.
     """
 
     def __init__(self, channels: int, config: ConnectionConfig) -> None:
-        """`phi` [n, nC], `alpha` [1], `bias` [n]."""
+        """Create `phi` [n, nC], `alpha` [1] and `bias` [n]."""
         super().__init__()
         self.config = config
         self.channels = channels
@@ -258,7 +260,7 @@ class LearnedExit(WideModule):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set the initial values that the class names."""
+        """Set the initial values listed above."""
         _fill(self.phi, self.config.phi_std)
         self.alpha.fill_(self.config.alpha)
         self.bias.fill_(_logit_of_mean(self.config.n))
@@ -269,7 +271,7 @@ class LearnedExit(WideModule):
         return ", ".join([*parts, *_shapes(self)])
 
     def forward(self, x: Float[Tensor, "*batch n C"]) -> Float[Tensor, "*batch C"]:
-        """[..., n, C] -> [..., C]."""
+        """Reduce the streams [..., n, C] to the last hidden state [..., C]."""
         self._require_wide()
         config = self.config
         weights = functional.exit_coefficients(
@@ -294,14 +296,14 @@ def _shapes(module: nn.Module) -> list[str]:
 
 
 def _logit_of_mean(n: int) -> float:
-    """The logit of 1/n."""
+    """Logit of 1/n."""
     return -math.log(max(n - 1, math.exp(-SATURATED)))
 
 
 def _mhc_bias(n: int, constraint: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """pre = 1/n, post different for every stream with mean 1, res near the identity.
+    """Initial mHC bias: pre = 1/n, post of mean 1 that differs by stream, res near the identity.
 
-    The mean of the streams then moves exactly as the residual network's state.
+    The mean of the streams then follows the residual network's hidden state exactly.
     """
     pre = torch.full((n,), _logit_of_mean(n), dtype=dtype, device=device)
     position = (2 * torch.arange(n, dtype=dtype, device=device) - (n - 1)) / max(n - 1, 1)
@@ -311,13 +313,13 @@ def _mhc_bias(n: int, constraint: str, dtype: torch.dtype, device: torch.device)
 
 
 def _hc_bias(n: int, sublayer: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Read stream `sublayer % n`, write to all, mix nothing (arXiv 2409.19606, equation 14)."""
+    """Initial HC bias: read stream `sublayer % n`, write to all, no mixing (HC, equation 14)."""
     eye = torch.eye(n, dtype=dtype, device=device)
     return torch.cat([eye[sublayer % n], torch.ones_like(eye[0]), eye.flatten()])
 
 
 def copy_whole(parameter: Tensor, values: Tensor) -> None:
-    """Copy values, the same in every process, into a parameter that FSDP2 may have sharded."""
+    """Copy values that are equal on all ranks into a parameter that FSDP2 may have sharded."""
     if (mesh := getattr(parameter, "device_mesh", None)) is not None:
         from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -327,6 +329,7 @@ def copy_whole(parameter: Tensor, values: Tensor) -> None:
 
 
 def _fill(phi: Tensor, std: float) -> None:
-    # Zero draws nothing, so that all kinds of connection leave the branches the same random state.
+    # A standard deviation of 0 draws no numbers, so that branches initialised later get the same
+    # random numbers with every kind of connection.
     with torch.no_grad():
         phi.normal_(0, std) if std else phi.zero_()

@@ -10,21 +10,21 @@ from manifold_hc.errors import DtypeError
 
 
 def has_autocast(device: str) -> bool:
-    """Whether there is one for this type of device."""
+    """True if autocast exists for this device type."""
     return torch.amp.is_autocast_available(device)
 
 
-# Dynamo of PyTorch 2.10 does not trace it.
+# Dynamo of PyTorch 2.10 cannot trace is_autocast_available; marked constants are not traced.
 has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_autocast(device: str) -> bool:
-    """Whether it is on for this type of device."""
+    """True if autocast is enabled for this device type."""
     return has_autocast(device) and torch.is_autocast_enabled(device)
 
 
 def compute_dtype(u: Tensor) -> torch.dtype:
-    """What a linear layer would compute in: autocast's dtype where it is on."""
+    """Return the dtype a linear layer computes in: autocast's dtype if it is enabled, else u's."""
     device = u.device.type
     return torch.get_autocast_dtype(device) if is_autocast(device) else u.dtype
 
@@ -32,14 +32,14 @@ def compute_dtype(u: Tensor) -> torch.dtype:
 class WideModule(nn.Module):
     """A module whose own parameters and buffers never fall below float32.
 
-    `.to(bfloat16)`, `.half()` and a checkpoint in half precision leave them in float32,
-    `.double()` converts them. What casts them all the same, `_require_wide` refuses.
+    `.to(bfloat16)`, `.half()` and a checkpoint in half precision leave them in float32;
+    `.double()` converts them. `_require_wide` raises if something else has cast them.
     """
 
     _unit = "the stack, or on each connection outside of one,"
 
     def __init__(self) -> None:
-        """Parameters are made by the subclasses, in `wide_dtype()`."""
+        """Subclasses create their parameters in `wide_dtype()`."""
         super().__init__()
         self.register_load_state_dict_pre_hook(_widen_entries)
 
@@ -47,7 +47,7 @@ class WideModule(nn.Module):
         return cast("WideModule", super()._apply(lambda t: _at_least_float32(fn, t), recurse))
 
     def _require_wide(self) -> None:
-        """Raise DtypeError for parameters below float32, as a sharding policy gathers them."""
+        """Raise DtypeError for parameters below float32, which a sharding policy may gather."""
         for name, parameter in self._parameters.items():
             if parameter is not None and parameter.dtype.itemsize < 4:
                 raise DtypeError(
@@ -58,12 +58,12 @@ class WideModule(nn.Module):
 
 
 def wide_dtype() -> torch.dtype:
-    """float32, or float64 where that is torch's default."""
+    """Return the dtype of coefficients: float32, or float64 if that is torch's default."""
     return torch.promote_types(torch.get_default_dtype(), torch.float32)
 
 
 def _at_least_float32(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """`fn`, the conversion that a module passes down, without its fall below float32."""
+    """Apply `fn`, a conversion passed down by nn.Module, but keep at least float32."""
     result: Any = fn(tensor)
     if result.is_floating_point() and result.dtype.itemsize < 4:
         return tensor.to(device=result.device, dtype=torch.float32)
@@ -73,7 +73,7 @@ def _at_least_float32(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 def _widen_entries(
     module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *rest: object
 ) -> None:
-    """Half-precision entries of a checkpoint, which `assign=True` would put in as they are."""
+    """Widen half-precision entries of a checkpoint: `assign=True` would keep their dtype."""
     for name in (*module._parameters, *module._buffers):
         if (key := prefix + name) in state_dict:
             state_dict[key] = _at_least_float32(lambda tensor: tensor, state_dict[key])

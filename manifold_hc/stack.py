@@ -1,43 +1,68 @@
-"""A stack of connections: expands once, runs every sublayer, collapses once.
+"""A stack of connections: expands once, runs every sublayer, reduces the streams once.
 
-The only place that sees two neighbours. Between two sublayers the streams are written, and at once
-projected and read for the next one: every connection but the last leaves its write to its
-successor.
+The Stack is the only place that sees two neighbours. Between two sublayers lies a boundary: the
+write of the one, the coefficients and the read of the next. The Stack decides once per boundary
+whether one fused kernel computes all of it (`Stack._boundary`), and passes the decision down.
 """
 
 from collections.abc import Sequence, Sized
 from functools import partial
 from itertools import repeat
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from manifold_hc import functional
-from manifold_hc.config import ConnectionConfig, require_config
+from manifold_hc.config import ConnectionConfig, Recompute, block_length, require_config
 from manifold_hc.connection import Branch, Connection
 from manifold_hc.errors import ConfigError, ShapeError, require_integer
-from manifold_hc.maps import LearnedExit, Unwritten
-from manifold_hc.recompute import Recompute, block_length
+from manifold_hc.functional import InputNorm
+from manifold_hc.known_forwards import is_untouched, kernel_norm
+from manifold_hc.maps import LearnedExit, PendingWrite
 
 if TYPE_CHECKING:
-    from manifold_hc.recording import Recording
+    from manifold_hc.recompute import RecomputeContext
+
+
+class Boundary(NamedTuple):
+    """Plan of the boundary before one sublayer."""
+
+    source: Tensor | PendingWrite
+    """Written streams; or the pending write, if the fused kernel writes them."""
+    input_norm: InputNorm | None
+    """Norm of the sublayer's input if the fused kernel computes it; else the norm itself runs."""
 
 
 class Stack(nn.Module):
-    """All the connections of a network, in depth order.
+    """All connections of a network, in depth order.
 
-    stack = Stack(channels, ConnectionConfig(kind="mhc", streams=4), sublayers=24)
-    h = stack(h, branches)      h: [..., C]; branches: one callable per sublayer
-
-    Between two connections the streams are `Unwritten`; what to watch are a connection's `maps`,
-    whose forward hooks see the streams and their coefficients once, with and without recompute.
-
-    The exit is the mean of the streams for mHC, their sum for HC (normalise after it), the learned
+    The exit is the mean of the streams for mHC, their sum for HC (put a norm after it), the learned
     exit with deepseek_v4 numerics, and weighted by the last sublayer's pre with single_pass.
 
-    `part` gives some of the sublayers on their own, as a stage of a pipeline runs them.
+    Hooks on a connection's `maps` see streams and coefficients as a `functional.Reading`, once per
+    forward pass. A connection with hooks or a forward of its own is called as `connection(x,
+    branch)` on written streams, and its sublayer is not recomputed.
+
+    Args:
+        channels: Channels C of a stream.
+        config: Kind and sizes of every connection; None for the paper's mHC with four streams.
+        sublayers: Number L of sublayers; attention and feed-forward count as one each.
+        recompute: Length of a recompute block in sublayers, "auto" for the one that holds least,
+            None for off. Only the first streams of a block are held for backward, which rebuilds
+            the others; outputs and gradients have the same bits (mHC, section 4.3).
+
+    Raises:
+        ConfigError: For fewer than 1 sublayers or channels, a config of another type, or a block
+            length out of range.
+
+    Example:
+        >>> import torch, manifold_hc as mhc
+        >>> stack = mhc.Stack(8, mhc.ConnectionConfig(kind="mhc", streams=4), sublayers=2)
+        >>> branches = [torch.nn.Linear(8, 8) for _ in range(2)]
+        >>> stack(torch.randn(2, 5, 8), branches).shape
+        torch.Size([2, 5, 8])
     """
 
     def __init__(
@@ -47,11 +72,7 @@ class Stack(nn.Module):
         sublayers: int = 1,
         recompute: Recompute = None,
     ) -> None:
-        """recompute: hold only the first streams of every block, rebuild the others in backward.
-
-        A block has as many sublayers as it says, or as take the least memory ("auto"). Outputs and
-        gradients are the same bits. Raises ConfigError for sublayers < 1 or such a block.
-        """
+        """Create the connections with their initial values."""
         super().__init__()
         require_integer("Stack", "channels", channels, 1)
         require_integer("Stack", "sublayers", sublayers, 1)
@@ -72,7 +93,10 @@ class Stack(nn.Module):
         self.exit = LearnedExit(channels, self.config) if learned else None
 
     def _are_equal(self, sublayer: int) -> bool:
-        """Streams start equal, and stay so where nothing writes a different share to each."""
+        """True if the streams before this sublayer are equal.
+
+        They are equal after `expand`, and stay equal if every stream gets the same write.
+        """
         return sublayer == 0 or "post" in self.config.disable
 
     def reset_parameters(self) -> None:
@@ -82,11 +106,13 @@ class Stack(nn.Module):
                 cast(Connection | LearnedExit, module).reset_parameters()
 
     def part(self, sublayers: Sequence[int]) -> "Stack":
-        """The connections of consecutive sublayers, under the names that they have here.
+        """Return the connections of consecutive sublayers as a Stack, such as a pipeline stage.
 
-        One without the first sublayer takes streams instead of an embedding, and one without the
-        last returns them, as `forward` says. Blocks of recompute begin anew with every part.
-        Raises ConfigError for others than there are in a row, or for a block longer than the part.
+        Parameters keep their names. A part without the first sublayer takes streams instead of an
+        embedding, and a part without the last returns streams, as `forward` says. Recompute blocks
+        start anew in every part.
+        Raises ConfigError for sublayers that are not consecutive or not present, or for a recompute
+        block longer than the part.
         """
         known = [number for number, there in enumerate(self.connections) if there is not None]
         wanted = list(sublayers)
@@ -105,12 +131,12 @@ class Stack(nn.Module):
 
     @property
     def begins(self) -> bool:
-        """Whether the first sublayer is here."""
+        """True if this part has the first sublayer."""
         return self.connections[0] is not None
 
     @property
     def ends(self) -> bool:
-        """Whether the last sublayer is here."""
+        """True if this part has the last sublayer."""
         return self.connections[-1] is not None
 
     def forward(
@@ -120,15 +146,26 @@ class Stack(nn.Module):
         norms: Sequence[Branch] | None = None,
         pre: Float[Tensor, "*batch n"] | None = None,
     ) -> Float[Tensor, "..."] | tuple[Tensor, Tensor]:
-        """Embedding in, last hidden state out: [..., C] -> [..., C].
+        """Expand the embedding, run every sublayer, reduce the streams.
 
-        norms: what each branch's input goes through first, one per sublayer. An RMS or layer norm
-        of torch's, or one that has `input_norm`, may be computed with the streams, and under
-        recompute its result is not held; any other, and one inside a branch, is as the branch.
-        A part that does not begin takes streams [..., n, C], and with single_pass the pre [..., n]
-        of the sublayer before; one that does not end returns streams, and that pre.
-        Raises ShapeError when there is not one branch per sublayer, and one norm if there are any,
-        when a branch changes the shape of its input, or for a pre too many or too few.
+        Args:
+            h: Embedding [..., C]; for a part without the first sublayer streams [..., n, C].
+            branches: One callable [..., C] -> [..., C] per sublayer.
+            norms: One norm per sublayer, which the branch's input goes through first. An RMS or
+                layer norm of torch, or a class with a method `input_norm`, may be computed by the
+                fused kernel, and its result is not held under recompute. Any other norm, and a
+                norm inside a branch, runs as part of the branch.
+            pre: With single_pass, for a part without the first sublayer: the pre [..., n] of the
+                sublayer before.
+
+        Returns:
+            The last hidden state [..., C]. A part without the last sublayer returns streams
+            [..., n, C], and with single_pass (streams, pre).
+
+        Raises:
+            ShapeError: If there is not one branch per sublayer, or one norm per sublayer; if a
+                branch changes the shape of its input; if `pre` is missing or superfluous.
+            ConfigError: If single_pass meets a connection with hooks or a forward of its own.
         """
         self._require_one_each("branches", branches)
         if norms is not None:
@@ -136,15 +173,16 @@ class Stack(nn.Module):
         wanted = self.config.single_pass and not self.begins
         if (pre is not None) != wanted:
             raise ShapeError(
-                "Stack: pre, of the sublayer before, must be given with single_pass to a part that "
-                f"does not begin, and nowhere else, but is {'missing' if wanted else 'given'}"
+                "Stack: pre, of the sublayer before, must be given to a part without the first "
+                "sublayer if single_pass is on, and only then, "
+                f"but is {'missing' if wanted else 'given'}"
             )
         if not self.block_length or not torch.is_grad_enabled():
             return self._run(h, branches, norms, pre, None)
-        from manifold_hc.recording import recorded  # imports Dynamo, which takes a second
+        from manifold_hc.recompute import run_with_recompute  # imports Dynamo, which takes a second
 
         run = partial(self._run, h, branches, norms, pre)
-        return recorded(run, self.block_length, h.device.type)
+        return run_with_recompute(run, self.block_length, h.device.type)
 
     def _run(
         self,
@@ -152,25 +190,81 @@ class Stack(nn.Module):
         branches: Sequence[Branch],
         norms: Sequence[Branch] | None,
         pre: Tensor | None,
-        recording: "Recording | None",
+        context: "RecomputeContext | None",
     ) -> Tensor | tuple[Tensor, Tensor]:
-        source: Tensor | Unwritten = functional.expand(h, self.config.n) if self.begins else h
-        for connection, branch, norm in zip(
+        source: Tensor | PendingWrite = functional.expand(h, self.config.n) if self.begins else h
+        for module, branch, norm in zip(
             present(self.connections), branches, norms or repeat(None), strict=False
         ):
-            if recording is None:
-                unwritten: Unwritten = connection(source, branch, norm, write=False, before=pre)
+            connection = cast(Connection, module)
+            if is_untouched(connection):
+                source = self._run_sublayer(connection, source, branch, norm, pre, context)
+                pre = source.reading.pre if self.config.single_pass else None
             else:
-                fused = cast(Connection, connection).fused(source, norm)
-                own = norm if fused else recording.norm(norm)
-                inner = recording.branch(branch)
-                unwritten = connection(source, inner, own, write=False, before=pre)
-                recording.keep(unwritten, cast(Connection, connection), fused or norm)
-            source = unwritten
-        x, pre = unwritten.write(), unwritten.reading.pre
+                source = self._run_altered(connection, _written(source), branch, norm, context)
+        x = _written(source)
         if self.ends:
             return self.collapse(x, pre)
-        return (_owned(x), _owned(pre)) if self.config.single_pass else _owned(x)
+        # A schedule of torch's pipelines detaches the outputs of a stage in place, which a view
+        # does not allow.
+        return (_owned(x), _owned(cast(Tensor, pre))) if self.config.single_pass else _owned(x)
+
+    def _boundary(self, source: Tensor | PendingWrite, norm: Branch | None) -> Boundary:
+        """Decide whether one fused kernel computes the boundary, and which norm with it.
+
+        The only place that decides it. The kernel needs a pending write and maps that kernels
+        compute (`reads_in_kernel`); the configuration's `fuse_boundaries` can switch it off.
+        """
+        config = self.config
+        fused = config.fuse_boundaries and config.reads_in_kernel
+        if not isinstance(source, PendingWrite) or not fused:
+            return Boundary(_written(source), None)
+        return Boundary(source, None if norm is None else kernel_norm(norm, source.reading.x))
+
+    def _run_sublayer(
+        self,
+        connection: Connection,
+        source: Tensor | PendingWrite,
+        branch: Branch,
+        norm: Branch | None,
+        previous_pre: Tensor | None,
+        context: "RecomputeContext | None",
+    ) -> PendingWrite:
+        boundary = self._boundary(source, norm)
+        own_norm = None if boundary.input_norm else norm
+        if context is None:
+            return connection.run(
+                boundary.source, branch, own_norm, boundary.input_norm, previous_pre
+            )
+        pending = connection.run(
+            boundary.source,
+            context.branch(branch),
+            context.norm(own_norm),
+            boundary.input_norm,
+            previous_pre,
+        )
+        context.keep(pending, connection, boundary.input_norm or norm)
+        return pending
+
+    def _run_altered(
+        self,
+        connection: Connection,
+        x: Float[Tensor, "*batch n C"],
+        branch: Branch,
+        norm: Branch | None,
+        context: "RecomputeContext | None",
+    ) -> Float[Tensor, "*batch n C"]:
+        """Call a connection that has hooks or a forward of its own, as its user would."""
+        if self.config.single_pass:
+            raise ConfigError(
+                f"Stack: connection {connection.sublayer} has hooks or a forward of its own, which "
+                "get no pre of the sublayer before, as single_pass needs; put hooks on its maps, "
+                "and shard the stack rather than its connections"
+            )
+        if context is not None:
+            context.end_block()
+        made: Tensor = connection(x, branch if norm is None else lambda u: branch(norm(u)))
+        return made
 
     def _require_one_each(self, name: str, given: Sequence[Branch]) -> None:
         sublayers = len(present(self.connections))
@@ -186,16 +280,16 @@ class Stack(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        """Sublayers, exit and recompute; the connections say the rest."""
+        """Number of sublayers, exit and recompute."""
         sublayers = len(present(self.connections))
         return f"sublayers={sublayers}, exit={self.config.exit}, recompute={self.recompute}"
 
     def collapse(
         self, x: Float[Tensor, "*batch n C"], pre: Float[Tensor, "*batch n"] | None = None
     ) -> Float[Tensor, "*batch C"]:
-        """The exit alone: streams [..., n, C] -> [..., C].
+        """Reduce the streams [..., n, C] to the last hidden state [..., C].
 
-        pre: that of the last sublayer; single_pass weights the streams by it.
+        pre: the last sublayer's, by which single_pass weights the streams.
         """
         if self.exit is not None:
             h: Tensor = self.exit(x)
@@ -207,7 +301,7 @@ class Stack(nn.Module):
 
 
 def only(modules: nn.ModuleList, chosen: Sequence[int]) -> nn.ModuleList:
-    """Some of the modules, under the names that they have; None in place of the others."""
+    """Return the chosen modules under their names; None in place of the others."""
     return nn.ModuleList(
         cast(nn.Module, module if number in chosen else None)
         for number, module in enumerate(modules)
@@ -215,10 +309,14 @@ def only(modules: nn.ModuleList, chosen: Sequence[int]) -> nn.ModuleList:
 
 
 def present(modules: nn.ModuleList) -> list[nn.Module]:
-    """Those that are there, in their order."""
+    """Return the modules that are not None, in order."""
     return [module for module in modules if module is not None]
 
 
-def _owned(sent: Tensor) -> Tensor:
-    """No view: schedules of pipelines detach in place what a stage has sent."""
-    return sent.clone() if sent._is_view() else sent
+def _written(source: Tensor | PendingWrite) -> Float[Tensor, "*batch n C"]:
+    return source.write() if isinstance(source, PendingWrite) else source
+
+
+def _owned(output: Tensor) -> Tensor:
+    """Copy a view."""
+    return output.clone() if output._is_view() else output

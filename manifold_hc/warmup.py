@@ -1,37 +1,48 @@
-"""Compile and choose ahead of the first step, so that it takes as long as the others."""
+"""Compilation and timing of the kernels before the first training step."""
 
 import logging
 import math
 import time
+from dataclasses import replace
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from manifold_hc.config import ConnectionConfig
+from manifold_hc.config import ConnectionConfig, Recompute, require_config
 from manifold_hc.connection import Branch
 from manifold_hc.errors import ConfigError, DtypeError
 from manifold_hc.kernels import OPERATORS, pick
-from manifold_hc.kernels.fusion import fuse
-from manifold_hc.recompute import Recompute
 from manifold_hc.stack import Stack
 
 logger = logging.getLogger("manifold_hc")
 
 TOKENS = 2
+"""Tokens of the passes that compile the kernels."""
 
 DEPTH = 4
-"""Sublayers in a row that are timed: three boundaries."""
+"""Sublayers of the stacks that are timed: three boundaries."""
 
 ROUNDS, SECONDS = 3, 0.1
-"""Times that each form's turn comes, and how long it then runs at least."""
+"""Rounds in which both forms of a boundary take turns, and the least time of each turn."""
 
 MARGIN = 1.05
-"""By how much one pass must be slower before it is given up: repetitions differ by less."""
+"""Ratio above which the fused form counts as slower: repetitions differ by less."""
 
 
-@torch.inference_mode(False)  # where it is on, nothing would record the gradients
+class Advice(NamedTuple):
+    """Measured costs of a boundary between two sublayers, and the faster form."""
+
+    fuse_boundaries: bool
+    """Value for `ConnectionConfig.fuse_boundaries`."""
+    fused_seconds: float | None = None
+    """Forward and backward of one sublayer's connection, fused; None if it was not measured."""
+    separate_seconds: float | None = None
+    """The same with the write as an operator of its own."""
+
+
+@torch.inference_mode(False)  # inference mode would record no gradients
 def warmup(
     channels: int,
     config: ConnectionConfig | None = None,
@@ -42,22 +53,41 @@ def warmup(
     sublayers: int = 2,
     recompute: Recompute = None,
     tokens: int | None = None,
-) -> None:
-    """Build or compile every kernel that a network of such connections will need.
+) -> Advice:
+    """Build or compile every kernel that a network of such connections needs.
 
-    dtype: the streams', as they leave the embedding; branch_dtype: what the branches return where
-    that differs, as under autocast; sublayers and recompute: the stack's, which matter where
-    backward rebuilds. One call serves any number of tokens, training and inference, norms given or
-    not.
-    tokens: how many a step will have on this device. Given, it is measured whether what lies
-    between two sublayers is slower in one pass, as it is computed otherwise, than with the streams
-    written first; then from now on such streams are written first. What was found is logged. It
-    takes about a second, and the memory of four sublayers.
-    Nothing but that choice and the kernels' caches changes. Raises BackendError where the
-    configuration names a backend that cannot serve, DtypeError for integers, ConfigError for a
-    device that is not there or tokens < 1.
+    One call covers any number of tokens, training and inference, with norms and without. It
+    changes nothing but the kernels' caches.
+
+    Args:
+        channels: Channels C of a stream.
+        config: The connections' configuration; None for the default one.
+        dtype: Dtype of the streams, as they leave the embedding.
+        branch_dtype: Dtype of the branches' outputs if it differs, as under autocast.
+        device: Device of the network.
+        sublayers: Number of sublayers of the stack, which matters with recompute.
+        recompute: The stack's recompute; see `Stack`.
+        tokens: Tokens of a step on this device. If given, the fused form of the boundary between
+            two sublayers is timed against the separate one, which takes about a second and the
+            memory of four sublayers.
+
+    Returns:
+        The advice for `ConnectionConfig.fuse_boundaries`, with the measured seconds if `tokens` was
+        given and there are two forms to choose from; else the configuration's own value.
+
+    Raises:
+        BackendError: If the configured backend does not support the call.
+        DtypeError: For integer dtypes.
+        ConfigError: For a device that torch does not find, or tokens < 1.
+
+    Example:
+        >>> import dataclasses, manifold_hc as mhc
+        >>> config = mhc.ConnectionConfig()
+        >>> advice = mhc.warmup(64, config, tokens=128)
+        >>> config = dataclasses.replace(config, fuse_boundaries=advice.fuse_boundaries)
     """
     start = time.perf_counter()
+    config = require_config("warmup", config)
     for name, chosen in (("dtype", dtype), ("branch_dtype", branch_dtype or dtype)):
         if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
             raise DtypeError(
@@ -71,7 +101,7 @@ def warmup(
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"warmup: torch finds no device {device}: {reason}") from error
-    stack = _fresh(device, channels, config, sublayers, recompute)
+    stack = _new_stack(device, channels, config, sublayers, recompute)
 
     def branch(u: Tensor) -> Tensor:
         return u.to(branch_dtype or dtype)
@@ -86,45 +116,56 @@ def warmup(
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     logger.info("kernels are warm after %.1f s", time.perf_counter() - start)
-    if tokens is not None and stack.config.is_one_pass:
-        h = torch.ones(tokens, channels, dtype=dtype, device=device, requires_grad=True)
-        with torch.enable_grad():
-            _choose(_fresh(device, channels, config, DEPTH), h, branch)
+    if tokens is None or not config.reads_in_kernel:
+        return Advice(config.fuse_boundaries)
+    h = torch.ones(tokens, channels, dtype=dtype, device=device, requires_grad=True)
+    if pick("boundary", config.backend, config.n, [h]) is OPERATORS["boundary", "reference"]:
+        return Advice(config.fuse_boundaries)  # the reference has the separate form only
+    with torch.enable_grad():
+        return _advise(channels, config, h, branch)
 
 
-def _fresh(device: torch.device, *arguments: Any) -> Stack:
-    """A new stack; its parameters are drawn, but a run's own random numbers stay as they are."""
+def _new_stack(device: torch.device, *arguments: Any) -> Stack:
+    """Make a stack without advancing the random state of the run."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         return Stack(*arguments).to(device)
 
 
-def _choose(stack: Stack, h: Tensor, branch: Branch) -> None:
-    """Time both forms of a boundary in turn, forward and backward, and keep the faster."""
-    from torch.utils.benchmark import Timer  # which waits for a GPU
+def _advise(channels: int, config: ConnectionConfig, h: Tensor, branch: Branch) -> Advice:
+    """Time both forms of a boundary in turns, forward and backward."""
+    from torch.utils.benchmark import Timer  # synchronises a GPU
 
-    def run() -> None:
-        out = stack(h, [branch] * DEPTH)
-        torch.autograd.grad(out, [h, *stack.parameters()], torch.ones_like(out), allow_unused=True)
+    timers = {}
+    for fused in (True, False):
+        chosen = replace(config, fuse_boundaries=fused)
+        stack = _new_stack(h.device, channels, chosen, DEPTH)
 
-    config = stack.config
-    if pick("boundary", config.backend, config.n, [h]) is OPERATORS["boundary", "reference"]:
-        return  # which writes first in any case
-    size = (h.device.type, h.dtype, config.n, h.shape[-1], config.single_pass)
-    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-    seconds, chosen = {True: math.inf, False: math.inf}, True
-    try:
-        for _, one_pass in product(range(ROUNDS), (True, False)):
-            fuse(*size, one_pass)
-            timer.timeit(1)
-            median = timer.blocked_autorange(min_run_time=SECONDS).median
-            seconds[one_pass] = min(seconds[one_pass], median)
-        chosen = seconds[True] <= MARGIN * seconds[False]
-    finally:
-        fuse(*size, chosen)
-    logger.info(
-        "between sublayers, %d tokens of %s x %d %s on %s: in one pass %.3g ms, written first "
-        "%.3g ms; from now on %s",
-        *(h.shape[0], config.n, h.shape[-1], str(h.dtype).removeprefix("torch."), h.device),
-        *(1e3 * seconds[form] / DEPTH for form in (True, False)),
-        "in one pass" if chosen else "written first",
+        def run(stack: Stack = stack) -> None:
+            out = stack(h, [branch] * DEPTH)
+            weights = torch.ones_like(out)
+            torch.autograd.grad(out, [h, *stack.parameters()], weights, allow_unused=True)
+
+        timers[fused] = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    seconds = dict.fromkeys(timers, math.inf)
+    for _, fused in product(range(ROUNDS), timers):
+        timers[fused].timeit(1)
+        median = timers[fused].blocked_autorange(min_run_time=SECONDS).median
+        seconds[fused] = min(seconds[fused], median / DEPTH)
+    advice = Advice(
+        seconds[True] <= MARGIN * seconds[False],
+        fused_seconds=seconds[True],
+        separate_seconds=seconds[False],
     )
+    logger.info(
+        "boundary of %d tokens of %d x %d %s on %s: fused %.3g ms, separate %.3g ms; "
+        "fuse_boundaries=%s is faster",
+        h.shape[0],
+        config.n,
+        h.shape[-1],
+        str(h.dtype).removeprefix("torch."),
+        h.device,
+        1e3 * seconds[True],
+        1e3 * seconds[False],
+        advice.fuse_boundaries,
+    )
+    return advice

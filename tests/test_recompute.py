@@ -15,11 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import manifold_hc as mhc
-from manifold_hc import constraints, recording
-from manifold_hc.config import ConnectionConfig
+from manifold_hc import constraints, functional, recompute
+from manifold_hc.config import ConnectionConfig, block_length
 from manifold_hc.errors import ConfigError, ShapeError
 from manifold_hc.kernels import backends, refusal
-from manifold_hc.recompute import block_length
 
 C, L = 24, 5
 BACKENDS = [name for name in backends() if not refusal(name, 4, "cpu", [torch.float32])]
@@ -375,11 +374,11 @@ def test_nothing_piles_up():
     assert len(set(counts[1:])) == 1
 
 
-def test_no_gradient_no_recording(monkeypatch):
+def test_no_gradient_no_recompute_context(monkeypatch):
     def refused(*_):
         raise AssertionError("recorded")
 
-    monkeypatch.setattr(recording, "recorded", refused)
+    monkeypatch.setattr(recompute, "run_with_recompute", refused)
     network = Network(3).eval()
     with torch.no_grad():
         network(input_of())
@@ -497,30 +496,28 @@ def test_a_residual_branch_output_that_changes_raises_where_it_would_be_used():
 
 @pytest.mark.parametrize("kind", ["mhc", "single", "hc", "residual"])
 @pytest.mark.parametrize("part", ["pre", "post", "res", "x", "u"])
-@pytest.mark.parametrize("seen", ["maps", "connection"])
-def test_hooks_that_replace_anything(kind, part, seen):
-    def changed(maps, arguments, made):
-        reading = made if seen == "maps" else made.reading
-        reading = reading._replace(**{part: 1.5 * getattr(reading, part)})
-        return reading if seen == "maps" else made._replace(reading=reading)
+def test_hooks_that_replace_any_field_of_a_reading(kind, part):
+    def changed(maps, arguments, reading):
+        return reading._replace(**{part: 1.5 * getattr(reading, part)})
 
     found = []
     for length in (None, L):
         stack = stack_of(length, **KINDS[kind])
-        connection = stack.connections[2]
-        (connection.maps if seen == "maps" else connection).register_forward_hook(changed)
+        stack.connections[2].maps.register_forward_hook(changed)
         found.append(steps(stack, torch.sin))
     assert_same(*found)
 
 
 @pytest.mark.parametrize("kind", ["mhc", "single", "hc", "residual"])
 @pytest.mark.parametrize("part", ["y", "post", "res", "x"])
-@pytest.mark.parametrize("seen", ["maps", "connection", "everything"])
-def test_hooks_that_replace_what_comes_in(kind, part, seen):
+@pytest.mark.parametrize("registered", ["on the maps", "on all modules"])
+def test_hooks_that_replace_the_input_of_the_maps(kind, part, registered):
     def changed(module, arguments):
-        if module not in (stack.connections[2], stack.connections[2].maps):
+        if module is not stack.connections[2].maps:
             return None
         source, *rest = arguments
+        if isinstance(source, torch.Tensor):
+            return 1.5 * source, *rest
         if part == "y":
             return source._replace(y=1.5 * source.y), *rest
         reading = source.reading._replace(**{part: 1.5 * getattr(source.reading, part)})
@@ -529,15 +526,84 @@ def test_hooks_that_replace_what_comes_in(kind, part, seen):
     found = []
     for length in (None, L):
         stack = stack_of(length, **KINDS[kind])
-        if seen == "everything":
+        if registered == "on all modules":
             handle = nn.modules.module.register_module_forward_pre_hook(changed)
         else:
-            connection = stack.connections[2]
-            watched = connection.maps if seen == "maps" else connection
-            handle = watched.register_forward_pre_hook(changed)
+            handle = stack.connections[2].maps.register_forward_pre_hook(changed)
         found.append(steps(stack, torch.sin))
         handle.remove()
     assert_same(*found)
+
+
+def on_the_output(connection, ran):
+    def hook(module, arguments, x):
+        ran.append(x.shape[-2:])
+        return 1.5 * x
+
+    connection.register_forward_hook(hook)
+
+
+def on_the_input(connection, ran):
+    def hook(module, arguments):
+        x, branch = arguments
+        ran.append(x.shape[-2:])
+        return x / 1.5, branch
+
+    connection.register_forward_pre_hook(hook)
+
+
+def by_another_forward(connection, ran):
+    forward = connection.forward
+
+    def doubled(x, branch):
+        ran.append(x.shape[-2:])
+        return 2 * forward(x, branch)
+
+    connection.forward = doubled
+
+
+WAYS = (on_the_output, on_the_input, by_another_forward)
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("kind", ["mhc", "hc", "residual"])
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_an_altered_connection_gets_written_streams(kind, way, norms):
+    """The same as separate connections, with every block length, and once a pass."""
+    found = []
+    for length in (None, 1, 2, L, "separate"):
+        torch.manual_seed(0)
+        stack = stack_of(None if length == "separate" else length, **KINDS[kind])
+        norm = nn.RMSNorm(stack.connections[0].channels, eps=1e-5)
+        ran = []
+        way(stack.connections[2], ran)
+        if length != "separate":
+            run = partial(stack, norms=[norm] * L) if norms else stack
+        else:
+
+            def run(h, branches, stack=stack, norm=norm):
+                x = functional.expand(h, stack.config.n)
+                for connection, branch in zip(stack.connections, branches, strict=True):
+                    x = connection(x, (lambda u, b=branch: b(norm(u))) if norms else branch)
+                return stack.collapse(x)
+
+        h = torch.randn(2, 5, norm.weight.shape[0], requires_grad=True)
+        out = run(h, [torch.sin] * L)
+        leaves = [h, *(p for p in stack.parameters() if p.requires_grad)]
+        gradients = torch.autograd.grad(out.square().sum(), leaves, allow_unused=True)
+        assert ran == [torch.Size([stack.config.n, h.shape[-1]])]
+        found.append([out, *gradients])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or (a - b).norm() <= 1e-5 * a.norm()
+
+
+def test_an_altered_connection_of_a_single_pass_is_refused():
+    stack = stack_of(None, **KINDS["single"])
+    stack.connections[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(ConfigError, match=r"connection 1 has hooks .* put hooks on its maps"):
+        stack(torch.randn(5, stack.connections[0].channels), [torch.sin] * L)
 
 
 class Conditioned(nn.Module):

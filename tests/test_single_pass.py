@@ -151,7 +151,7 @@ def test_alone_it_is_refused():
     with pytest.raises(ConfigError, match=r"single_pass reads with the pre .* use mhc\.Stack"):
         mhc.Connection(C, ConnectionConfig(single_pass=True))
     for kind in ("hc", "residual"):
-        with pytest.raises(ConfigError, match="single_pass: only mhc"):
+        with pytest.raises(ConfigError, match="single_pass: needs kind=mhc"):
             ConnectionConfig(kind=kind, single_pass=True)
 
 

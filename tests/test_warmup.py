@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import manifold_hc as mhc
 from manifold_hc.errors import BackendError, ConfigError, DtypeError
 from manifold_hc.kernels import refusal
-from manifold_hc.kernels.fusion import fuse
-from manifold_hc.warmup import MARGIN
+from manifold_hc.warmup import MARGIN, Advice
 
 FIRST_STEP = """
 import logging, sys
@@ -77,7 +77,7 @@ class Calls(TorchDispatchMode):
 
 
 def boundaries_of(config, channels, dtype):
-    """How many of three boundaries are one pass in a fresh stack; its result and gradients."""
+    """Number of fused boundaries out of three in a new stack; its result and gradients."""
     torch.manual_seed(0)
     stack = mhc.Stack(channels, config, 4)
     h = torch.randn(5, channels).to(dtype).requires_grad_()
@@ -94,48 +94,58 @@ def test_both_forms_of_a_boundary_agree(dtype, single_pass):
     config = mhc.ConnectionConfig(phi_std=0.3, alpha=0.5, single_pass=single_pass)
     if refusal("cpu", 4, "cpu", [dtype, torch.float32]):
         pytest.skip("needs the CPU kernels")
-    size = ("cpu", dtype, 4, 24, single_pass)
     fused, expected = boundaries_of(config, 24, dtype)
-    fuse(*size, False)
-    try:
-        apart, found = boundaries_of(config, 24, dtype)
-    finally:
-        fuse(*size, True)
-    assert (fused, apart) == (3, 0)
+    separate, found = boundaries_of(replace(config, fuse_boundaries=False), 24, dtype)
+    assert (fused, separate) == (3, 0)
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
     for a, b in zip(expected, found, strict=True):
         assert (a - b).norm() <= tolerance * a.norm()
 
 
 @pytest.mark.parametrize("single_pass", [False, True])
-def test_the_faster_form_is_taken_from_then_on(caplog, single_pass):
+def test_the_advice_is_the_faster_form(caplog, single_pass):
     if refusal("cpu", 4, "cpu", [torch.float32]):
         pytest.skip("needs the CPU kernels")
     config = mhc.ConnectionConfig(single_pass=single_pass)
     with caplog.at_level("INFO", "manifold_hc"):
-        mhc.warmup(40, config, tokens=7)
-    (line,) = [record.message for record in caplog.records if "between" in record.message]
+        advice = mhc.warmup(40, config, tokens=7)
+    (line,) = [record.message for record in caplog.records if "boundary" in record.message]
     pattern = (
-        r"between sublayers, 7 tokens of 4 x 40 float32 on cpu: "
-        r"in one pass (\S+) ms, written first (\S+) ms; from now on (.*)"
+        r"boundary of 7 tokens of 4 x 40 float32 on cpu: "
+        r"fused (\S+) ms, separate (\S+) ms; fuse_boundaries=(True|False) is faster"
     )
-    one_pass, first, choice = re.fullmatch(pattern, line).groups()
-    assert min(float(one_pass), float(first)) > 0
-    if abs(float(one_pass) / float(first) - MARGIN) > 0.01:  # beyond what printing rounds
-        slower = float(one_pass) > MARGIN * float(first)
-        assert choice == ("written first" if slower else "in one pass")
+    fused, separate, choice = re.fullmatch(pattern, line).groups()
+    assert min(advice.fused_seconds, advice.separate_seconds) > 0
+    assert fused == f"{1e3 * advice.fused_seconds:.3g}"
+    assert separate == f"{1e3 * advice.separate_seconds:.3g}"
+    assert choice == str(advice.fuse_boundaries)
+    slower = advice.fused_seconds > MARGIN * advice.separate_seconds
+    assert advice.fuse_boundaries == (not slower)
+
+
+@pytest.mark.parametrize("fuse_boundaries", [False, True])
+def test_the_configuration_holds_the_choice(fuse_boundaries):
+    """Timing both forms leaves the stacks that are built later as their configuration says."""
+    if refusal("cpu", 4, "cpu", [torch.float32]):
+        pytest.skip("needs the CPU kernels")
+    config = mhc.ConnectionConfig(fuse_boundaries=fuse_boundaries)
+    mhc.warmup(40, config, tokens=7)
     fused, _ = boundaries_of(config, 40, torch.float32)
-    fuse("cpu", torch.float32, 4, 40, single_pass, True)
-    assert fused == (3 if choice == "in one pass" else 0)
+    assert fused == (3 if fuse_boundaries else 0)
 
 
-def test_there_is_nothing_to_choose(caplog):
-    """One form only: other constraints, other kinds, and the reference, which writes first."""
+@pytest.mark.parametrize("fuse_boundaries", [False, True])
+@pytest.mark.parametrize(
+    "fields", [{"kind": "hc"}, {"constraint": "permutation"}, {"backend": "reference"}]
+)
+def test_one_form_alone_is_not_timed(fields, fuse_boundaries, caplog):
+    config = mhc.ConnectionConfig(fuse_boundaries=fuse_boundaries, **fields)
     with caplog.at_level("INFO", "manifold_hc"):
-        mhc.warmup(8, mhc.ConnectionConfig(kind="hc"), tokens=3)
-        mhc.warmup(8, mhc.ConnectionConfig(constraint="permutation"), tokens=3)
-        mhc.warmup(8, mhc.ConnectionConfig(backend="reference"), tokens=3)
-    assert not any("between" in record.message for record in caplog.records)
+        assert mhc.warmup(8, config, tokens=3) == Advice(fuse_boundaries, None, None)
+    assert not any("boundary" in record.message for record in caplog.records)
+
+
+def test_tokens_must_be_positive():
     with pytest.raises(ConfigError, match="warmup: tokens must be at least 1 but is 0"):
         mhc.warmup(8, tokens=0)
 

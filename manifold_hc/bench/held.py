@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from manifold_hc.connection import KNOWN_FORWARDS
+from manifold_hc.known_forwards import KNOWN_FORWARDS
 from manifold_hc.models.norm import RMSNorm
 
 STREAMS, INPUTS, NORMALISED = "streams", "inputs", "normalised"

@@ -14,7 +14,7 @@ from manifold_hc.bench.measure import alternate, timed
 from manifold_hc.bench.memory import peak_bytes
 from manifold_hc.bench.problem import Problem
 from manifold_hc.bench.task import Task, leaf
-from manifold_hc.recompute import Recompute
+from manifold_hc.config import Recompute
 from manifold_hc.stack import Stack
 
 Norms = Literal["given", "inside"]

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from manifold_hc.config import ConnectionConfig
+from manifold_hc.config import ConnectionConfig, Recompute
 from manifold_hc.connection import Branch
 from manifold_hc.errors import ConfigError, require_at_least_one, require_number
 from manifold_hc.models.attention import AttentionConfig, LatentAttention
@@ -19,7 +19,6 @@ from manifold_hc.models.experts import Experts, ExpertsConfig, mixtures
 from manifold_hc.models.feed_forward import GatedFeedForward
 from manifold_hc.models.norm import RMSNorm
 from manifold_hc.precision import compute_dtype
-from manifold_hc.recompute import Recompute
 from manifold_hc.stack import Stack, only, present
 
 

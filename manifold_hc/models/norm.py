@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
-from manifold_hc.connection import KNOWN_FORWARDS
 from manifold_hc.functional import InputNorm
+from manifold_hc.known_forwards import KNOWN_FORWARDS
 
 
 class RMSNorm(nn.RMSNorm):

@@ -61,7 +61,7 @@ class Single(Stacked):
         x = expand(self.embedding(tokens), PAPER.n)
         for sublayer in zip(self.connections, self.branches, self.norms, strict=True):
             connection, branch, norm = sublayer
-            x = connection(x, branch, norm)
+            x = connection(x, nn.Sequential(norm, branch))
         return self.head(collapse(x))
 
 

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from manifold_hc.config import block_length
 from manifold_hc.data import Batches, Corpus
 from manifold_hc.diagnostics import GainMonitor
 from manifold_hc.errors import BackendError, ConfigError, DataError, DivergedError, RunFolderError
 from manifold_hc.files import write_atomically
 from manifold_hc.models import AttentionConfig, Decoder, DecoderConfig
-from manifold_hc.recompute import block_length
 from manifold_hc.training import OptimizerConfig, RunFolder, TrainingConfig, train
 from manifold_hc.training.folder import SUMMARY, locked
 from manifold_hc.training.state import TrainState
