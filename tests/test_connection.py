@@ -58,7 +58,7 @@ def test_deepseeks_numerics_start_close_to_the_residual_network(residual):
 
 
 def walk(config):
-    """Streams after the last sublayer, and what every branch read."""
+    """Streams after the last sublayer, and the input of every branch."""
     _, stack, branches, h = network(config)
     x, reads = functional.expand(h, config.n), []
 
@@ -99,8 +99,8 @@ def test_hc_sublayers_read_different_streams():
         assert torch.equal(res, torch.eye(4).expand(2, 4, 4))
 
 
-def test_training_keeps_the_streams_apart():
-    """Streams with equal parameters would get equal gradients and stay equal for ever."""
+def test_streams_stay_different_in_training():
+    """Streams with equal parameters get equal gradients and stay equal."""
     _, stack, branches, h = network(ConnectionConfig(), embedding_std=1.0)
     optimizer = torch.optim.SGD(stack.parameters(), lr=1.0)
     direction = torch.randn(2, 7, C)
@@ -165,7 +165,7 @@ def test_disabled_parts_are_constants(kind, part):
 
 
 @pytest.mark.parametrize("disable", [("post",), ("post", "pre")])
-def test_mhc_without_post_is_the_residual_network_whatever_it_learns(disable):
+def test_mhc_without_post_stays_the_residual_network_in_training(disable):
     """Streams stay copies of one another, and rows of `res` and pre's mean sum to 1.
 
     With pre learned the read is scaled, so its bias stays; `res` alone may be anything.
@@ -187,7 +187,7 @@ class TestPrecision:
     @pytest.mark.parametrize("convert", [nn.Module.bfloat16, nn.Module.half])
     @pytest.mark.parametrize("numerics", ["paper", "deepseek_v4"])
     @pytest.mark.parametrize("kind", ["hc", "mhc"])
-    def test_half_precision_leaves_them(self, convert, kind, numerics):
+    def test_half_precision_conversions_leave_parameters_in_float32(self, convert, kind, numerics):
         stack = mhc.Stack(8, ConnectionConfig(kind=kind, numerics=numerics), 2)
         model = nn.ModuleDict({"stack": stack, "head": nn.Linear(8, 8)})
         before = {name: p.clone() for name, p in stack.named_parameters()}
@@ -197,7 +197,7 @@ class TestPrecision:
             assert parameter.dtype == torch.float32
             assert torch.equal(parameter, before[name])
 
-    def test_to_and_type_leave_them_and_double_converts(self):
+    def test_to_and_type_leave_float32_and_double_converts(self):
         stack = mhc.Stack(8, ConnectionConfig(), 1)
         for convert in (
             lambda: stack.to(torch.bfloat16),
@@ -221,11 +221,11 @@ class TestPrecision:
             assert torch.equal(parameter, half[name].float())
         assert {tensor.dtype for tensor in half.values()} == {torch.bfloat16}
 
-    def test_devices_are_still_followed(self):
+    def test_parameters_follow_the_device(self):
         stack = mhc.Stack(8, ConnectionConfig(), 1).to("meta", torch.bfloat16)
         assert {(p.device.type, p.dtype) for p in stack.parameters()} == {("meta", torch.float32)}
 
-    def test_a_low_default_dtype_does_not_reach_them(self):
+    def test_a_low_default_dtype_leaves_parameters_in_float32(self):
         torch.set_default_dtype(torch.bfloat16)
         try:
             stack = mhc.Stack(8, ConnectionConfig(numerics="deepseek_v4"), 1)
@@ -279,7 +279,7 @@ class TestStack:
             mhc.Stack(8, ConnectionConfig(), 3)(torch.randn(2, 8), [torch.sin] * 2)
 
     @pytest.mark.usefixtures("unchecked")
-    def test_branches_that_are_no_list_are_named(self):
+    def test_branches_that_are_not_a_sequence_raise(self):
         stack, h = mhc.Stack(8, ConnectionConfig(), 3), torch.randn(2, 8)
         with pytest.raises(ShapeError, match=r"branches must be a list of 3, .* but is generator"):
             stack(h, (torch.sin for _ in range(3)))
@@ -321,7 +321,7 @@ def test_configurations_that_cannot_be_built(options, message):
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_misuse_is_named():
+def test_misuse_raises_with_advice():
     with pytest.raises(ShapeError, match=r"x must be \[..., 4, 8\] .* expand\(\)"):
         mhc.Connection(8)(torch.randn(2, 8), torch.sin)
     with pytest.raises(ShapeError, match=r"x must be \[..., 1, 8\]"):
@@ -344,7 +344,7 @@ def test_misuse_is_named():
         ("residual", 4, r"x has 4 streams and the connection 1, as residual always has; give"),
     ],
 )
-def test_another_number_of_streams_is_named(kind, n, said):
+def test_another_number_of_streams_raises_with_advice(kind, n, said):
     connection = mhc.Connection(8, mhc.ConnectionConfig(kind=kind))
     x = mhc.functional.expand(torch.randn(2, 5, 8), n)
     with pytest.raises(ShapeError, match=said):
@@ -372,7 +372,7 @@ def trained(config, steps=20):
 
 
 def res_parameters(maps, n):
-    """The parts of bias, phi and alpha that only res is made of."""
+    """Slices of bias, phi and alpha that only res depends on."""
     dynamic = [maps.phi[2 * n :].flatten(), maps.alpha[2:]] if maps.phi is not None else []
     return torch.cat([maps.bias[2 * n :], *dynamic]).detach().clone()
 
@@ -380,18 +380,18 @@ def res_parameters(maps, n):
 @pytest.mark.parametrize("dynamic", [True, False])
 @pytest.mark.parametrize("constraint", IDLE)
 def test_res_is_not_trained_on_rounding_noise(constraint, dynamic):
-    """While streams are equal its gradient is zero but for rounding."""
+    """While streams are equal, its gradient is rounding noise."""
     unmoved = trained(ConnectionConfig(constraint=constraint, dynamic=dynamic))
     assert unmoved[0]
     assert not any(unmoved[1:])
 
 
-def test_res_is_idle_everywhere_while_the_streams_stay_equal():
+def test_res_has_no_gradient_in_any_connection_while_streams_stay_equal():
     assert all(trained(ConnectionConfig(disable=("post",))))
     assert all(trained(ConnectionConfig(streams=1)))
 
 
-def test_res_trains_from_the_first_connection_on_where_its_rows_are_free():
+def test_res_of_the_first_connection_trains_if_its_rows_need_not_sum_to_one():
     assert not any(trained(ConnectionConfig(constraint="none")))
     connection = mhc.Connection(C, ConnectionConfig(kind="hc"), equal_streams=True)
     connection(
@@ -400,8 +400,8 @@ def test_res_trains_from_the_first_connection_on_where_its_rows_are_free():
     assert connection.maps.bias.grad[8:].abs().min() > 0
 
 
-def test_the_gradient_left_out_is_zero():
-    """In float64, by the connection that does not leave it out."""
+def test_the_omitted_gradient_of_res_is_zero():
+    """Computed in float64 by a connection that keeps the gradient."""
     connection = mhc.Connection(C, ConnectionConfig(phi_std=0.3)).double()
     x = functional.expand(torch.randn(3, C, dtype=torch.float64), 4)
     (connection(x, torch.nn.Identity()) * torch.randn(4, C)).sum().backward()
@@ -421,7 +421,7 @@ def test_the_gradient_left_out_is_zero():
         (ConnectionConfig, "must be a ConnectionConfig or None but is <class"),
     ],
 )
-def test_what_is_no_configuration_is_named(build, config, message):
+def test_another_type_of_configuration_raises(build, config, message):
     with pytest.raises(ConfigError, match=f"^{build.__name__}: config .*{message}"):
         build(16, config)
 
@@ -439,7 +439,7 @@ def test_sizes_are_integers(value):
             build()
 
 
-def test_repr_tells_what_it_is():
+def test_repr_shows_kind_and_sizes():
     stack = mhc.Stack(8, ConnectionConfig(streams=3, numerics="deepseek_v4", disable=("post",)), 2)
     text = repr(stack)
     assert "sublayers=2, exit=learned, recompute=None" in text

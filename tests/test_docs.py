@@ -51,7 +51,7 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, bpe):
-    """A folder with the files that the pages speak of; the working directory."""
+    """Working directory with the files that the pages use."""
     text = generated_text(6_000)
     (tmp_path / "books").mkdir()
     for name in ("book.txt", "books/one.txt", "books/two.txt"):
@@ -66,7 +66,7 @@ def folder(tmp_path, monkeypatch, bpe):
 
 @pytest.fixture
 def blocks():
-    """A function from a page to its examples, in their order."""
+    """Function that returns a page's examples in order."""
     parsers = [
         PythonCodeBlockParser(),
         CodeBlockParser("bash", run_commands),
@@ -95,7 +95,7 @@ def test_code_is_fenced_and_its_language_is_known(page):
 
 
 @every_page
-def test_links_lead_somewhere(page):
+def test_links_resolve(page):
     prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     for target in re.findall(r"\]\(([^)#\s]+)", prose):
         if "://" not in target:
@@ -194,7 +194,7 @@ def one_side(diff, side):
 
 
 def lines_of(script):
-    """Its commands: comments and line continuations are gone."""
+    """Return the commands of a block, without comments and line continuations."""
     joined = re.sub(r"\\\n\s*", "", script)
     return [line for line in joined.splitlines() if shlex.split(line, comments=True)]
 

@@ -1,4 +1,4 @@
-"""Every module initialises itself, from torch's random state, whatever the default dtype."""
+"""Every module initialises itself from torch's random state, under any default dtype."""
 
 import math
 
@@ -66,7 +66,7 @@ def poison(module):
 
 @pytest.fixture
 def poisoned_memory():
-    """Fresh memory holds NaN: what a constructor leaves unset shows."""
+    """Fill new memory with NaN, so that unset values show."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -74,7 +74,7 @@ def poisoned_memory():
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("name", MODULES)
-def test_constructors_set_everything_from_the_seed(name):
+def test_constructors_set_every_value_from_the_seed(name):
     torch.manual_seed(3)
     module = MODULES[name]()
     assert all(tensor.isfinite().all() for tensor in tensors(module).values())
@@ -117,7 +117,7 @@ def test_from_the_meta_device(name):
 
 @pytest.mark.parametrize("remade", [False, True])
 def test_routed_experts_leave_a_decoder_the_random_state_of_a_dense_one(remade):
-    """Runs that were recorded begin with these numbers. A shared expert draws as a dense one."""
+    """Recorded runs start with these numbers; a shared expert draws as a dense layer does."""
     first = []
     for experts in (ExpertsConfig(), MIXTURE, ExpertsConfig(routed=9, width=MIXTURE.width)):
         sizes = {**SIZES, "feed_forward": MIXTURE.width, "experts": experts}
@@ -132,7 +132,7 @@ def test_routed_experts_leave_a_decoder_the_random_state_of_a_dense_one(remade):
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-def test_experts_alone_are_of_the_size_of_a_linear_layer():
+def test_initial_experts_have_the_scale_of_a_linear_layer():
     experts = Experts(96, ExpertsConfig(routed=16))
     for weight, inputs in (
         (experts.router.weight, 96),

@@ -1,4 +1,4 @@
-"""The recipe of docs/connections.md for a Hugging Face model, as it stands there."""
+"""The recipe of docs/connections.md for a Hugging Face model, executed from the page."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "connections.md"
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    """The names that the recipe leaves behind, run in an empty folder."""
+    """Namespace of the executed recipe, run in an empty folder."""
     pytest.importorskip("transformers")
     section = PAGE.read_text().partition("### A Hugging Face model")[2]
     code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]

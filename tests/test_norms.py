@@ -1,4 +1,4 @@
-"""Norms that are given to a stack: computed with the streams where a kernel knows them."""
+"""Norms given to a stack: computed by the fused kernel if it supports them."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def gradients(stack, branches, norms, inside, dtype=torch.float32):
 @pytest.mark.parametrize("single_pass", [False, True], ids=["standard", "single-pass"])
 @pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_given_or_inside(backend, kind, single_pass):
+def test_a_given_norm_equals_the_norm_inside_the_branch(backend, kind, single_pass):
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.06)):
         built = network(kind, backend=backend, single_pass=single_pass)
         pairs = [gradients(*built, inside, dtype) for inside in (False, True)]
@@ -77,7 +77,7 @@ class Ran(TorchDispatchMode):
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="no CPU backend here")
 @pytest.mark.parametrize("kind", NORMS)
-def test_which_are_computed_with_the_streams(kind):
+def test_norms_that_the_fused_kernel_computes(kind):
     stack, branches, norms = network(kind, backend="cpu")
     h = torch.randn(2, 5, C)
     with Ran() as ran:
@@ -91,7 +91,7 @@ def test_which_are_computed_with_the_streams(kind):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_backward_normalises_what_forward_has_rounded(backend):
+def test_backward_uses_the_rounded_input_of_the_norm(backend):
     """u is kept in the streams' bfloat16; a gradient from an unrounded u is 0.2 % off."""
     torch.manual_seed(0)
     T, n = 3, 4

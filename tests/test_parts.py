@@ -1,4 +1,4 @@
-"""Parts of a stack, as stages of a pipeline run them: together they are the whole."""
+"""Parts of a stack, the stages of a pipeline: run one after another they equal the whole."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def network(config, recompute=None):
 
 
 def in_parts(stack, cuts, h, branches, norms):
-    """What goes from part to part is cut off from what made it, as between processes."""
+    """Tensors passed between parts are detached, as between processes."""
     sent, ends = (h,), [*cuts, L]
     met = []
     for first, last in zip([0, *cuts], ends, strict=True):
@@ -50,7 +50,7 @@ def gradients_through(met, cotangent):
 
 @pytest.mark.parametrize("recompute", [None, 2, "auto"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_parts_in_a_row_are_the_whole(kind, recompute):
+def test_consecutive_parts_equal_the_whole_stack(kind, recompute):
     stack, branches, norms = network(KINDS[kind], recompute)
     parameters = [*stack.parameters(), *(p for b in branches for p in b.parameters())]
     h = torch.randn(TOKENS, C, requires_grad=True)
@@ -74,7 +74,7 @@ def test_parts_in_a_row_are_the_whole(kind, recompute):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_what_travels_between_parts():
+def test_parts_exchange_streams_and_pre():
     h = torch.randn(2, TOKENS, C)
     for kind, config in KINDS.items():
         stack, branches, norms = network(config)
@@ -94,7 +94,7 @@ def test_a_part_keeps_the_names_of_the_whole():
     assert stack.part([2]).part([2]).connections[2] is stack.connections[2]
 
 
-def test_blocks_of_recompute_are_chosen_for_the_part():
+def test_each_part_chooses_its_own_recompute_block_length():
     stack = mhc.Stack(C, mhc.ConnectionConfig(), 60, "auto")
     assert (stack.block_length, stack.part(range(15)).block_length) == (6, 3)
     with pytest.raises(ConfigError, match="a block must have 1 to 3 sublayers"):
@@ -102,15 +102,15 @@ def test_blocks_of_recompute_are_chosen_for_the_part():
 
 
 @pytest.mark.parametrize("sublayers", [[], [6], range(4, 8), [-1], [0, 2], [3, 2], [1, 1, 2]])
-def test_a_part_that_is_not_here(sublayers):
+def test_sublayers_that_are_not_consecutive_or_present_raise(sublayers):
     with pytest.raises(
         ConfigError, match=r"a part must be consecutive ones of sublayers 0 to 5 but"
     ):
         mhc.Stack(C, mhc.ConnectionConfig(), L).part(sublayers)
 
 
-def test_what_a_part_of_single_pass_reads_with():
-    """Not stream 0, which the first sublayer of all reads."""
+def test_a_part_of_single_pass_reads_with_the_given_pre():
+    """Stream 0 is read only by the first sublayer of the whole stack."""
     pre = torch.rand(TOKENS, 4)
     for config in (KINDS["single pass"], KINDS["mhc"]):
         stack, branches, _ = network(config)

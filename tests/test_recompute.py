@@ -1,4 +1,4 @@
-"""Block recompute: the same bits, less held, nothing run twice."""
+"""Block recompute: same bits, less memory, no branch run twice."""
 
 import gc
 import math
@@ -70,7 +70,7 @@ class Network(nn.Module):
 
 
 def results(network, h, run=None, passes=1):
-    """The output, and the gradients of everything."""
+    """The output and all gradients."""
     torch.manual_seed(2)
     h = h.clone().requires_grad_()
     for _ in range(passes):
@@ -104,7 +104,7 @@ KINDS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_same_bits(backend, kind, dtype):
+def test_recompute_gives_the_same_bits(backend, kind, dtype):
     h = input_of(dtype)
     for norms in ("given", "inside"):
         plain = results(Network(None, norms, backend=backend, **KINDS[kind]).to(dtype), h)
@@ -114,7 +114,7 @@ def test_the_same_bits(backend, kind, dtype):
 
 
 class Mixing(nn.RMSNorm):
-    """A norm that says it may run again, and whose result depends on autocast."""
+    """A norm that declares `input_norm`, and whose result depends on autocast."""
 
     def forward(self, u):
         return nn.functional.linear(super().forward(u.float()), torch.eye(C).roll(1, 0) + 0.1)
@@ -125,7 +125,7 @@ class Mixing(nn.RMSNorm):
 
 @pytest.mark.parametrize("norm", ["a kernel knows", "autocast decides on"])
 @pytest.mark.parametrize("kind", ["mhc", "single"])
-def test_autocast_too(kind, norm):
+def test_recompute_gives_the_same_bits_under_autocast(kind, norm):
     h, found = input_of(), []
     for length in (None, 3):
         for norms in ("inside", "given"):
@@ -142,7 +142,7 @@ def test_gradients_add_up_over_several_passes():
     assert_same(results(Network(3), h, passes=3), results(Network(), h, passes=3))
 
 
-def test_passes_whose_backwards_cross():
+def test_interleaved_forward_and_backward_passes():
     found = []
     for length in (None, 3):
         network = Network(length)
@@ -154,7 +154,7 @@ def test_passes_whose_backwards_cross():
     assert_same(*found)
 
 
-def test_a_graph_that_is_kept_can_be_used_twice():
+def test_backward_twice_with_retain_graph():
     network = Network(3)
     loss = network(input_of()).square().sum()
     parameters = list(network.parameters())
@@ -174,7 +174,7 @@ def test_a_compiled_branch():
         torch.testing.assert_close(found, exact)
 
 
-def test_checkpoints_inside_and_around():
+def test_activation_checkpoints_inside_and_around_the_stack():
     h = input_of()
     wanted = results(Network().eval(), h)
     network = Network(3).eval()
@@ -189,7 +189,7 @@ def test_checkpoints_inside_and_around():
 
 
 class Held:
-    """Which streams and inputs are alive, seen from the maps' hooks."""
+    """Records through hooks on the maps which streams and inputs are alive."""
 
     def __init__(self, network):
         self.calls, self.streams, self.inputs, self.normalised = 0, [], [], []
@@ -213,7 +213,7 @@ class Held:
 
 @pytest.mark.parametrize("kind", ["mhc", "single", "hc", "pre"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_is_held(backend, kind):
+def test_tensors_held_after_the_forward_pass(backend, kind):
     """The first streams of every block, once; no input of a branch, no normalised one."""
     for length in (1, 2, 3, 5):
         network = Network(length, backend=backend, **KINDS[kind])
@@ -242,7 +242,7 @@ def test_a_norm_inside_a_branch_keeps_its_own_result():
 
 
 def test_hooks_and_branches_run_once():
-    """A norm that somebody watches is not run again either."""
+    """A norm with a hook does not run again either."""
     network = Network(3)
     held, ran = Held(network), []
     for watched in (*network.branches, *network.norms):
@@ -285,7 +285,7 @@ def test_a_block_is_rebuilt_by_one_operator():
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="no CPU backend here")
-def test_blocks_are_rebuilt_in_memory_that_is_used_again(monkeypatch):
+def test_blocks_are_rebuilt_in_reused_memory(monkeypatch):
     from manifold_hc.kernels.cpu import memory
 
     stack = mhc.Stack(256, ConnectionConfig(backend="cpu"), 12, recompute=3)
@@ -315,8 +315,8 @@ def test_one_block_is_held_at_a_time(monkeypatch):
     assert len(made) == (1 + 2) + (1 + 2) + (0 + 1)
 
 
-def test_a_hook_that_replaces_what_is_read():
-    """Rebuilding it from the coefficients would give another gradient."""
+def test_a_hook_that_replaces_the_input():
+    """Rebuilding the input from the coefficients would give another gradient."""
 
     def doubled(maps, arguments, reading):
         return reading._replace(u=2 * reading.u)
@@ -333,7 +333,7 @@ def test_a_hook_that_replaces_what_is_read():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("changing", [0, 1, 4, "all"])
 def test_a_branch_that_changes_its_input(kind, changing):
-    """In a residual network it changes the streams."""
+    """With a residual connection the input is a view of the streams."""
     found = []
     for length in (None, 3):
         torch.manual_seed(3)
@@ -363,7 +363,7 @@ def test_a_branch_that_returns_its_input():
     assert_same(*found)
 
 
-def test_nothing_piles_up():
+def test_memory_does_not_grow_over_steps():
     network = Network(3)
 
     def step():
@@ -398,8 +398,8 @@ def test_an_exception_leaves_no_hooks_behind():
     assert a.sin().grad_fn._saved_self is a
 
 
-def test_maps_are_seen_as_they_were():
-    """Their hooks, while gradients are taken."""
+def test_hooks_on_maps_see_the_same_tensors():
+    """Compared between runs with and without recompute, with gradients enabled."""
     seen = {None: [], 3: []}
     for length, readings in seen.items():
         network = Network(length)
@@ -409,7 +409,7 @@ def test_maps_are_seen_as_they_were():
     assert_same(*seen.values())
 
 
-def test_the_best_block_length():
+def test_auto_block_length_minimises_equation_20():
     assert block_length("auto", 60, 4) == 6
     for n in (1, 2, 4, 8):
         for sublayers in (1, 2, 5, 24, 60, 61):
@@ -424,18 +424,18 @@ def test_the_best_block_length():
 
 
 @pytest.mark.parametrize("recompute", [0, -1, L + 1, True, 2.5, "always"])
-def test_lengths_that_there_are_not(recompute, unchecked):
+def test_invalid_block_lengths_raise(recompute, unchecked):
     with pytest.raises(ConfigError, match=r"recompute: .* but (has|is)"):
         mhc.Stack(C, ConnectionConfig(), L, recompute)
 
 
-def test_a_branch_that_changes_the_shape_is_named():
+def test_a_branch_that_changes_the_shape_raises():
     stack = mhc.Stack(C, ConnectionConfig(), 2, recompute=2)
     with pytest.raises(ShapeError, match="the branch must return"):
         stack(torch.randn(3, C), [torch.sin, lambda u: u[:, :-1]])
 
 
-def test_norms_go_with_branches():
+def test_one_norm_per_branch():
     stack = mhc.Stack(C, ConnectionConfig(), 2)
     with pytest.raises(ShapeError, match="norms must be 2, one per sublayer, but are 1"):
         stack(torch.randn(3, C), [torch.sin] * 2, [nn.RMSNorm(C)])
@@ -456,7 +456,7 @@ def stack_of(length, **options):
 
 
 @pytest.mark.parametrize("length", [None, 2])
-def test_what_is_changed_after_it_was_saved_raises(length):
+def test_a_change_in_place_after_saving_raises(length):
     def late(u):
         y = u * u.sin()
         with torch.no_grad():
@@ -483,7 +483,7 @@ def test_what_is_changed_after_it_was_saved_raises(length):
         steps(stack, torch.sin, moved)
 
 
-def test_a_residual_branch_output_that_changes_raises_where_it_would_be_used():
+def test_a_changed_residual_branch_output_raises_in_backward():
     given = []
 
     def kept(u):
@@ -619,8 +619,8 @@ class Conditioned(nn.Module):
 
 @pytest.mark.parametrize("norm", ["dropout", "conditioned", "batch", "mode"])
 @pytest.mark.parametrize("kind", ["mhc", "hc", "residual"])
-def test_norms_that_must_not_run_again(kind, norm):
-    """With random numbers, tensors from elsewhere, buffers, or a mode that changes."""
+def test_impure_norms_do_not_run_again(kind, norm):
+    """Norms with random numbers, foreign tensors, buffers or a changing mode."""
     found = []
     for length in (None, 3):
         network = Network(length, **KINDS[kind])
@@ -691,8 +691,8 @@ def test_on_the_meta_device():
 
 
 @pytest.mark.parametrize("kind", ["mhc", "residual"])
-def test_parameters_of_norms_that_are_lent(kind):
-    """By `functional_call`: in backward the module has its own again."""
+def test_norm_parameters_of_functional_call(kind):
+    """In backward the module has its own parameters again."""
     found = []
     for length in (None, 3):
         network = Network(length, **KINDS[kind])
@@ -707,7 +707,7 @@ def test_parameters_of_norms_that_are_lent(kind):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 @pytest.mark.parametrize("kind", ["mhc", "hc", "residual"])
-def test_branches_of_dtypes_that_no_kernel_takes(kind, dtype):
+def test_branch_dtypes_without_a_kernel(kind, dtype):
     found = [
         steps(stack_of(length, **KINDS[kind]), lambda u: u.to(dtype).sin()) for length in (None, 3)
     ]
@@ -727,7 +727,7 @@ def test_float64(kind):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["mhc", "hc", "pre"])
-def test_checkpoints_around_a_connection(backend, kind):
+def test_activation_checkpoint_around_a_connection(backend, kind):
     connection = mhc.Connection(C, ConnectionConfig(backend=backend, phi_std=0.3, **KINDS[kind]))
     x, found = torch.randn(3, 4, C), []
     for run in (connection, lambda *a: checkpoint(connection, *a, use_reentrant=False)):

@@ -1,4 +1,4 @@
-"""A norm whose forward is not the one that its class was written with runs itself."""
+"""A norm with a replaced forward is not computed by the fused kernel."""
 
 import functools
 import subprocess
@@ -19,7 +19,7 @@ C = 16
 
 
 class Authors(nn.RMSNorm):
-    """A norm from elsewhere, which promises what its forward computes."""
+    """A third-party norm that declares its computation by `input_norm`."""
 
     def forward(self, x):
         return nn.functional.rms_norm(x, self.normalized_shape, self.weight, self.eps)
@@ -29,12 +29,12 @@ class Authors(nn.RMSNorm):
 
 
 KINDS = (nn.RMSNorm, nn.RMSNorm, RMSNorm, Authors)
-"""Of every sublayer; the first norm of a stack is never computed with the streams."""
+"""Norm class of every sublayer; no fused kernel computes the first norm of a stack."""
 L = len(KINDS)
 
 
 def replacement(ran):
-    """What is put in place of a forward; twice what the norm would give, minus a third."""
+    """Replacement of a forward: twice the norm, minus a third."""
 
     def run(x):
         ran.update(["replaced"])
@@ -131,7 +131,7 @@ WAYS = (
 
 @pytest.mark.parametrize("recompute", [None, 2])
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-def test_a_replaced_forward_runs_once_a_sublayer(way, recompute, monkeypatch):
+def test_a_replaced_forward_runs_once_per_sublayer(way, recompute, monkeypatch):
     """Outputs and gradients are those of the same norms inside the branches."""
     ran = Counter()
     stack = mhc.Stack(C, ConnectionConfig(phi_std=0.3), L, recompute)
@@ -174,7 +174,7 @@ def test_a_class_that_was_patched_before_this_package_was_imported():
 
 
 class Composed(Authors):
-    """A norm of two parts."""
+    """A norm with a submodule."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
@@ -187,7 +187,7 @@ class Composed(Authors):
         return None
 
 
-def test_a_norm_whose_part_is_altered_does_not_run_again_in_backward():
+def test_a_norm_with_an_altered_submodule_does_not_run_again():
     norms, ran = [Composed(C, eps=1e-5) for _ in range(L)], Counter()
     for norm in norms:
         norm.scale.register_forward_hook(lambda *_: ran.update(["part"]))
@@ -197,8 +197,8 @@ def test_a_norm_whose_part_is_altered_does_not_run_again_in_backward():
 
 
 @pytest.mark.parametrize("recompute", [None, 2])
-def test_replaced_maps_are_the_ones_that_backward_sees(recompute):
-    """A forward put on the maps is treated as a hook: what it returns is what counts."""
+def test_backward_uses_a_replaced_forward_of_the_maps(recompute):
+    """A replaced forward of the maps is treated as a hook: its result is used."""
     torch.manual_seed(0)
     stack = mhc.Stack(C, ConnectionConfig(phi_std=0.3), L, recompute)
     branches = [nn.Sequential(nn.Linear(C, C), nn.Tanh(), nn.Linear(C, C)) for _ in range(L)]

@@ -130,7 +130,7 @@ def test_the_first_sublayer_reads_stream_0():
 @pytest.mark.parametrize(
     "options", [{"dynamic": False}, {"disable": ("pre",)}, {"constraint": "permutation"}], ids=str
 )
-def test_maps_that_no_kernel_fuses(options):
+def test_maps_without_a_fused_kernel(options):
     """Streams are written, projected and read one by one; compared with a loop of the functions."""
     torch.manual_seed(2)
     stack = stack_of(4, **options)
@@ -143,11 +143,11 @@ def test_maps_that_no_kernel_fuses(options):
     torch.testing.assert_close(stack(h, branches), functional.collapse(x, weights))
 
 
-def test_there_is_no_exit_of_its_own():
+def test_single_pass_has_no_learned_exit():
     assert stack_of(4, numerics="deepseek_v4").exit is None
 
 
-def test_alone_it_is_refused():
+def test_a_lone_single_pass_connection_raises():
     with pytest.raises(ConfigError, match=r"single_pass reads with the pre .* use mhc\.Stack"):
         mhc.Connection(C, ConnectionConfig(single_pass=True))
     for kind in ("hc", "residual"):
@@ -212,7 +212,7 @@ def test_loads_v4_with_its_head_and_transformers_names():
         assert torch.equal(a, b)
 
 
-def test_heads_of_multi_token_prediction_are_left_alone():
+def test_tensors_of_multi_token_prediction_are_ignored():
     config = ConnectionConfig(numerics="deepseek_v4")
     stack, plain = mhc.Stack(C, config, 2), mhc.Stack(C, config, 2)
     tensors = checkpoint(1, head=True)
@@ -223,7 +223,7 @@ def test_heads_of_multi_token_prediction_are_left_alone():
     assert all(map(torch.equal, plain.parameters(), stack.parameters()))
 
 
-def test_tensors_that_do_not_fit(unchecked):
+def test_tensors_of_another_model_raise(unchecked):
     single = ConnectionConfig(single_pass=True, numerics="deepseek_v4")
     stack = mhc.Stack(C, single, 4)
     before = [parameter.clone() for parameter in stack.parameters()]
@@ -244,7 +244,7 @@ def test_tensors_that_do_not_fit(unchecked):
 
 
 @pytest.mark.parametrize("sublayers", [[0, 1], [1, 2], [2, 3]], ids=str)
-def test_a_part_of_a_stack_takes_no_checkpoint(sublayers):
+def test_loading_into_a_part_of_a_stack_raises(sublayers):
     config = mhc.ConnectionConfig(numerics="deepseek_v4")
     part = mhc.Stack(8, config, sublayers=4).part(sublayers)
     with pytest.raises(ConfigError, match=r"load_deepseek: the stack must be whole"):

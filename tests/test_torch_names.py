@@ -1,4 +1,4 @@
-"""Private names of PyTorch that the package uses: a version without one fails here, by its name."""
+"""Private names of PyTorch that the package uses exist in the installed version."""
 
 import ast
 import importlib
@@ -33,7 +33,7 @@ def private_names():
 
 
 def dotted(node):
-    """("torch", "_C", "name") of an attribute chain; None where its root is no plain name."""
+    """Return ("torch", "_C", "name") for an attribute chain; None if its root is not a name."""
     if isinstance(node, ast.Name):
         return (node.id,)
     if isinstance(node, ast.Attribute) and (start := dotted(node.value)):
@@ -56,7 +56,7 @@ def resolve(name):
 FOUND = sorted(set(private_names()))
 
 
-def test_the_search_finds_what_is_known_to_be_there():
+def test_the_search_finds_known_private_names():
     assert ("torch._C._functorch.get_interpreter_stack", "manifold_hc/kernels/__init__.py") in FOUND
 
 

@@ -28,7 +28,7 @@ mhc.Stack(8, config, 2)(torch.ones(5, 8, requires_grad=True), [torch.sin] * 2).s
 
 
 @pytest.mark.slow
-def test_nothing_is_left_to_compile_for_the_first_step(tmp_path):
+def test_the_first_step_compiles_nothing_after_warmup(tmp_path):
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     command = [sys.executable, "-c", FIRST_STEP]
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -40,7 +40,7 @@ def test_nothing_is_left_to_compile_for_the_first_step(tmp_path):
 
 @pytest.mark.parametrize("kind", ["residual", "hc", "mhc"])
 @pytest.mark.parametrize("numerics", ["paper", "deepseek_v4"])
-def test_it_changes_nothing_but_caches(kind, numerics):
+def test_warmup_leaves_random_state_and_grad_mode(kind, numerics):
     config = mhc.ConnectionConfig(kind=kind, numerics=numerics, phi_std=0.1)
     before = torch.get_rng_state()
     with torch.no_grad():
@@ -49,13 +49,13 @@ def test_it_changes_nothing_but_caches(kind, numerics):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_backend_that_cannot_serve_says_so_now():
+def test_warmup_raises_for_an_unsupported_backend():
     config = mhc.ConnectionConfig(backend="cpu")
     with pytest.raises(BackendError, match="takes streams in float32 or bfloat16"):
         mhc.warmup(8, config, dtype=torch.float16)
 
 
-def test_what_is_not_there_is_named():
+def test_unknown_devices_and_integer_dtypes_raise():
     with pytest.raises(ConfigError, match="warmup: torch finds no device nowhere"):
         mhc.warmup(8, device="nowhere")
     with pytest.raises(DtypeError, match=r"warmup: dtype must be a real floating-point"):
@@ -151,6 +151,6 @@ def test_tokens_must_be_positive():
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-def test_it_warms_gradients_too_where_none_are_recorded(mode):
+def test_warmup_compiles_backward_without_grad_mode(mode):
     with mode():
         mhc.warmup(8, mhc.ConnectionConfig(), tokens=3)
