@@ -117,6 +117,7 @@ class Rebuilt:
 
     def get(self, handle: Handle) -> Tensor:
         """Return the tensor or view that the handle stands for."""
+        # A saved view, such as a transpose, is cut out of the rebuilt tensor the same way.
         if handle.kind == "streams":
             whole = self.streams[handle.sublayer]
         elif handle.kind == "input":
@@ -259,6 +260,7 @@ class RecomputeContext:
         if self._block is None or full or (hooked and not self._is_written(reading)):
             x, backend = reading.x, pending.config.backend
             self._block = Block(x.detach(), x._version, backend, self._autocast)
+        # Index in the block: x_0 of a block is held, x_1 and later are rebuilt.
         block, sublayer = self._block, len(self._block.read_weights)
         fused = _hold(block, pending, norm)
         self._streams = reading.x.detach()
@@ -273,6 +275,7 @@ class RecomputeContext:
                 self._add_rebuildable(reading.u, block, sublayer, "input")
                 if self._normalised is not None:
                     self._add_rebuildable(self._normalised, block, sublayer, "normalised")
+        # Now that the sublayer's tensors are known: drop those saved that can be rebuilt.
         for slot in self._undecided:
             slot.content = self._as_handle(slot.content)
         self._undecided.clear()

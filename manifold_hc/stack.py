@@ -197,6 +197,8 @@ class Stack(nn.Module):
             present(self.connections), branches, norms or repeat(None), strict=False
         ):
             connection = cast(Connection, module)
+            # Invariant: `source` holds x_l, the streams before sublayer l, or the pending write
+            # that makes them; `pre` is pre_{l-1} with single_pass, else None.
             if is_untouched(connection):
                 source = self._run_sublayer(connection, source, branch, norm, pre, context)
                 pre = source.reading.pre if self.config.single_pass else None
@@ -217,6 +219,7 @@ class Stack(nn.Module):
         """
         config = self.config
         fused = config.fuse_boundaries and config.reads_in_kernel
+        # The first sublayer, and one after an altered connection, have written streams already.
         if not isinstance(source, PendingWrite) or not fused:
             return Boundary(_written(source), None)
         return Boundary(source, None if norm is None else kernel_norm(norm, source.reading.x))
@@ -231,6 +234,7 @@ class Stack(nn.Module):
         context: "RecomputeContext | None",
     ) -> PendingWrite:
         boundary = self._boundary(source, norm)
+        # The norm module runs only if the kernel has not computed it.
         own_norm = None if boundary.input_norm else norm
         if context is None:
             return connection.run(
@@ -294,9 +298,11 @@ class Stack(nn.Module):
         if self.exit is not None:
             h: Tensor = self.exit(x)
             return h
+        # Single pass: h = sum_i pre_{L-1}[i] x_L[i], the read that no sublayer follows.
         if self.config.exit == "pre":
             return functional.collapse(x, pre, self.config.backend)
         mean = functional.collapse(x, backend=self.config.backend)
+        # HC: h = sum_i x_L[i] (arXiv 2409.19606, section 2).
         return mean * self.config.n if self.config.exit == "sum" else mean
 
 
