@@ -1,4 +1,4 @@
-"""The recipe of docs/connections.md for a Hugging Face model, executed from the page."""
+"""The recipe of docs/pretrained.md for a Hugging Face model, executed from the page."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-PAGE = Path(__file__).parents[1] / "docs" / "connections.md"
+PAGE = Path(__file__).parents[1] / "docs" / "pretrained.md"
 
 
 @pytest.fixture
