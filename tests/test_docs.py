@@ -1,11 +1,11 @@
-"""Every block of README and docs runs; how a block is marked says how.
+"""Code blocks, links and layout of README, CONTRIBUTING and docs.
 
-| block | what happens to it |
+| block | test |
 |---|---|
 | ```python | runs; the blocks of a page share their names; `>>>` is compared as doctest does |
 | ```bash | runs, `mhc train` and `mhc compare` with a small model and few steps |
-| ```bash dry | takes minutes, the network, several processes or a GPU: its lines are parsed |
-| ```diff, ```text, ```json | is not run; the README's diff has a test of its own |
+| ```bash dry | needs minutes, the network, several processes or a GPU: its lines are parsed |
+| ```diff, ```text, ```json | not run; the README's diff has a test of its own |
 """
 
 import os
@@ -35,6 +35,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 LANGUAGES = {"python", "bash", "bash dry", "diff", "text", "json"}
+WRITTEN_OTHERWISE = ("benchmarks.md", "lab-log.md")
+"""Pages without the rules of layout: one is generated, one is a dated record."""
 
 SMALL = [
     "model.channels=16",
@@ -51,7 +53,7 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=NAMES)
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, bpe):
-    """Working directory with the files that the pages use."""
+    """A folder with the files that the commands of the pages name; the working directory."""
     text = generated_text(6_000)
     (tmp_path / "books").mkdir()
     for name in ("book.txt", "books/one.txt", "books/two.txt"):
@@ -66,7 +68,7 @@ def folder(tmp_path, monkeypatch, bpe):
 
 @pytest.fixture
 def blocks():
-    """Function that returns a page's examples in order."""
+    """A function that maps a page to its code blocks, in order."""
     parsers = [
         PythonCodeBlockParser(),
         CodeBlockParser("bash", run_commands),
@@ -95,11 +97,25 @@ def test_code_is_fenced_and_its_language_is_known(page):
 
 
 @every_page
-def test_links_resolve(page):
-    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    for target in re.findall(r"\]\(([^)#\s]+)", prose):
-        if "://" not in target:
-            assert (page.parent / target).exists(), target
+def test_links_have_a_file_and_a_heading(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose_of(page)):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target), link
+
+
+@every_page
+def test_prose_is_wrapped_and_caveats_have_one_form(page):
+    if page.name in WRITTEN_OTHERWISE:
+        return
+    text = prose_of(page)
+    for line in text.splitlines():
+        assert len(line) <= 100 or line.startswith(("|", "![")), line
+    for box in re.findall(r"^> (?:\*\*|\[!)(.*)", text, re.MULTILINE):
+        assert box in ("NOTE]", "WARNING]"), box
 
 
 def test_the_index_names_every_page():
@@ -181,8 +197,19 @@ def test_a_marked_command_with_a_mistake_is_found(folder):
             parse_line(line)
 
 
+def prose_of(page):
+    """The text of a page without its code blocks."""
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors_of(page):
+    """The anchors that GitHub makes of the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", prose_of(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def fences(language, page=ROOT / "README.md"):
-    """The sources of a page's blocks."""
+    """The sources of the blocks in one language."""
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
@@ -194,13 +221,13 @@ def one_side(diff, side):
 
 
 def lines_of(script):
-    """Return the commands of a block, without comments and line continuations."""
+    """The commands of a script, without comments and line continuations."""
     joined = re.sub(r"\\\n\s*", "", script)
     return [line for line in joined.splitlines() if shlex.split(line, comments=True)]
 
 
 def run_commands(block):
-    """Run the lines of a block that are commands of mhc; anything else is an error."""
+    """Run the commands of a block, all of which must be commands of mhc."""
     for line in lines_of(block.parsed):
         words = shlex.split(line, comments=True)
         assert words[0] == "mhc", f"{line!r}: only mhc is run here; mark the block: bash dry"
@@ -211,7 +238,7 @@ def run_commands(block):
 
 
 def shrunk(arguments):
-    """The same command for a small model; one that goes on makes steps beyond those it has."""
+    """The same command with a small model; a resumed run makes one step more than it has."""
     if arguments[0] not in ("train", "compare") or {"--dry-run", "--help"} & set(arguments):
         return arguments
     if "--resume" not in arguments:
@@ -223,7 +250,7 @@ def shrunk(arguments):
 
 
 def parse_commands(block):
-    """Check the lines of a block, without running them; of a script, what it would start."""
+    """Parse the command lines of a block, or the command that a script would start."""
     if block.parsed.startswith("#!"):
         parse_line(shlex.join(job_of(block.parsed)))
         return
