@@ -124,6 +124,12 @@ def test_the_index_names_every_page():
         assert page == index or f"({page.name})" in index.read_text()
 
 
+def test_the_architecture_page_names_files_that_exist():
+    page = (ROOT / "docs/architecture.md").read_text()
+    for name in re.findall(r"`([\w./]+(?:\.py|\.cpp|\.toml|/))`", page):
+        assert (ROOT / name).exists() or (ROOT / "manifold_hc" / name).exists(), name
+
+
 def test_the_readmes_first_block_prints_gains_in_an_empty_folder(tmp_path):
     block = next(iter(fences("python")))
     (tmp_path / "first.py").write_text(block)
