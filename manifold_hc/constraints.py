@@ -23,6 +23,9 @@ ConstraintName = Literal["sinkhorn", "identity", "permutation", "kronecker", "ex
 MOST_ITERATIONS = 1000
 """Of Sinkhorn-Knopp, whose backward keeps every iterate; `exact` is what more of them tend to."""
 
+MOST_PERMUTED = 5
+"""Largest n of `permutation`, which has n! logits a token."""
+
 OFF_DIAGONAL = -5.0
 """Initial logit of everything that leaves the identity: near it, yet not saturated."""
 
@@ -200,6 +203,8 @@ class Constraint:
     """True if every row of res sums to 1, so that mixing equal streams changes nothing."""
     in_kernels: bool = False
     """True if the compiled kernels compute res themselves; torch builds the others."""
+    problem: Callable[[int], str | None] = lambda n: None
+    """n -> why the constraint does not exist for n streams; None if it does."""
 
 
 def _matrix(logits: Tensor, n: int) -> Tensor:
@@ -237,11 +242,17 @@ CONSTRAINTS: dict[str, Constraint] = {
         size=math.factorial,
         initial=lambda n: _first_of(math.factorial(n)),
         build=lambda logits, n, iterations, numerics: permutation(logits, n),
+        problem=lambda n: (
+            f"has n! logits and takes n <= {MOST_PERMUTED} but n is {n}"
+            if n > MOST_PERMUTED
+            else None
+        ),
     ),
     "kronecker": Constraint(
         size=lambda n: 2 * (n.bit_length() - 1),
         initial=lambda n: _first_of(2) * (n.bit_length() - 1),
         build=lambda logits, n, iterations, numerics: kronecker(logits, n),
+        problem=lambda n: f"takes n a power of two but n is {n}" if n & (n - 1) else None,
     ),
     "exact": Constraint(
         size=lambda n: n * n,
@@ -264,8 +275,7 @@ def constraint(name: str, n: int) -> Constraint:
     """The constraint `name`, if it exists for n streams; ConfigError otherwise."""
     if name not in CONSTRAINTS:
         raise ConfigError(f"constraint: must be one of {', '.join(CONSTRAINTS)} but is {name!r}")
-    if name == "permutation" and n > 5:
-        raise ConfigError(f"constraint: permutation has n! logits and takes n <= 5 but n is {n}")
-    if name == "kronecker" and n & (n - 1):
-        raise ConfigError(f"constraint: kronecker takes n a power of two but n is {n}")
-    return CONSTRAINTS[name]
+    row = CONSTRAINTS[name]
+    if problem := row.problem(n):
+        raise ConfigError(f"constraint: {name} {problem}")
+    return row

@@ -1,12 +1,15 @@
-"""The connections as functions, for anybody's model: reference signatures plus `backend`.
+"""The connections as functions, for any model: the reference's signatures plus `backend`.
 
 Shapes and letters as in `manifold_hc.reference`. Any leading shape, any n >= 1, streams in
 float64, float32, bfloat16 or float16; coefficient parameters in float32 or float64. Autocast does
-not reach inside: the same inputs give the same answers with and without it.
+not reach inside: the same inputs give the same results with and without it.
+
+`backend`: "auto" takes the fastest backend that supports the call; a named one ("triton", "cpu",
+"reference") never falls back and raises BackendError for a call that it does not support.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -24,10 +27,13 @@ from manifold_hc.checks import (
     shape_of,
     streams_of,
 )
+from manifold_hc.constraints import CONSTRAINTS
+from manifold_hc.constraints import sinkhorn as reference_sinkhorn
 from manifold_hc.errors import ConfigError, ShapeError
 from manifold_hc.kernels import pick
-from manifold_hc.numerics import preset, require_epsilon
-from manifold_hc.precision import is_autocast
+from manifold_hc.kernels.values import InputNorm, MapParameters, Settings, WriteInputs
+from manifold_hc.numerics import Numerics, preset, require_epsilon
+from manifold_hc.precision import autocast_off
 from manifold_hc.reference import Coefficients
 
 __all__ = [
@@ -49,10 +55,10 @@ __all__ = [
 
 
 class BackwardLink(NamedTuple):
-    """Ties a write to the coefficients its streams were read with, so that both share a backward.
+    """Link from a write to the coefficients of its streams, so that both share a backward pass.
 
-    Opaque. It holds for these streams and this `res`, whose gradients come through it; a write with
-    others does without.
+    Opaque. It holds for these streams and this `res`, whose gradients come through it; a write of
+    other streams ignores it.
     """
 
     grad_carrier: Float[Tensor, "*tokens n C"]
@@ -61,33 +67,39 @@ class BackwardLink(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """The coefficients of a sublayer, and what it reads with them."""
+    """Coefficients of a sublayer, and the input that it reads with them."""
 
     pre: Float[Tensor, "*batch n"]
     post: Float[Tensor, "*batch n"]
     res: Float[Tensor, "*batch o i"]
     u: Float[Tensor, "*batch C"]
-    """What was read, after `input_norm` where that was given."""
+    """Input of the sublayer, after `input_norm` where that was given."""
     x: Float[Tensor, "*batch n C"]
-    """The streams themselves."""
+    """Streams that were read."""
     read_weights: Float[Tensor, "*batch n"]
-    """What u was read with: pre, or what `boundary` was given for it."""
+    """Weights that u was read with: pre, or the `pre` that `boundary` was given."""
     link: BackwardLink | None
-    """For the `write` that follows; None where the backend has no use for it."""
-
-
-class InputNorm(NamedTuple):
-    """The RMS norm of a sublayer's input."""
-
-    weight: Float[Tensor, " C"]
-    eps: float
-    """Inside the root."""
+    """For the `write` that follows; None where the backend does not use one."""
 
 
 def expand(h: Float[Tensor, "*batch C"], n: int) -> Float[Tensor, "*batch n C"]:
-    """Copy the embedding to n streams: [..., C] -> [..., n, C].
+    """Copy the embedding to n streams (arXiv 2409.19606, section 2).
 
-    Raises ConfigError for n < 1, ShapeError for a scalar.
+    Args:
+        h: Output of the embedding [..., C], any dtype.
+        n: Number of streams, at least 1.
+
+    Returns:
+        Streams [..., n, C] in h's dtype, contiguous.
+
+    Raises:
+        ConfigError: n is not an integer, or below 1.
+        ShapeError: h is a scalar.
+
+    Example:
+        >>> h = torch.randn(2, 5, 8)
+        >>> functional.expand(h, 4).shape
+        torch.Size([2, 5, 4, 8])
     """
     if not isinstance(n, int | torch.SymInt):
         raise ConfigError(f"expand: streams must be an integer but are {n!r}")
@@ -106,16 +118,33 @@ def sinkhorn(
     *,
     hc_eps: float | None = None,
 ) -> Float[Tensor, "*batch n n"]:
-    """Sinkhorn-Knopp towards the doubly stochastic matrices (arXiv 2512.24880, section 4.2).
+    """Project towards the doubly stochastic matrices by Sinkhorn-Knopp.
 
-    logits: `res` logits [..., o, i] for "paper", `comb` logits [..., source, target] for
-    "deepseek_v4". Returns `res[..., o, i]` in float32 or float64, with the exact gradient of the
-    finite iteration. The rows of res sum to 1, exactly with "paper" and up to `hc_eps` with
-    "deepseek_v4" (they are comb's columns, which its iteration normalises last); the truncation
-    error is in the columns of both.
+    Source: arXiv 2512.24880, section 4.2; for "deepseek_v4" arXiv 2606.19348. The gradient is the
+    exact one of the finite iteration. The rows of the result sum to 1, exactly with "paper" and up
+    to `hc_eps` with "deepseek_v4"; the truncation error is in the columns.
 
-    Raises ShapeError, DtypeError, or ConfigError for iterations outside 1 to 1000 or unknown
-    numerics.
+    Args:
+        logits: [..., n, n], floating point: `res` logits [o, i] for "paper", `comb` logits
+            [source, target] for "deepseek_v4".
+        iterations: Number of normalisations of columns and rows, 1 to 1000.
+        numerics: "paper" or "deepseek_v4": order of steps and epsilons.
+        backend: See the module.
+        hc_eps: Epsilon of "deepseek_v4"; the preset's where None.
+
+    Returns:
+        `res[..., o, i]` in float32, or float64 for float64 logits.
+
+    Raises:
+        ShapeError: logits are not [..., n, n].
+        DtypeError: logits are not floating point.
+        ConfigError: iterations are outside 1 to 1000, or numerics are unknown.
+        BackendError: The named backend does not support the call.
+
+    Example:
+        >>> res = functional.sinkhorn(torch.randn(6, 4, 4))
+        >>> torch.allclose(res.sum(-1), torch.ones(6, 4))
+        True
     """
     chosen = preset(numerics, hc_eps=hc_eps)
     check_iterations("sinkhorn", iterations)
@@ -126,9 +155,11 @@ def sinkhorn(
         )
     check_real("sinkhorn", logits=logits)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    n = logits.shape[-1]
-    result: Tensor = _run("sinkhorn", backend, n, [wide], wide, iterations, chosen)
-    return result
+    kernels = pick("sinkhorn", backend, logits.shape[-1], [wide])
+    with autocast_off(logits.device.type):
+        if kernels is None:
+            return reference_sinkhorn(wide, iterations, chosen)
+        return kernels.sinkhorn(wide, iterations, chosen)
 
 
 def coefficients(
@@ -144,25 +175,55 @@ def coefficients(
     hc_eps: float | None = None,
     backend: str = "auto",
 ) -> Coefficients:
-    """mHC's read, write and mixing coefficients of every token (arXiv 2512.24880, section 4.2).
+    """Compute mHC's read, write and mixing coefficients of every token.
 
-    x: [..., n, C]; phi: [2n + k, nC]; alpha: [3] (pre, post, res); bias: [2n + k], rows
-    pre | post | res, where k = n*n for "sinkhorn", "exact" and "none", 0 for "identity", n! for
-    "permutation" and 2 log2(n) for "kronecker". The n*n rows are `res[o, i]` row-major for
-    "paper", `comb[source, target]` row-major for "deepseek_v4". With phi and alpha None the maps
-    are static. `norm_eps` and `hc_eps` default to the preset's.
+    Source: arXiv 2512.24880, equations 7 and 8.
 
-    Returns (pre [..., n], post [..., n], res [..., o, i]) in float32, or float64 where an input is.
-    Raises ShapeError, DtypeError (integer or complex input, parameters below float32),
-    ConfigError, BackendError.
+    Rows of phi and bias: pre (n) | post (n) | res (k), where k = n*n for "sinkhorn", "exact" and
+    "none", 0 for "identity", n! for "permutation" and 2 log2(n) for "kronecker". The n*n rows are
+    `res[o, i]` row-major for "paper", `comb[source, target]` row-major for "deepseek_v4".
+
+    Args:
+        x: Streams [..., n, C], floating point.
+        phi: Projection [2n + k, nC], float32 or float64; None, as alpha, for static maps.
+        alpha: Gates [3] of pre, post and res, float32 or float64.
+        bias: [2n + k], float32 or float64.
+        iterations: Number of Sinkhorn-Knopp iterations, 1 to 1000.
+        constraint: Set that res lies in: a name in `manifold_hc.constraints.CONSTRAINTS`.
+        numerics: "paper" or "deepseek_v4" (arXiv 2606.19348).
+        norm_eps: Epsilon inside the root of the RMS norm; the preset's where None.
+        hc_eps: Epsilon of "deepseek_v4"; the preset's where None.
+        backend: See the module.
+
+    Returns:
+        (pre [..., n], post [..., n], res [..., o, i]) in float32, or float64 where an input is.
+
+    Raises:
+        ShapeError: A tensor's shape does not fit x, or it is on another device.
+        DtypeError: x is not floating point, or a parameter is below float32.
+        ConfigError: Unknown constraint or numerics, or a number out of its range.
+        BackendError: The named backend does not support the call.
+
+    Example:
+        >>> n, C = 4, 8
+        >>> x, phi = torch.randn(2, 5, n, C), torch.zeros(2 * n + n * n, n * C)
+        >>> alpha, bias = torch.full((3,), 0.01), torch.zeros(2 * n + n * n)
+        >>> pre, post, res = functional.coefficients(x, phi, alpha, bias)
+        >>> pre.shape, post.shape, res.shape
+        (torch.Size([2, 5, 4]), torch.Size([2, 5, 4]), torch.Size([2, 5, 4, 4]))
     """
     chosen = preset(numerics, norm_eps=norm_eps, hc_eps=hc_eps)
     n = check_maps("coefficients", x, phi, alpha, bias, iterations, constraint)
-    result: Coefficients = _run(
-        *("coefficients", backend, n, _given(x, phi, alpha, bias)),
-        *(x, phi, alpha, bias, iterations, constraint, chosen),
-    )
-    return result
+    kernels = pick("coefficients", backend, n, _given(x, phi, alpha, bias))
+    maps = _fused_maps(phi, alpha, bias, constraint)
+    with autocast_off(x.device.type):
+        if kernels is None:
+            return reference.coefficients(x, phi, alpha, bias, iterations, constraint, chosen)
+        if maps is None:
+            return kernels.composed_coefficients(
+                x, phi, alpha, bias, iterations, constraint, chosen
+            )
+        return kernels.coefficients(x, maps, _settings(chosen, iterations, constraint))
 
 
 def coefficients_and_read(
@@ -179,18 +240,39 @@ def coefficients_and_read(
     learn_res: bool = True,
     backend: str = "auto",
 ) -> Reading:
-    """`coefficients` and the `read` with them at once: what a sublayer starts with.
+    """Compute `coefficients` and the `read` with them in one call: the start of a sublayer.
 
-    Arguments and errors are those of `coefficients`. Handing the result's `link` to the `write` or
-    `boundary` that follows saves, in backward, a pass over the streams and a tensor of their size.
-    learn_res: whether `res` has a gradient.
+    Arguments and errors are those of `coefficients`; `learn_res` False gives `res` no gradient.
+    Passing the result's `link` to the `write` or `boundary` that follows saves, in backward, a pass
+    over the streams and a tensor of their size.
+
+    Returns:
+        Reading of the streams x, with the bits of separate calls.
     """
     chosen = preset(numerics, norm_eps=norm_eps, hc_eps=hc_eps)
     n = check_maps("coefficients_and_read", x, phi, alpha, bias, iterations, constraint)
-    pre, post, res, u, grad_carrier = _run(
-        *("coefficients_and_read", backend, n, _given(x, phi, alpha, bias)),
-        *(x, phi, alpha, bias, iterations, constraint, chosen, learn_res),
-    )
+    kernels = pick("coefficients_and_read", backend, n, _given(x, phi, alpha, bias))
+    maps = _fused_maps(phi, alpha, bias, constraint)
+    if kernels is None or maps is None:
+        name = "reference" if kernels is None else kernels.backend
+        pre, post, res = coefficients(
+            x,
+            phi,
+            alpha,
+            bias,
+            iterations=iterations,
+            constraint=constraint,
+            numerics=numerics,
+            norm_eps=norm_eps,
+            hc_eps=hc_eps,
+            backend=name,
+        )
+        u = read(x, pre, name)
+        grad_carrier = None
+    else:
+        settings = _settings(chosen, iterations, constraint, learn_res)
+        with autocast_off(x.device.type):
+            pre, post, res, u, grad_carrier = kernels.coefficients_and_read(x, maps, settings)
     res = res if learn_res else res.detach()
     return Reading(pre, post, res, u, x, pre, _link(grad_carrier, x, res))
 
@@ -215,44 +297,63 @@ def boundary(
     learn_res: bool = True,
     backend: str = "auto",
 ) -> Reading:
-    """All that lies between two sublayers: the write of one, `coefficients_and_read` of the next.
+    """Compute the `write` of one sublayer and `coefficients_and_read` of the next, fused.
 
-    x, y, post, res and link: as `write` takes them; phi, alpha, bias and what follows: the next
-    sublayer's, as `coefficients_and_read` takes them. The next sublayer reads with its own pre; or
-    with `pre` [..., n] where that is given, the one that the sublayer before it has made: then it
-    is DeepSeek-V4.1's single pass. input_norm: the RMS norm of what was read, computed with it.
+    x, y, post, res and link are the write's; phi, alpha, bias and the keywords are those of the
+    next sublayer. pre: read weights [..., n] of the next sublayer, None for its own; with the
+    previous sublayer's pre this is DeepSeek-V4.1's single pass. input_norm: RMS norm of the next
+    sublayer's input, applied to u. Errors are those of `write` and `coefficients`.
 
-    Returns the written streams as the `x` of a Reading. The same bits as `write` and then
-    `coefficients_and_read`.
-    Raises ShapeError, DtypeError, ConfigError, BackendError.
+    Returns:
+        Reading whose `x` are the written streams, with the bits of separate calls.
     """
     chosen = preset(numerics, norm_eps=norm_eps, hc_eps=hc_eps)
     n = check_maps("boundary", x, phi, alpha, bias, iterations, constraint)
     check_write("boundary", x, y, post, res)
-    weight, eps = (None, 0.0) if input_norm is None else input_norm
     if pre is not None:
         check_coefficient("boundary", "pre", pre, x, (n,))
-    if weight is not None:
-        check_input_norm("boundary", weight, eps, x)
-    given = _given(x, phi, alpha, bias, y, post, res, pre, weight)
-    arguments = (x, y, post, res, pre, phi, alpha, bias, weight, eps)
-    written, new_pre, new_post, new_res, u, grad_carrier = _run(
-        *("boundary", backend, n, given, *arguments, iterations, constraint, chosen),
-        *(learn_res, _grad_carrier(link, x, res)),
-    )
+    norm_weight = None
+    if input_norm is not None:
+        check_input_norm("boundary", input_norm.weight, input_norm.eps, x)
+        norm_weight = input_norm.weight
+    given = _given(x, phi, alpha, bias, y, post, res, pre, norm_weight)
+    kernels = pick("boundary", backend, n, given)
+    maps = _fused_maps(phi, alpha, bias, constraint)
+    if kernels is None or maps is None:
+        name = "reference" if kernels is None else kernels.backend
+        written = write(x, y, post, res, name, link=link)
+        new_pre, new_post, new_res = coefficients(
+            written,
+            phi,
+            alpha,
+            bias,
+            iterations=iterations,
+            constraint=constraint,
+            numerics=numerics,
+            norm_eps=norm_eps,
+            hc_eps=hc_eps,
+            backend=name,
+        )
+        u = read(written, new_pre if pre is None else pre, name)
+        if input_norm is not None:
+            with autocast_off(x.device.type):
+                u = reference.normalise(u, input_norm.weight, input_norm.eps)
+        grad_carrier = None
+    else:
+        settings = _settings(chosen, iterations, constraint, learn_res)
+        with autocast_off(x.device.type):
+            written, new_pre, new_post, new_res, u, grad_carrier = kernels.boundary(
+                WriteInputs(x, y, post, res),
+                pre,
+                _grad_carrier(link, x, res),
+                maps,
+                input_norm,
+                settings,
+            )
     new_res = new_res if learn_res else new_res.detach()
-    weights = new_pre if pre is None else pre
+    read_weights = new_pre if pre is None else pre
     new_link = _link(grad_carrier, written, new_res)
-    return Reading(new_pre, new_post, new_res, u, written, weights, new_link)
-
-
-def _link(grad_carrier: Tensor | None, x: Tensor, res: Tensor) -> BackwardLink | None:
-    return None if grad_carrier is None else BackwardLink(grad_carrier, x, res)
-
-
-def _grad_carrier(link: BackwardLink | None, x: Tensor, res: Tensor) -> Tensor | None:
-    """The link's, if it holds for these."""
-    return link.grad_carrier if link is not None and link.x is x and link.res is res else None
+    return Reading(new_pre, new_post, new_res, u, written, read_weights, new_link)
 
 
 def hc_coefficients(
@@ -264,22 +365,44 @@ def hc_coefficients(
     norm_eps: float = 1e-20,
     backend: str = "auto",
 ) -> Coefficients:
-    """HC's coefficients: static, or dynamic through tanh (arXiv 2409.19606, section 2).
+    """Compute HC's coefficients: static, or dynamic through tanh (arXiv 2409.19606, eq. 10 to 13).
 
-    x: [..., n, C]; phi: [2 + n, C], rows pre | post | res by output stream; alpha: [3] (pre, post,
-    res; the paper's shared `s_a` is alpha[0] == alpha[2]); bias: [2n + n*n], the static
-    pre | post | res row-major [o, i], which is the transpose of the paper's `A_r`. With phi and
-    alpha None the maps are static. The normalisation is RMS over C, its weight folded into phi.
+    Args:
+        x: Streams [..., n, C], floating point.
+        phi: Projection [2 + n, C] of every stream, rows pre (1) | post (1) | res (n, one an output
+            stream), with the weight of the RMS norm folded in; float32 or float64. None, as alpha,
+            for static maps.
+        alpha: Gates [3] of pre, post and res; the paper's shared `s_a` is alpha[0] == alpha[2].
+        bias: Static maps [2n + n*n], pre | post | res row-major [o, i], which is the transpose of
+            the paper's `A_r`.
+        norm_eps: Epsilon inside the root of the RMS norm over C.
+        backend: See the module.
 
-    Returns (pre [..., n], post [..., n], res [..., o, i]) in float32, or float64 where an input is.
-    Raises ShapeError, DtypeError, ConfigError, BackendError.
+    Returns:
+        (pre [..., n], post [..., n], res [..., o, i]) in float32, or float64 where an input is.
+
+    Raises:
+        ShapeError: A tensor's shape does not fit x, or it is on another device.
+        DtypeError: x is not floating point, or a parameter is below float32.
+        ConfigError: norm_eps is negative or not finite.
+        BackendError: The named backend does not support the call.
+
+    Example:
+        >>> n, C = 2, 8
+        >>> x, phi = torch.randn(5, n, C), torch.randn(2 + n, C)
+        >>> alpha, bias = torch.full((3,), 0.01), torch.tensor([1.0, 0, 1, 1, 1, 0, 0, 1])
+        >>> pre, post, res = functional.hc_coefficients(x, phi, alpha, bias)
+        >>> pre.shape, post.shape, res.shape
+        (torch.Size([5, 2]), torch.Size([5, 2]), torch.Size([5, 2, 2]))
     """
     require_epsilon("hc_coefficients: norm_eps", norm_eps)
     n, channels = streams_of("hc_coefficients", x)
     check_parameters("hc_coefficients", x, phi, alpha, bias, (2 + n, channels), 2 * n + n * n, 3)
-    given = _given(x, phi, alpha, bias)
-    result: Coefficients = _run("hc_coefficients", backend, n, given, x, phi, alpha, bias, norm_eps)
-    return result
+    kernels = pick("hc_coefficients", backend, n, _given(x, phi, alpha, bias))
+    with autocast_off(x.device.type):
+        if kernels is None:
+            return reference.hc_coefficients(x, phi, alpha, bias, norm_eps)
+        return kernels.hc_coefficients(x, phi, alpha, bias, norm_eps)
 
 
 def exit_coefficients(
@@ -293,30 +416,61 @@ def exit_coefficients(
     hc_eps: float | None = None,
     backend: str = "auto",
 ) -> Float[Tensor, "*batch n"]:
-    """Weights of DeepSeek-V4's learned exit, for `collapse` (`hc_head`, arXiv 2606.19348).
+    """Compute the weights of DeepSeek-V4's learned exit, for `collapse` (`hc_head`, 2606.19348).
 
-    x: [..., n, C]; phi: [n, nC]; alpha: [1]; bias: [n]. Returns [..., n].
-    Raises ShapeError, DtypeError, ConfigError, BackendError.
+    Args:
+        x: Streams [..., n, C], floating point.
+        phi: Projection [n, nC], float32 or float64.
+        alpha: Gate [1], as phi.
+        bias: [n], as phi.
+        numerics: "paper" or "deepseek_v4": the epsilons.
+        norm_eps: Epsilon inside the root of the RMS norm; the preset's where None.
+        hc_eps: Epsilon added to the weights; the preset's where None.
+        backend: See the module.
+
+    Returns:
+        Weights [..., n] in float32, or float64 where an input is. Errors: as `coefficients`.
     """
     chosen = preset(numerics, norm_eps=norm_eps, hc_eps=hc_eps)
     n, channels = streams_of("exit_coefficients", x)
     check_parameters("exit_coefficients", x, phi, alpha, bias, (n, n * channels), n, 1)
-    given = _given(x, phi, alpha, bias)
-    result: Tensor = _run("exit_coefficients", backend, n, given, x, phi, alpha, bias, chosen)
-    return result
+    kernels = pick("exit_coefficients", backend, n, _given(x, phi, alpha, bias))
+    with autocast_off(x.device.type):
+        if kernels is None:
+            return reference.exit_coefficients(x, phi, alpha, bias, chosen)
+        return kernels.exit_coefficients(x, phi, alpha, bias, chosen)
 
 
 def read(
     x: Float[Tensor, "*batch n C"], pre: Float[Tensor, "*#batch n"], backend: str = "auto"
 ) -> Float[Tensor, "*batch C"]:
-    """A sublayer's input `u = sum_i pre[i] x[i]`: [..., n, C] -> [..., C], in x's dtype.
+    """Compute a sublayer's input `u = sum_i pre[i] x[i]` (arXiv 2409.19606, section 2).
 
-    Raises ShapeError, DtypeError, BackendError.
+    Args:
+        x: Streams [..., n, C], floating point.
+        pre: Read weights [..., n], float32 or float64; the leading shape may broadcast.
+        backend: See the module.
+
+    Returns:
+        u [..., C] in x's dtype, summed in pre's.
+
+    Raises:
+        ShapeError: The shapes do not fit, or the devices differ.
+        DtypeError: x is not floating point, or pre is below float32.
+        BackendError: The named backend does not support the call.
+
+    Example:
+        >>> x, pre = torch.ones(5, 4, 8), torch.full((5, 4), 0.25)
+        >>> torch.equal(functional.read(x, pre), torch.ones(5, 8))
+        True
     """
     n, _ = streams_of("read", x)
     check_coefficient("read", "pre", pre, x, (n,))
-    result: Tensor = _run("read", backend, n, [x, pre], x, pre)
-    return result
+    kernels = pick("read", backend, n, [x, pre])
+    with autocast_off(x.device.type):
+        if kernels is None:
+            return reference.read(x, pre)
+        return kernels.read(x, pre)
 
 
 def write(
@@ -328,16 +482,39 @@ def write(
     *,
     link: BackwardLink | None = None,
 ) -> Float[Tensor, "*batch n C"]:
-    """The next streams `x'[o] = sum_i res[o, i] x[i] + post[o] y`: [..., n, C], in x's dtype.
+    """Compute the next streams `x'[o] = sum_i res[o, i] x[i] + post[o] y`.
 
-    link: from the `coefficients_and_read` of the same x and res.
-    Raises ShapeError, DtypeError, BackendError.
+    Source: arXiv 2409.19606, section 2, with res transposed to [output, input].
+
+    Args:
+        x: Streams [..., n, C], floating point.
+        y: Output of the sublayer [..., C], floating point.
+        post: Write weights [..., n], float32 or float64; the leading shape may broadcast.
+        res: Mixing matrix [..., o, i], row = output stream; as post.
+        backend: See the module.
+        link: From the `coefficients_and_read` of the same x and res: both then share a backward
+            pass. Ignored for other streams.
+
+    Returns:
+        x' [..., n, C] in x's dtype.
+
+    Raises:
+        ShapeError: The shapes do not fit, or the devices differ.
+        DtypeError: x or y is not floating point, or a coefficient is below float32.
+        BackendError: The named backend does not support the call.
+
+    Example:
+        >>> x, y = torch.zeros(5, 2, 8), torch.ones(5, 8)
+        >>> x_next = functional.write(x, y, torch.tensor([1.0, 3.0]), torch.eye(2))
+        >>> x_next[0, :, 0]
+        tensor([1., 3.])
     """
     n = check_write("write", x, y, post, res)
-    result: Tensor = _run(
-        "write", backend, n, [x, y, post, res], x, y, post, res, _grad_carrier(link, x, res)
-    )
-    return result
+    kernels = pick("write", backend, n, [x, y, post, res])
+    with autocast_off(x.device.type):
+        if kernels is None:
+            return reference.write(x, y, post, res)
+        return kernels.write(x, y, post, res, _grad_carrier(link, x, res))
 
 
 def rebuild(
@@ -347,35 +524,63 @@ def rebuild(
     norms: Sequence[InputNorm | None] | None = None,
     backend: str = "auto",
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """A run of sublayers by what is kept of them, their branches left out (mHC, section 4.3).
+    """Compute a recompute block's streams and inputs again, without its branches (mHC, 4.3).
 
-    writes: (y [..., C], post [..., n], res [..., o, i]) of each sublayer but the last; reads: what
-    each of them reads with, [..., n]; norms: what its input goes through then, if anything. Returns
-    the streams after each write and the input of each sublayer, the same bits as `write`, `read`
-    and `boundary` make. It has no derivative.
-    Raises ShapeError, DtypeError, BackendError.
+    Args:
+        x: Streams [..., n, C] that the block starts with.
+        writes: (y [..., C], post [..., n], res [..., o, i]) of each sublayer but the last.
+        reads: Read weights [..., n] of each sublayer.
+        norms: Norm of each sublayer's input; None for no norm.
+        backend: See the module.
+
+    Returns:
+        (streams after each write, input of each sublayer), the bits of `write`, `read` and
+        `boundary`, without a derivative.
+
+    Raises:
+        ShapeError: The shapes or the numbers of writes, reads and norms do not fit.
+        DtypeError, BackendError: As in `write`.
     """
     n, _ = streams_of("rebuild", x)
     if len(reads) != len(writes) + 1:
         raise ShapeError(
             f"rebuild: reads must be {len(writes) + 1}, one more than the writes, "
-            f"but are {len(reads)}; what the last sublayer writes is the next block's"
+            f"but are {len(reads)}; the last sublayer's write belongs to the next block"
         )
     for y, post, res in writes:
         check_write("rebuild", x, y, post, res)
     for pre in reads:
         check_coefficient("rebuild", "pre", pre, x, (n,))
-    if norms is not None and len(norms) != len(reads):
-        raise ShapeError(f"rebuild: norms must be {len(reads)}, one a read, but are {len(norms)}")
-    pairs = [(None, 0.0) if norm is None else norm for norm in norms or [None] * len(reads)]
-    for weight, eps in pairs:
-        if weight is not None:
-            check_input_norm("rebuild", weight, eps, x)
-    weights = _given(*(weight for weight, _ in pairs))
+    own: list[InputNorm | None] = [None] * len(reads) if norms is None else list(norms)
+    if len(own) != len(reads):
+        raise ShapeError(f"rebuild: norms must be {len(reads)}, one a read, but are {len(own)}")
+    for norm in own:
+        if norm is not None:
+            check_input_norm("rebuild", norm.weight, norm.eps, x)
+    weights = [norm.weight for norm in own if norm is not None]
     given = [x, *(tensor for write in writes for tensor in write), *reads, *weights]
-    with torch.no_grad():
-        streams, inputs = _run("rebuild", backend, n, given, x, writes, reads, pairs)
-    return streams, inputs
+    kernels = pick("rebuild", backend, n, given)
+    with torch.no_grad(), autocast_off(x.device.type):
+        if kernels is None:
+            return _rebuilt(x, writes, reads, own)
+        return kernels.rebuild(x, writes, reads, own)
+
+
+def _rebuilt(
+    x: Tensor,
+    writes: Sequence[tuple[Tensor, Tensor, Tensor]],
+    reads: Sequence[Tensor],
+    norms: Sequence[InputNorm | None],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """`rebuild` out of the reference's functions."""
+    streams = [x]
+    for y, post, res in writes:
+        streams.append(reference.write(streams[-1], y, post, res))
+    inputs = []
+    for own, pre, norm in zip(streams, reads, norms, strict=True):
+        u = reference.read(own, pre)
+        inputs.append(u if norm is None else reference.normalise(u, norm.weight, norm.eps))
+    return streams[1:], inputs
 
 
 def collapse(
@@ -383,26 +588,71 @@ def collapse(
     weights: Float[Tensor, "*#batch n"] | None = None,
     backend: str = "auto",
 ) -> Float[Tensor, "*batch C"]:
-    """The streams as one: their mean, or their sum weighted by `weights` [..., n] or [n].
+    """Reduce the streams to one: their mean, or their sum weighted by `weights`.
 
-    Raises ShapeError, DtypeError, BackendError.
+    The sum of all streams (arXiv 2409.19606, section 2) has weights of 1; DeepSeek-V4's learned
+    exit (arXiv 2606.19348) has those of `exit_coefficients`.
+
+    Args:
+        x: Streams [..., n, C], floating point.
+        weights: [..., n] or [n], float32 or float64; None for the mean.
+        backend: See the module.
+
+    Returns:
+        [..., C] in x's dtype.
+
+    Raises:
+        ShapeError: The shapes do not fit, or the devices differ.
+        DtypeError: x is not floating point, or weights are below float32.
+        BackendError: The named backend does not support the call.
+
+    Example:
+        >>> x = torch.randn(2, 5, 4, 8)
+        >>> functional.collapse(x).shape
+        torch.Size([2, 5, 8])
+        >>> torch.allclose(functional.collapse(x, torch.full((4,), 0.25)), x.mean(-2), atol=1e-6)
+        True
     """
     n, _ = streams_of("collapse", x)
     if weights is not None:
         check_coefficient("collapse", "weights", weights, x, (n,))
-    result: Tensor = _run("collapse", backend, n, _given(x, weights), x, weights)
-    return result
+    kernels = pick("collapse", backend, n, _given(x, weights))
+    with autocast_off(x.device.type):
+        if kernels is None or weights is None:
+            return reference.collapse(x, weights)
+        return kernels.read(x, weights)
 
 
 def _given(*tensors: Tensor | None) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
-def _run(operator: str, backend: str, n: int, tensors: Sequence[Tensor], *arguments: Any) -> Any:
-    """`tensors`: what decides which backend serves, the streams first."""
-    function = pick(operator, backend, n, tensors)
-    device = tensors[0].device.type
-    if is_autocast(device):
-        with torch.autocast(device, enabled=False):
-            return function(*arguments)
-    return function(*arguments)
+def _fused_maps(
+    phi: Tensor | None, alpha: Tensor | None, bias: Tensor, constraint: str
+) -> MapParameters | None:
+    """Map parameters that one kernel takes; None for static maps, or where torch builds res."""
+    if phi is None or alpha is None or not CONSTRAINTS[constraint].in_kernels:
+        return None
+    return MapParameters(phi, alpha, bias)
+
+
+def _settings(
+    numerics: Numerics, iterations: int, constraint: str, learns: bool = True
+) -> Settings:
+    return Settings(
+        constraint=constraint,
+        iterations=iterations,
+        transposed=numerics.res_is_transposed,
+        norm_eps=numerics.norm_eps,
+        hc_eps=numerics.hc_eps,
+        learns=learns,
+    )
+
+
+def _link(grad_carrier: Tensor | None, x: Tensor, res: Tensor) -> BackwardLink | None:
+    return None if grad_carrier is None else BackwardLink(grad_carrier, x, res)
+
+
+def _grad_carrier(link: BackwardLink | None, x: Tensor, res: Tensor) -> Tensor | None:
+    """The link's carrier, if the link holds for x and res."""
+    return link.grad_carrier if link is not None and link.x is x and link.res is res else None

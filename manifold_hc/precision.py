@@ -1,6 +1,7 @@
 """Precision: modules whose parameters stay in float32, and the state of autocast."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -27,6 +28,11 @@ def compute_dtype(u: Tensor) -> torch.dtype:
     """Return the dtype a linear layer computes in: autocast's dtype if it is enabled, else u's."""
     device = u.device.type
     return torch.get_autocast_dtype(device) if is_autocast(device) else u.dtype
+
+
+def autocast_off(device: str) -> AbstractContextManager[object]:
+    """Return a context without autocast for this type of device."""
+    return torch.autocast(device, enabled=False) if is_autocast(device) else nullcontext()
 
 
 class WideModule(nn.Module):

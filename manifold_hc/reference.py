@@ -14,8 +14,6 @@ Sources: mHC = arXiv 2512.24880, HC = arXiv 2409.19606, DeepSeek-V4 = arXiv 2606
 """
 
 import math
-from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from jaxtyping import Float
@@ -68,65 +66,6 @@ def coefficients(
         logits = gate(project(x, phi, numerics.norm_eps), alpha, bias, n)
     pre, post, res = activate(logits, n, numerics)
     return pre, post, CONSTRAINTS[constraint].build(res, n, iterations, numerics)
-
-
-def coefficients_and_read(
-    x: Float[Tensor, "*batch n C"],
-    phi: Float[Tensor, "rows nC"] | None,
-    alpha: Float[Tensor, "3"] | None,
-    bias: Float[Tensor, " rows"],
-    iterations: int,
-    constraint: str,
-    numerics: Numerics,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-    """The coefficients and what is read with them: (pre, post, res, u, None)."""
-    pre, post, res = coefficients(x, phi, alpha, bias, iterations, constraint, numerics)
-    return pre, post, res, read(x, pre), None
-
-
-def boundary(
-    x: Float[Tensor, "*batch n C"],
-    y: Float[Tensor, "*batch C"],
-    post: Float[Tensor, "*#batch n"],
-    res: Float[Tensor, "*#batch n n"],
-    pre: Float[Tensor, "*#batch n"] | None,
-    phi: Float[Tensor, "rows nC"] | None,
-    alpha: Float[Tensor, "3"] | None,
-    bias: Float[Tensor, " rows"],
-    weight: Float[Tensor, " C"] | None,
-    input_eps: float,
-    iterations: int,
-    constraint: str,
-    numerics: Numerics,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, None]:
-    """From one sublayer's output to the next one's input: (x', pre', post', res', u', None).
-
-    The next sublayer reads with its own pre' (mHC), or with the `pre` that is given: that of the
-    sublayer before it (DeepSeek-V4.1's single pass). With `weight` u' is normalised.
-    """
-    x = write(x, y, post, res)
-    made = coefficients(x, phi, alpha, bias, iterations, constraint, numerics)
-    u = read(x, made[0] if pre is None else pre)
-    return x, *made, u if weight is None else normalise(u, weight, input_eps), None
-
-
-def rebuild(
-    x: Float[Tensor, "*batch n C"],
-    writes: Sequence[tuple[Tensor, Tensor, Tensor]],
-    reads: Sequence[Tensor],
-    norms: Sequence[tuple[Tensor | None, float]],
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The streams after each of `writes` (y, post, res), and what each of `reads` (pre) reads.
-
-    What is read goes through each of `norms` (weight, input_eps) that has a weight.
-    The first of `reads` reads x, and the first of `writes` mixes it; there is one write fewer.
-    """
-    streams = list(accumulate(writes, lambda before, made: write(before, *made), initial=x))
-    inputs = [read(own, pre) for own, pre in zip(streams, reads, strict=True)]
-    return streams[1:], [
-        u if weight is None else normalise(u, weight, eps)
-        for u, (weight, eps) in zip(inputs, norms, strict=True)
-    ]
 
 
 def normalise(

@@ -9,11 +9,11 @@ import manifold_hc as mhc
 from manifold_hc import functional
 from manifold_hc.config import ConnectionConfig
 from manifold_hc.functional import InputNorm
-from manifold_hc.kernels import backends, refusal
+from manifold_hc.kernels import backends, unsupported_reason
 from manifold_hc.models.norm import RMSNorm
 
 C, L = 16, 3
-BACKENDS = [name for name in backends() if not refusal(name, 4, "cpu", [torch.float32])]
+BACKENDS = [name for name in backends() if not unsupported_reason(name, 4, "cpu", [torch.float32])]
 
 NORMS = {
     "torch's": lambda: nn.RMSNorm(C, eps=1e-5),

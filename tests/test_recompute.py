@@ -18,10 +18,10 @@ import manifold_hc as mhc
 from manifold_hc import constraints, functional, recompute
 from manifold_hc.config import ConnectionConfig, block_length
 from manifold_hc.errors import ConfigError, ShapeError
-from manifold_hc.kernels import backends, refusal
+from manifold_hc.kernels import backends, unsupported_reason
 
 C, L = 24, 5
-BACKENDS = [name for name in backends() if not refusal(name, 4, "cpu", [torch.float32])]
+BACKENDS = [name for name in backends() if not unsupported_reason(name, 4, "cpu", [torch.float32])]
 LENGTHS = [1, 3, L]
 
 

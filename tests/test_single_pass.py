@@ -7,7 +7,7 @@ import manifold_hc as mhc
 from manifold_hc import functional, interop
 from manifold_hc.config import ConnectionConfig
 from manifold_hc.errors import ConfigError, ShapeError
-from manifold_hc.kernels import backends, refusal
+from manifold_hc.kernels import backends, unsupported_reason
 from tests import oracle
 
 L, C, TOKENS = 3, 7, 4
@@ -15,7 +15,7 @@ NUMBERS = {
     "paper": {"numerics": "paper", "iterations": 20, "norm_eps": 1e-20, "hc_eps": 0.0},
     "deepseek_v4": {"numerics": "deepseek_v4", "iterations": 20, "norm_eps": 1e-6, "hc_eps": 1e-6},
 }
-BACKENDS = [name for name in backends() if not refusal(name, 4, "cpu", [torch.float32])]
+BACKENDS = [name for name in backends() if not unsupported_reason(name, 4, "cpu", [torch.float32])]
 
 
 def stack_of(n, sublayers=L, channels=C, **options):

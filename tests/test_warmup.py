@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import manifold_hc as mhc
 from manifold_hc.errors import BackendError, ConfigError, DtypeError
-from manifold_hc.kernels import refusal
+from manifold_hc.kernels import unsupported_reason
 from manifold_hc.warmup import MARGIN, Advice
 
 FIRST_STEP = """
@@ -92,7 +92,7 @@ def boundaries_of(config, channels, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_both_forms_of_a_boundary_agree(dtype, single_pass):
     config = mhc.ConnectionConfig(phi_std=0.3, alpha=0.5, single_pass=single_pass)
-    if refusal("cpu", 4, "cpu", [dtype, torch.float32]):
+    if unsupported_reason("cpu", 4, "cpu", [dtype, torch.float32]):
         pytest.skip("needs the CPU kernels")
     fused, expected = boundaries_of(config, 24, dtype)
     separate, found = boundaries_of(replace(config, fuse_boundaries=False), 24, dtype)
@@ -104,7 +104,7 @@ def test_both_forms_of_a_boundary_agree(dtype, single_pass):
 
 @pytest.mark.parametrize("single_pass", [False, True])
 def test_the_advice_is_the_faster_form(caplog, single_pass):
-    if refusal("cpu", 4, "cpu", [torch.float32]):
+    if unsupported_reason("cpu", 4, "cpu", [torch.float32]):
         pytest.skip("needs the CPU kernels")
     config = mhc.ConnectionConfig(single_pass=single_pass)
     with caplog.at_level("INFO", "manifold_hc"):
@@ -126,7 +126,7 @@ def test_the_advice_is_the_faster_form(caplog, single_pass):
 @pytest.mark.parametrize("fuse_boundaries", [False, True])
 def test_the_configuration_holds_the_choice(fuse_boundaries):
     """Timing both forms leaves the stacks that are built later as their configuration says."""
-    if refusal("cpu", 4, "cpu", [torch.float32]):
+    if unsupported_reason("cpu", 4, "cpu", [torch.float32]):
         pytest.skip("needs the CPU kernels")
     config = mhc.ConnectionConfig(fuse_boundaries=fuse_boundaries)
     mhc.warmup(40, config, tokens=7)

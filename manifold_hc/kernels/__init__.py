@@ -1,21 +1,19 @@
-"""The one seam between plain and fast: a table of (operator, backend) -> function."""
+"""Backends of the operators, and the choice between them: the seam between plain and fast."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
-from manifold_hc import constraints, reference
 from manifold_hc.errors import BackendError
-from manifold_hc.kernels.compiled import Compiled
-from manifold_hc.kernels.serving import FAILED, refusal
+from manifold_hc.kernels.operators import Operators
+from manifold_hc.kernels.support import OPERATORS, Unsupported, unsupported_reason
 
-__all__ = ["BACKENDS", "OPERATORS", "backends", "pick", "refusal"]
+__all__ = ["BACKENDS", "Operators", "Unsupported", "backends", "pick", "unsupported_reason"]
 
 logger = logging.getLogger("manifold_hc")
 
@@ -23,52 +21,39 @@ BACKENDS = ("triton", "cpu", "reference")
 """The preferred one first."""
 
 MOST_STREAMS = 64
-"""Up to which torch.compile may be given n as a symbol."""
-
-# The reference knows neither links nor what learns.
-OPERATORS: dict[tuple[str, str], Callable[..., Any]] = {
-    ("sinkhorn", "reference"): constraints.sinkhorn,
-    ("coefficients", "reference"): reference.coefficients,
-    ("coefficients_and_read", "reference"): lambda *a: reference.coefficients_and_read(*a[:7]),
-    ("boundary", "reference"): lambda *a: reference.boundary(*a[:13]),
-    ("hc_coefficients", "reference"): reference.hc_coefficients,
-    ("exit_coefficients", "reference"): reference.exit_coefficients,
-    ("read", "reference"): reference.read,
-    ("write", "reference"): lambda *a: reference.write(*a[:4]),
-    ("collapse", "reference"): reference.collapse,
-    ("rebuild", "reference"): reference.rebuild,
-    **Compiled("cpu").table(),
-    **Compiled("triton").table(),
-}
+"""Largest n that torch.compile may pass as a symbol."""
 
 
 def backends() -> list[str]:
-    """The backends this version has, the preferred one first."""
+    """Return the names of this version's backends, the preferred one first."""
     return list(BACKENDS)
 
 
-def pick(operator: str, backend: str, n: int, tensors: Sequence[Tensor]) -> Callable[..., Any]:
-    """The function that serves `operator` on `tensors`, the streams first, with n streams.
+def pick(operator: str, backend: str, n: int, tensors: Sequence[Tensor]) -> Operators | None:
+    """Return the operators that compute a call with n streams; None for the reference.
 
-    "auto" takes the first backend that can, and logs it once. Raises BackendError for a name that
-    this version does not have, and where a named backend cannot serve the call: it never falls
-    back.
+    operator: name for errors; tensors: all of the call's, the streams first. "auto" takes the first
+    backend that supports the call, and logs it once. A named backend never falls back: raises
+    BackendError for a name that this version does not have, and for a call that the backend does
+    not support.
     """
     device = tensors[0].device.type
     dtypes = tuple(tensor.dtype for tensor in tensors)
     chosen = _choose(operator, backend, _constant(n), device, dtypes)
-    if chosen != "reference" and not torch.compiler.is_compiling() and _is_transformed():
+    if chosen == "reference":
+        return None
+    if not torch.compiler.is_compiling() and _is_transformed():
         if backend != "auto":
             raise BackendError(
                 f'{operator}: backend "{backend}" has derivatives by autograd alone, none by '
                 'torch.func or in forward mode; use backend="reference"'
             )
-        chosen = "reference"
-    return OPERATORS[operator, chosen]
+        return None
+    return OPERATORS[chosen]
 
 
 def _constant(n: int) -> int:
-    """n, where Dynamo may bring a symbol: comparing it makes it the number it stands for."""
+    """n as a number where Dynamo passes a symbol: comparing the symbol makes it a number."""
     if torch.compiler.is_compiling():
         for number in range(1, MOST_STREAMS + 1):
             if n == number:
@@ -77,7 +62,7 @@ def _constant(n: int) -> int:
 
 
 def _is_transformed() -> bool:
-    """Whether derivatives are taken of which a custom operator knows nothing."""
+    """True under a transform of torch.func or forward mode, which know no custom operator."""
     interpreters = torch._C._functorch.get_interpreter_stack() or ()
     return forward_ad._current_level >= 0 or any(
         interpreter.key() in (TransformType.Grad, TransformType.Jvp) for interpreter in interpreters
@@ -94,9 +79,9 @@ def _choose(
             f"{operator}: backend must be one of auto, {', '.join(BACKENDS)} "
             f'but is {backend!r}, which this version does not have; use backend="auto"'
         )
-    if reason := refusal(backend, n, device, dtypes):
-        repair = "" if "use backend=" in reason else '; or use backend="auto"'
-        raise BackendError(f'{operator}: backend "{backend}" {reason}{repair}')
+    if found := unsupported_reason(backend, n, device, dtypes):
+        repair = "" if "use backend=" in str(found) else '; or use backend="auto"'
+        raise BackendError(f'{operator}: backend "{backend}" {found}{repair}')
     return backend
 
 
@@ -106,23 +91,26 @@ _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _fastest(n: int, device: str, dtypes: tuple[torch.dtype, ...]) -> str:
-    failures = []
+    missing = []
     for name in BACKENDS:
         if name == "triton" and device == "cpu":
             continue  # its interpreter is for tests
-        reason = refusal(name, n, device, dtypes)
-        if not reason:
+        found = unsupported_reason(name, n, device, dtypes)
+        if found is None:
             break
-        if reason.startswith(FAILED):
-            failures.append(f"; {name} {reason}")
-    _log(name, device, dtypes[0], "".join(failures))
+        if found.missing:
+            missing.append(f"; {name} {found}")
+    _log(name, device, dtypes[0], "".join(missing))
     return name
 
 
 @cache
-def _log(chosen: str, device: str, dtype: torch.dtype, failures: str) -> None:
+def _log(chosen: str, device: str, dtype: torch.dtype, missing: str) -> None:
     logger.log(
-        logging.WARNING if failures else logging.INFO,
+        logging.WARNING if missing else logging.INFO,
         'backend "auto": %s for %s streams on %s%s',
-        *(chosen, str(dtype).removeprefix("torch."), device, failures),
+        chosen,
+        str(dtype).removeprefix("torch."),
+        device,
+        missing,
     )

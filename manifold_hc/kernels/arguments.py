@@ -1,7 +1,7 @@
-"""The check of an operator's arguments, for kernels trust them: shapes, dtypes, device, numbers.
+"""Argument checks of an operator, because kernels trust them: shapes, dtypes, device, numbers.
 
-An operator can be called by anybody, through `torch.ops` too. What a tensor must be follows from
-its name in the schema (`TENSORS`); letters are sizes, the same in all tensors of a call.
+Users may call an operator through `torch.ops` directly. Kind and shape of a tensor follow from its
+name in the schema (`TENSORS`); letters are sizes, the same in all tensors of a call.
 """
 
 from collections.abc import Collection, Sequence
@@ -13,10 +13,6 @@ from torch import Tensor
 from manifold_hc.constraints import CONSTRAINTS, MOST_ITERATIONS
 from manifold_hc.errors import BackendError, ConfigError, DtypeError, ShapeError
 from manifold_hc.numerics import require_epsilon
-
-SINKHORN, IDENTITY, NONE = "sinkhorn", "identity", "none"
-FUSED_CONSTRAINTS = (SINKHORN, IDENTITY, NONE)
-"""What kernels make `res` by; the others are built from projections by torch."""
 
 STREAMS, BRANCH, WIDE = "streams", "branch", "wide"
 
@@ -36,51 +32,56 @@ TENSORS = {
 }
 """Kind and shape of every tensor: N tokens, n streams, C channels, R rows of phi, K its columns.
 
-Streams have one dtype in a call and so has the branch, any that the backend takes; what is wide is
+Streams have one dtype in a call and so has the branch, any that the backend takes; wide tensors are
 in float32.
 """
 
 MOST_ROWS = 1 << 20
-"""Rows of phi at most."""
+"""Largest number of rows of phi."""
 
 
 class Support(NamedTuple):
-    """What a backend's kernels serve."""
+    """Devices, numbers of streams and dtypes that a backend's kernels take."""
 
     devices: Collection[str]
     streams: Collection[int]
     dtypes: Collection[torch.dtype]
 
 
+def arguments_of(schema: str) -> list[tuple[str, str]]:
+    """(type, name) of the arguments in a schema, or in a fragment of one."""
+    inside = schema.removeprefix("(").partition(") ->")[0]
+    return [(kind, name) for kind, _, name in (a.partition(" ") for a in inside.split(", "))]
+
+
 class Arguments:
-    """What one operator takes, from its schema; call it with the arguments of a call."""
+    """Check of one operator's arguments, from its schema; call it with those of a call."""
 
     def __init__(self, operator: str, schema: str, support: Support) -> None:
         """`schema`: as PyTorch takes it, "(Tensor x, ...) -> ..."."""
         self.operator = operator
         self.support = support
-        inside = schema[1 : schema.index(") ->")]
-        typed = [argument.split(" ") for argument in inside.split(", ")]
+        typed = arguments_of(schema)
         self.tensors = [
-            (place, name, *TENSORS[name])
-            for place, (kind, name) in enumerate(typed)
+            (index, name, *TENSORS[name])
+            for index, (kind, name) in enumerate(typed)
             if kind.startswith("Tensor")
         ]
         self.has_lists = any(kind.endswith("[]") for kind, _ in typed)
         self.numbers = {
-            name: place for place, (kind, name) in enumerate(typed) if not kind.startswith("Tensor")
+            name: index for index, (kind, name) in enumerate(typed) if not kind.startswith("Tensor")
         }
 
     def __call__(self, arguments: Sequence[Any], computes: bool) -> None:
-        """Raise ShapeError, DtypeError, ConfigError or BackendError for what kernels cannot take.
+        """Raise ShapeError, DtypeError, ConfigError or BackendError for a call no kernel can take.
 
-        computes: whether a kernel runs next; torch.compile asks for shapes alone.
+        computes: True if a kernel runs next; torch.compile asks for shapes alone.
         """
         sizes: dict[str, int] = {"3": 3}
         dtypes = {WIDE: torch.float32}
         device = None
-        for place, name, kind, letters in self.tensors:
-            argument = arguments[place]
+        for index, name, kind, letters in self.tensors:
+            argument = arguments[index]
             if argument is None:
                 continue
             for tensor in argument if self.has_lists and _is_list(argument) else (argument,):
@@ -140,13 +141,14 @@ class Arguments:
             )
 
     def _check_numbers(self, arguments: Sequence[Any], sizes: dict[str, int]) -> None:
-        for name, place in self.numbers.items():
-            value = arguments[place]
+        for name, index in self.numbers.items():
+            value = arguments[index]
             if name == "constraint":
-                if value not in FUSED_CONSTRAINTS:
+                if value not in CONSTRAINTS or not CONSTRAINTS[value].in_kernels:
+                    fused = [name for name, row in CONSTRAINTS.items() if row.in_kernels]
                     raise ConfigError(
                         f"{self.operator}: constraint must be one of "
-                        f"{', '.join(FUSED_CONSTRAINTS)} but is {value!r}"
+                        f"{', '.join(fused)} but is {value!r}"
                     )
                 n = sizes["n"]
                 rows = 2 * n + CONSTRAINTS[value].size(n)
@@ -166,8 +168,8 @@ class Arguments:
                     require_epsilon(f"{self.operator}: {name}", eps)
 
     def _check_counts(self, arguments: Sequence[Any]) -> None:
-        """Of `rebuild`: as many of each as there are writes, or one more."""
-        counts = {name: len(arguments[place]) for place, name, *_ in self.tensors if name != "x"}
+        """Require one entry a write in the lists of `rebuild`, and one more in those of reads."""
+        counts = {name: len(arguments[index]) for index, name, *_ in self.tensors if name != "x"}
         counts["input_eps"] = len(arguments[self.numbers["input_eps"]])
         writes = counts["y"]
         wanted = {name: writes + (name in ("pre", "weight", "input_eps")) for name in counts}

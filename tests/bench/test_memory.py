@@ -6,7 +6,7 @@ import torch
 from manifold_hc.bench import memory
 from manifold_hc.bench.candidates import Candidate, ours, without_branch
 from manifold_hc.bench.problem import Problem
-from manifold_hc.kernels import refusal
+from manifold_hc.kernels import unsupported_reason
 
 SMALL = Problem(tokens=64, channels=32)
 STREAMS = SMALL.stream_bytes
@@ -67,7 +67,9 @@ def test_the_reference_keeps_more_than_the_fast_backends_may():
     assert found.forward_launches > 50
 
 
-@pytest.mark.skipif(bool(refusal("cpu", 4, "cpu", [torch.float32])), reason="no CPU kernels here")
+@pytest.mark.skipif(
+    bool(unsupported_reason("cpu", 4, "cpu", [torch.float32])), reason="no CPU kernels here"
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_cpu_kernels_need_less_than_half_of_the_streams(dtype):
     """Kept memory counts like any other: it is the promise of docs/backends.md."""

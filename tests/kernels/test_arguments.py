@@ -13,7 +13,7 @@ from manifold_hc.config import ConnectionConfig
 from manifold_hc.errors import BackendError, ConfigError, ManifoldError, ShapeError
 from manifold_hc.kernels.arguments import MOST_ROWS, TENSORS, Arguments, Support
 from manifold_hc.kernels.cpu import DTYPES
-from manifold_hc.kernels.operators import NAMESPACE
+from manifold_hc.kernels.operator import NAMESPACE
 from tests.kernels.test_operators import COMPILED, arguments
 
 

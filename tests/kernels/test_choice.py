@@ -1,4 +1,4 @@
-"""Which backend serves a call, and what a named one says that cannot."""
+"""Choice of a backend, and the error of a named one that does not support a call."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def streams(n=4, dtype=torch.float32, device="cpu"):
         (streams(device="meta"), "computes on the CPU but x is on meta; move x"),
         (
             (streams()[0], streams()[1].double()),
-            "takes float32 beside the streams but has torch.float64; convert it",
+            "takes the other tensors in float32 but one is torch.float64; convert it",
         ),
     ],
     ids=["streams", "dtype", "device", "coefficients"],

@@ -7,10 +7,10 @@ import torch
 
 from manifold_hc import functional
 from manifold_hc.constraints import CONSTRAINTS
-from manifold_hc.kernels import backends, refusal
+from manifold_hc.kernels import backends, unsupported_reason
 
 
-def place(backend):
+def device_of(backend):
     """Where the backend is tested: Triton on a GPU, or interpreted."""
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
 
@@ -18,7 +18,7 @@ def place(backend):
 COMPILED = [
     name
     for name in backends()
-    if name != "reference" and not refusal(name, 4, place(name), [torch.float32])
+    if name != "reference" and not unsupported_reason(name, 4, device_of(name), [torch.float32])
 ]
 
 
@@ -48,8 +48,8 @@ def backend(request):
     return request.param
 
 
-def serve(backend, n, dtype):
-    if reason := refusal(backend, n, place(backend), [dtype, torch.float32]):
+def require_support(backend, n, dtype):
+    if reason := unsupported_reason(backend, n, device_of(backend), [dtype, torch.float32]):
         pytest.skip(f"{backend} {reason}")
 
 
@@ -95,7 +95,7 @@ def compare(function, inputs, backend, factor=1.0, **options):
     What the reference itself loses in the inputs' own dtype is what they leave open: a sum that
     cancels, a matrix that is nearly singular.
     """
-    in_tf32 = place(backend) == "cuda" and inputs[0].dtype != torch.float32
+    in_tf32 = device_of(backend) == "cuda" and inputs[0].dtype != torch.float32
     products = TF32 if in_tf32 else COEFFICIENTS
     if function is boundary:
         # What passes from one sublayer to the other was rounded to the streams' dtype on its way,
@@ -111,7 +111,7 @@ def compare(function, inputs, backend, factor=1.0, **options):
     ]:
         assert_close(*tensors, factor, products, name)
     with torch.no_grad():
-        moved = [tensor.to(place(backend)) for tensor in inputs]
+        moved = [tensor.to(device_of(backend)) for tensor in inputs]
         again = as_tuple(function(*moved, backend=backend, **options))
     assert all(torch.equal(a, b.cpu()) for a, b in zip(got, again, strict=True))
 
@@ -119,7 +119,7 @@ def compare(function, inputs, backend, factor=1.0, **options):
 def run(function, inputs, backend, **options):
     """Outputs, and the inputs' gradients for cotangents that are the same for every backend."""
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
-    moved = [leaf.to(place(backend)) for leaf in leaves]
+    moved = [leaf.to(device_of(backend)) for leaf in leaves]
     outputs = tuple(out.cpu() for out in as_tuple(function(*moved, backend=backend, **options)))
     draw = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(out.shape, generator=draw).bfloat16() for out in outputs]
@@ -143,7 +143,7 @@ def assert_close(ours, plain, wanted, factor, products, what):
 @pytest.mark.parametrize("C", CHANNELS)
 @pytest.mark.parametrize("n", STREAMS)
 def test_a_sublayer(backend, n, C, numerics, dtype):
-    serve(backend, n, dtype)
+    require_support(backend, n, dtype)
     for shape in SHAPES:
         inputs = [torch.randn(*shape, n, C).to(dtype), *maps(n, C, n * n)]
         inputs.append(torch.randn(*shape, C).to(dtype))
@@ -155,7 +155,7 @@ def test_a_sublayer(backend, n, C, numerics, dtype):
 @pytest.mark.parametrize("single_pass", [False, True], ids=["standard", "single-pass"])
 @pytest.mark.parametrize("n", STREAMS)
 def test_a_boundary(backend, n, single_pass, norm, dtype):
-    serve(backend, n, dtype)
+    require_support(backend, n, dtype)
     for shape, C in [((0,), 8), ((2, 3), 7), ((33,), 32)]:
         inputs = neighbours(shape, n, C, dtype, n * n)
         compare(boundary, inputs, backend, single_pass=single_pass, norm=norm)
@@ -166,7 +166,7 @@ def test_a_boundary(backend, n, single_pass, norm, dtype):
 @pytest.mark.parametrize("linked", [False, True], ids=["alone", "linked"])
 def test_a_boundary_of_every_constraint(backend, constraint, linked, numerics):
     n = 4
-    serve(backend, n, torch.float32)
+    require_support(backend, n, torch.float32)
     inputs = neighbours((19,), n, 24, torch.float32, CONSTRAINTS[constraint].size(n))
     options = {"constraint": constraint, "numerics": numerics, "linked": linked}
     for single_pass in (False, True):
@@ -176,7 +176,7 @@ def test_a_boundary_of_every_constraint(backend, constraint, linked, numerics):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sizes_beyond_every_block_chunk_and_slice(backend, dtype):
     for tokens, n, C in [(300, 3, 530), (129, 4, 1280), (4200, 2, 24)]:
-        serve(backend, n, dtype)
+        require_support(backend, n, dtype)
         inputs = [torch.randn(tokens, n, C).to(dtype), *maps(n, C, n * n)]
         inputs.append(torch.randn(tokens, C).to(dtype))
         compare(sublayer, inputs, backend)
@@ -187,9 +187,9 @@ def test_sizes_beyond_every_block_chunk_and_slice(backend, dtype):
 @pytest.mark.parametrize("n", STREAMS)
 def test_what_is_rebuilt_has_the_same_bits(backend, n, dtype):
     """However the streams were written and read: one by one, at a boundary, or in a block."""
-    serve(backend, n, dtype)
+    require_support(backend, n, dtype)
     for shape, C in [((), 8), ((0,), 8), ((2, 3), 37), ((40,), 530)]:
-        moved = [t.to(place(backend)) for t in neighbours(shape, n, C, dtype, n * n)]
+        moved = [t.to(device_of(backend)) for t in neighbours(shape, n, C, dtype, n * n)]
         x, y, *rest = moved
         first, second, z = rest[:3], rest[3:6], rest[6]
         for single_pass in (False, True):
@@ -216,9 +216,9 @@ def test_what_is_rebuilt_has_the_same_bits(backend, n, dtype):
 
 
 def test_rebuilding_takes_branches_of_several_dtypes(backend):
-    serve(backend, 3, torch.float32)
+    require_support(backend, 3, torch.float32)
     x, weights, res = torch.randn(5, 3, 8), torch.rand(5, 3), torch.rand(5, 3, 3)
-    x, weights, res = (tensor.to(place(backend)) for tensor in (x, weights, res))
+    x, weights, res = (tensor.to(device_of(backend)) for tensor in (x, weights, res))
     branches = [x[:, 0], x[:, 1].bfloat16()]
     writes = [(y, weights, res) for y in branches]
     streams, _ = functional.rebuild(x, writes, [weights] * 3, backend=backend)
@@ -230,7 +230,7 @@ def test_rebuilding_takes_branches_of_several_dtypes(backend):
 @pytest.mark.parametrize("constraint", [name for name in CONSTRAINTS if name != "sinkhorn"])
 def test_every_constraint(backend, constraint, numerics):
     n, C, dtype = 4, 24, torch.float32
-    serve(backend, n, dtype)
+    require_support(backend, n, dtype)
     size = CONSTRAINTS[constraint].size(n)
     inputs = [torch.randn(19, n, C), *maps(n, C, size), torch.randn(19, C)]
     compare(sublayer, inputs, backend, constraint=constraint, numerics=numerics)
@@ -248,7 +248,7 @@ def test_every_constraint(backend, constraint, numerics):
 )
 def test_every_number_arrives(backend, options):
     n, C = 3, 24
-    serve(backend, n, torch.float32)
+    require_support(backend, n, torch.float32)
     inputs = [torch.randn(19, n, C), *maps(n, C, n * n), torch.randn(19, C)]
     compare(sublayer, inputs, backend, **options)
     x, phi, alpha, bias, _ = inputs
@@ -261,7 +261,7 @@ def test_every_number_arrives(backend, options):
 @pytest.mark.parametrize("streams", [torch.float32, torch.bfloat16])
 def test_a_branch_of_another_dtype(backend, streams, branch):
     n, C = 4, 24
-    serve(backend, n, streams)
+    require_support(backend, n, streams)
     x, y, *maps_and_z, weight = neighbours((19,), n, C, streams, n * n)
     inputs = [x, y.to(branch), *maps_and_z[:6], maps_and_z[6].to(branch), weight]
     compare(boundary, inputs, backend)
@@ -273,7 +273,7 @@ def test_a_branch_of_another_dtype(backend, streams, branch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", STREAMS)
 def test_operators_alone(backend, n, dtype):
-    serve(backend, n, dtype)
+    require_support(backend, n, dtype)
     C = 37
     for shape in SHAPES:
         x, y = torch.randn(*shape, n, C).to(dtype), torch.randn(*shape, C).to(dtype)
@@ -290,7 +290,7 @@ def test_operators_alone(backend, n, dtype):
 
 def test_what_broadcasts_and_what_is_not_contiguous(backend):
     n, C = 3, 10
-    serve(backend, n, torch.float32)
+    require_support(backend, n, torch.float32)
     x, y = torch.randn(C, n, 4, 5).permute(2, 3, 1, 0), torch.randn(C, 5, 4).permute(2, 1, 0)
     inputs = [x, y, torch.rand(5, n), torch.rand(4, 1, n, n).mT]
     compare(functional.write, inputs, backend)
@@ -309,10 +309,10 @@ def test_what_broadcasts_and_what_is_not_contiguous(backend):
 @pytest.mark.parametrize("std", [0.0, 0.1, 1.0, 4.0, 16.0])
 def test_sinkhorn_by_matrix(backend, n, std, numerics):
     """Every matrix counts: a batch's norm would hide a wrong one."""
-    serve(backend, n, torch.float32)
+    require_support(backend, n, torch.float32)
     logits = std * torch.randn(200, n, n)
     ours, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    got = functional.sinkhorn(ours.to(place(backend)), 20, numerics, backend).cpu()
+    got = functional.sinkhorn(ours.to(device_of(backend)), 20, numerics, backend).cpu()
     wanted = functional.sinkhorn(exact, 20, numerics, "reference")
     cotangent = torch.randn(200, n, n)
     got.backward(cotangent)
@@ -333,7 +333,7 @@ def test_sinkhorn_by_matrix(backend, n, std, numerics):
 @pytest.mark.parametrize("where", ["row", "column", "entry"])
 def test_faded_rows_are_never_nan(backend, where):
     """120 below the rest is 0 in float32; the logarithm knows better."""
-    serve(backend, 4, torch.float32)
+    require_support(backend, 4, torch.float32)
     logits = torch.randn(40, 4, 4)
     logits[20:][
         {"row": (..., 1, slice(None)), "column": (..., 2), "entry": (..., 1, 2)}[where]
@@ -342,23 +342,23 @@ def test_faded_rows_are_never_nan(backend, where):
 
 
 def test_nan_in_nan_out(backend):
-    serve(backend, 3, torch.float32)
+    require_support(backend, 3, torch.float32)
     x = torch.randn(40, 3, 8)
     x[17, 1, 5] = math.nan
     inputs = [x, *maps(3, 8, 9), torch.randn(40, 8)]
-    for out in sublayer(*(tensor.to(place(backend)) for tensor in inputs), backend=backend):
+    for out in sublayer(*(tensor.to(device_of(backend)) for tensor in inputs), backend=backend):
         bad = out.flatten(1).isnan().any(1)
         assert bad.tolist() == [token == 17 for token in range(40)]
 
 
 def test_rounding_to_bfloat16_is_torchs(backend):
     """Halves of neighbours' sums: most are ties, which go to even. NaN of every kind stays."""
-    serve(backend, 2, torch.bfloat16)
-    if backend == "triton" and place(backend) == "cpu":
+    require_support(backend, 2, torch.bfloat16)
+    if backend == "triton" and device_of(backend) == "cpu":
         pytest.skip("Triton's interpreter truncates instead of rounding")
     bits = torch.randint(0x3000, 0x5000, (4000,), dtype=torch.int16)
     x = torch.stack([bits, bits + 1], -1).view(torch.bfloat16).view(100, 40, 2).mT.contiguous()
-    x, halves = x.to(place(backend)), torch.full((2,), 0.5, device=place(backend))
+    x, halves = x.to(device_of(backend)), torch.full((2,), 0.5, device=device_of(backend))
     u = functional.read(x, halves, backend)
     assert torch.equal(u, (0.5 * x[:, 0].float() + 0.5 * x[:, 1].float()).bfloat16())
     nan = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
@@ -367,14 +367,14 @@ def test_rounding_to_bfloat16_is_torchs(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits_with_any_number_of_threads(backend, dtype):
-    serve(backend, 4, dtype)
+    require_support(backend, 4, dtype)
     if backend == "triton":
         pytest.skip("a GPU has threads of its own")
     inputs = neighbours((517,), 4, 40, dtype, 16)
     results, before = [], torch.get_num_threads()
     for threads in (1, 2, 3, 2):
         torch.set_num_threads(threads)
-        leaves = [t.clone().to(place(backend)).requires_grad_() for t in inputs]
+        leaves = [t.clone().to(device_of(backend)).requires_grad_() for t in inputs]
         outputs = boundary(*leaves, norm=True, backend=backend)
         sum((out.float() * out.float().sin()).sum() for out in outputs).backward()
         results.append([*outputs, *(leaf.grad for leaf in leaves)])
@@ -386,7 +386,7 @@ def test_the_same_bits_with_any_number_of_threads(backend, dtype):
 @pytest.mark.parametrize("missing", ["u", "pre", "post", "res", "written"])
 def test_outputs_that_nobody_uses(backend, missing):
     """A gradient that does not arrive counts as zero, and the link's too."""
-    serve(backend, 4, torch.float32)
+    require_support(backend, 4, torch.float32)
     keep = [name for name in ("pre", "post", "res", "u", "written") if name != missing]
 
     def some(*inputs, backend):
@@ -409,7 +409,7 @@ def test_outputs_that_nobody_uses(backend, missing):
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
 @pytest.mark.parametrize("single_pass", [False, True], ids=["standard", "single-pass"])
 def test_outputs_of_a_boundary_one_at_a_time(backend, used, norm, single_pass):
-    serve(backend, 4, torch.float32)
+    require_support(backend, 4, torch.float32)
     inputs = neighbours((21,), 4, 12, torch.float32, 16)
 
     def one(*inputs, backend):
@@ -421,7 +421,7 @@ def test_outputs_of_a_boundary_one_at_a_time(backend, used, norm, single_pass):
 
 def test_res_that_does_not_learn(backend):
     """Its logits' rows of phi and bias get nothing, whichever way a gradient would come."""
-    serve(backend, 3, torch.float32)
+    require_support(backend, 3, torch.float32)
     for function, inputs in (
         (sublayer, [torch.randn(9, 3, 8), *maps(3, 8, 9), torch.randn(9, 8)]),
         (boundary, neighbours((9,), 3, 8, torch.float32, 9)),
@@ -435,7 +435,7 @@ def test_res_that_does_not_learn(backend):
 
 
 def test_a_write_with_another_res_does_without_the_link(backend):
-    serve(backend, 3, torch.float32)
+    require_support(backend, 3, torch.float32)
     inputs = [torch.randn(9, 3, 8), *maps(3, 8, 9), torch.randn(9, 8)]
 
     def changed(x, phi, alpha, bias, y, backend):
@@ -449,7 +449,7 @@ def test_a_write_with_another_res_does_without_the_link(backend):
 
 
 def test_a_write_of_other_streams_does_without_the_link(backend):
-    serve(backend, 3, torch.float32)
+    require_support(backend, 3, torch.float32)
     inputs = [torch.randn(9, 3, 8), *maps(3, 8, 9), torch.randn(9, 8)]
 
     def stopped(x, phi, alpha, bias, y, backend):
@@ -464,9 +464,9 @@ def test_a_write_of_other_streams_does_without_the_link(backend):
 def test_second_derivatives_are_refused_by_name(backend):
     from manifold_hc.errors import BackendError
 
-    serve(backend, 3, torch.float32)
+    require_support(backend, 3, torch.float32)
     x, pre = torch.randn(5, 3, 8), torch.rand(5, 3)
-    x, pre = (tensor.to(place(backend)).requires_grad_() for tensor in (x, pre))
+    x, pre = (tensor.to(device_of(backend)).requires_grad_() for tensor in (x, pre))
     u = functional.read(x, pre, backend)
     (gradient,) = torch.autograd.grad(u.square().sum(), x, create_graph=True)
     with pytest.raises(BackendError, match='first derivatives only; use backend="reference"'):

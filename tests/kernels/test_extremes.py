@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from manifold_hc import functional
-from tests.kernels.test_contract import COMPILED, as_tuple, compare, maps, place, serve, sublayer
+from tests.kernels.test_contract import (
+    COMPILED,
+    as_tuple,
+    compare,
+    device_of,
+    maps,
+    require_support,
+    sublayer,
+)
 
 ALL = [*COMPILED, "reference"]
 
@@ -36,7 +44,7 @@ def relative(got, wanted):
 def test_huge_streams_keep_their_maps_and_gradients(backend, size, dtype):
     """Beyond 1e17 the sum of their squares is more than float32 holds; some tokens are ordinary."""
     n, C = 4, 24
-    serve(backend, n, dtype)
+    require_support(backend, n, dtype)
     x = torch.randn(20, n, C)
     x[3:] *= size
     inputs = [x.to(dtype), *maps(n, C, n * n)]
@@ -48,7 +56,7 @@ def test_huge_streams_keep_their_maps_and_gradients(backend, size, dtype):
         cotangents = [torch.randn(out.shape, generator=draw).to(out) for out in outputs]
         return outputs, torch.autograd.grad(outputs, leaves, cotangents)
 
-    got, ours = run(inputs, backend, "cpu" if backend == "reference" else place(backend))
+    got, ours = run(inputs, backend, "cpu" if backend == "reference" else device_of(backend))
     wanted, exact = run([tensor.double() for tensor in inputs], "reference", "cpu")
     for name, a, b in zip(("pre", "post", "res"), got, wanted, strict=True):
         assert relative(a, b) < 2e-6, name
@@ -71,11 +79,11 @@ def test_huge_streams_are_never_static_in_the_reference():
 
 def test_huge_streams_of_the_other_maps(backend):
     """HC's, and the learned exit's."""
-    serve(backend, 3, torch.float32)
+    require_support(backend, 3, torch.float32)
     n, C = 3, 8
     x = 1e20 * torch.randn(6, n, C)
     phi, alpha, bias = maps(n, C, n * n)
-    where = "cpu" if backend == "reference" else place(backend)
+    where = "cpu" if backend == "reference" else device_of(backend)
     calls = {
         functional.hc_coefficients: (x, torch.randn(2 + n, C) / C**0.5, alpha, bias),
         functional.exit_coefficients: (x, phi[:n], alpha[:1], bias[:n]),
@@ -89,10 +97,10 @@ def test_huge_streams_of_the_other_maps(backend):
 
 @pytest.mark.parametrize("backend", ALL)
 def test_infinite_streams_are_not_taken_for_huge_ones(backend):
-    serve(backend, 2, torch.float32)
+    require_support(backend, 2, torch.float32)
     x = torch.randn(5, 2, 8)
     x[2, 1, 3] = math.inf
-    where = "cpu" if backend == "reference" else place(backend)
+    where = "cpu" if backend == "reference" else device_of(backend)
     given = [tensor.to(where) for tensor in (x, *maps(2, 8, 4))]
     pre = functional.coefficients(*given, backend=backend)[0].cpu()
     assert pre.isnan().any(1).tolist() == [False, False, True, False, False]
@@ -102,8 +110,8 @@ def test_infinite_streams_are_not_taken_for_huge_ones(backend):
 @pytest.mark.parametrize("backend", ALL)
 def test_a_one_hot_read_is_the_stream(backend, dtype):
     n, C = 4, 37
-    serve(backend, n, dtype)
-    x = torch.randn(n, n, C).to(dtype).to("cpu" if backend == "reference" else place(backend))
+    require_support(backend, n, dtype)
+    x = torch.randn(n, n, C).to(dtype).to("cpu" if backend == "reference" else device_of(backend))
     u = functional.read(x, torch.eye(n).to(x.device), backend)
     assert torch.equal(u, x[torch.arange(n), torch.arange(n)])
 
@@ -112,8 +120,10 @@ def test_a_one_hot_read_is_the_stream(backend, dtype):
 @pytest.mark.parametrize("backend", ALL)
 def test_a_read_that_cancels_is_zero(backend, dtype):
     C = 37
-    serve(backend, 2, dtype)
-    stream = torch.randn(9, 1, C).to(dtype).to("cpu" if backend == "reference" else place(backend))
+    require_support(backend, 2, dtype)
+    stream = (
+        torch.randn(9, 1, C).to(dtype).to("cpu" if backend == "reference" else device_of(backend))
+    )
     weights = torch.tensor([0.5, -0.5]).to(stream.device)
     assert not functional.read(stream.expand(9, 2, C), weights, backend).any()
     assert not functional.read(torch.cat([stream, -stream], 1), weights.abs(), backend).any()
@@ -122,8 +132,8 @@ def test_a_read_that_cancels_is_zero(backend, dtype):
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("n", [1, 2, 4, 5])
 def test_the_presets_differ_by_a_transpose_without_epsilon(backend, n):
-    serve(backend, n, torch.float32)
-    where = "cpu" if backend == "reference" else place(backend)
+    require_support(backend, n, torch.float32)
+    where = "cpu" if backend == "reference" else device_of(backend)
     logits = (2 * torch.randn(12, n, n)).to(where).requires_grad_()
     paper = functional.sinkhorn(logits, 7, "paper", backend)
     v4 = functional.sinkhorn(logits.mT, 7, "deepseek_v4", backend, hc_eps=0.0)
@@ -136,8 +146,8 @@ def test_the_presets_differ_by_a_transpose_without_epsilon(backend, n):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("C", [5129, 5137, 16392])
 def test_widths_beside_powers_of_two(backend, C, dtype):
-    serve(backend, 4, dtype)
-    if backend == "triton" and place(backend) == "cpu":
+    require_support(backend, 4, dtype)
+    if backend == "triton" and device_of(backend) == "cpu":
         pytest.skip("too wide to be computed step by step")
     inputs = [torch.randn(3, 4, C).to(dtype), *maps(4, C, 16), torch.randn(3, C).to(dtype)]
     compare(sublayer, inputs, backend)
@@ -146,8 +156,8 @@ def test_widths_beside_powers_of_two(backend, C, dtype):
 def test_more_tokens_than_16_bits_count(backend):
     """The last of 65,537, and what is summed over all of them."""
     n, C, tokens = 2, 65, 65537
-    serve(backend, n, torch.float32)
-    if backend == "triton" and place(backend) == "cpu":
+    require_support(backend, n, torch.float32)
+    if backend == "triton" and device_of(backend) == "cpu":
         pytest.skip("too many to be computed step by step")
     inputs = [torch.randn(tokens, n, C), *maps(n, C, n * n), torch.randn(tokens, C)]
     compare(sublayer, inputs, backend, 4)
@@ -157,7 +167,7 @@ def test_more_tokens_than_16_bits_count(backend):
 @pytest.mark.parametrize("numerics", ["paper", "deepseek_v4"])
 def test_extreme_inputs(backend, case, numerics):
     n, C = 4, 24
-    serve(backend, n, torch.float32)
+    require_support(backend, n, torch.float32)
     inputs = [torch.randn(9, n, C), *maps(n, C, n * n), torch.randn(9, C)]
     if case == "all zero":
         inputs[0].zero_()
@@ -174,11 +184,11 @@ def test_extreme_inputs(backend, case, numerics):
 def test_saved_storages_are_freed_and_filled_again(backend):
     """As by whoever shards parameters or offloads activations between forward and backward."""
     n, C = 4, 24
-    serve(backend, n, torch.float32)
+    require_support(backend, n, torch.float32)
     given = [torch.randn(9, n, C), *maps(n, C, n * n), torch.randn(9, C)]
 
     def gradients(frees):
-        leaves = [tensor.clone().to(place(backend)).requires_grad_() for tensor in given]
+        leaves = [tensor.clone().to(device_of(backend)).requires_grad_() for tensor in given]
         outputs = sublayer(*leaves, backend=backend)
         if frees:
             sizes = [leaf.untyped_storage().nbytes() for leaf in leaves]

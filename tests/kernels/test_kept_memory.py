@@ -8,12 +8,12 @@ import torch
 
 import manifold_hc as mhc
 from manifold_hc import functional
-from manifold_hc.kernels import refusal
+from manifold_hc.kernels import unsupported_reason
 from manifold_hc.kernels.cpu import memory
 from manifold_hc.kernels.cpu.memory import LARGE, PAGE, Blocks
 
 NEEDS_KERNELS = pytest.mark.skipif(
-    bool(refusal("cpu", 4, "cpu", [torch.float32])), reason="no CPU kernels here"
+    bool(unsupported_reason("cpu", 4, "cpu", [torch.float32])), reason="no CPU kernels here"
 )
 
 MEGABYTE = 1 << 20

@@ -10,14 +10,14 @@ from torch import library
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from manifold_hc import functional
-from manifold_hc.kernels import backends, refusal
-from manifold_hc.kernels.operators import NAMESPACE
+from manifold_hc.kernels import backends, unsupported_reason
+from manifold_hc.kernels.operator import NAMESPACE
 from tests.kernels.compiled_networks import network, outputs_and_gradients
 
 COMPILED = [
     name
     for name in backends()
-    if name != "reference" and not refusal(name, 3, "cpu", [torch.float32])
+    if name != "reference" and not unsupported_reason(name, 3, "cpu", [torch.float32])
 ]
 
 

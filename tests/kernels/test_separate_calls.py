@@ -8,8 +8,8 @@ import torch
 
 import manifold_hc as mhc
 from manifold_hc import functional
-from manifold_hc.kernels.operators import FUSED_CONSTRAINTS
-from tests.kernels.test_contract import COMPILED, maps, place, serve
+from manifold_hc.constraints import CONSTRAINTS
+from tests.kernels.test_contract import COMPILED, device_of, maps, require_support
 
 SIZES = [(1, 7, 5), (2, 96, 20), (3, 530, 37), (4, 320, 33), (8, 40, 18), (16, 24, 3)]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -23,14 +23,14 @@ def backend(request):
 def small(backend, sizes):
     """What Triton's interpreter has time for."""
     n, C, tokens = sizes
-    stepwise = backend == "triton" and place(backend) == "cpu"
+    stepwise = backend == "triton" and device_of(backend) == "cpu"
     return (min(n, 4), min(C, 24), 3) if stepwise else (n, C, tokens)
 
 
 def inputs_of(backend, n, C, tokens, dtype, constraint="sinkhorn"):
     k = 0 if constraint == "identity" else n * n
     given = [torch.randn(tokens, n, C).to(dtype), *maps(n, C, k), torch.randn(tokens, C).to(dtype)]
-    return [tensor.to(place(backend)).requires_grad_() for tensor in given]
+    return [tensor.to(device_of(backend)).requires_grad_() for tensor in given]
 
 
 def together(x, phi, alpha, bias, y, backend, **options):
@@ -58,12 +58,14 @@ def gradients(outputs, inputs):
 
 
 @pytest.mark.parametrize("numerics", ["paper", "deepseek_v4"])
-@pytest.mark.parametrize("constraint", FUSED_CONSTRAINTS)
+@pytest.mark.parametrize(
+    "constraint", [name for name, row in CONSTRAINTS.items() if row.in_kernels]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_separate_calls_have_the_same_bits(backend, sizes, dtype, constraint, numerics):
     n, C, tokens = small(backend, sizes)
-    serve(backend, n, dtype)
+    require_support(backend, n, dtype)
     inputs = inputs_of(backend, n, C, tokens, dtype, constraint)
     options = {"constraint": constraint, "numerics": numerics, "backend": backend}
     options["iterations"] = 3
@@ -85,7 +87,7 @@ def test_separate_calls_have_the_same_bits(backend, sizes, dtype, constraint, nu
 def test_separate_coefficients_alone_have_the_same_gradients(backend, sizes, dtype):
     """Of x too, where what is read is of no use."""
     n, C, tokens = small(backend, sizes)
-    serve(backend, n, dtype)
+    require_support(backend, n, dtype)
     *inputs, y = inputs_of(backend, n, C, tokens, dtype)
     one = together(*inputs, y, backend, iterations=3)[:3]
     other = functional.coefficients(*inputs, backend=backend, iterations=3)

@@ -6,12 +6,30 @@ real where a GPU is. New memory is filled with NaN, so that whatever is not writ
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from manifold_hc import reference
 from manifold_hc.constraints import sinkhorn as sinkhorn_reference
-from manifold_hc.kernels import triton as kernels
-from manifold_hc.kernels.operators import Settings
-from manifold_hc.kernels.triton import norm, plan
+from manifold_hc.kernels.triton import (
+    boundary,
+    coefficients,
+    coefficients_backward,
+    norm,
+    plan,
+    project,
+    read,
+    rebuild,
+    sinkhorn,
+    write,
+)
+from manifold_hc.kernels.values import (
+    InputNorm,
+    MapParameters,
+    ReadingGradients,
+    SavedMaps,
+    Settings,
+    WriteInputs,
+)
 from manifold_hc.numerics import PRESETS
 
 DEVICE = "cpu" if plan.interpreted() else "cuda"
@@ -82,8 +100,8 @@ def test_sinkhorn(n, name):
     hard = torch.tensor([key in ("16", "row") for key in LOGITS]).repeat_interleave(5)
     tolerance = torch.where(hard, 2e-5, 2e-6)
     got, found = (
-        kernels.sinkhorn(logits, *numbers),
-        kernels.sinkhorn_backward(grad, logits, *numbers),
+        sinkhorn.sinkhorn(logits, *numbers),
+        sinkhorn.sinkhorn_backward(grad, logits, *numbers),
     )
     for what, a, b in (("res", got, wanted), ("dlogits", found, dlogits)):
         error = (a.cpu().double() - b.detach()).flatten(1).norm(dim=1)
@@ -99,8 +117,8 @@ def test_sinkhorn_iterations(name, iterations):
     leaf = wide(logits)
     wanted = sinkhorn_reference(leaf, iterations, preset)
     (dlogits,) = torch.autograd.grad(wanted, leaf, grad.cpu().double())
-    close("res", kernels.sinkhorn(logits, *numbers), wanted, 2e-6)
-    found = kernels.sinkhorn_backward(grad, logits, *numbers)
+    close("res", sinkhorn.sinkhorn(logits, *numbers), wanted, 2e-6)
+    found = sinkhorn.sinkhorn_backward(grad, logits, *numbers)
     error = (found.cpu().double() - dlogits).flatten(1).norm(dim=1)
     assert error.max() < 5e-6
 
@@ -108,10 +126,10 @@ def test_sinkhorn_iterations(name, iterations):
 def test_sinkhorn_without_epsilon_stays_finite_and_passes_nan_on():
     logits = draw(4, 4, 4, std=16.0)
     logits[0, :, 0] -= 120
-    assert kernels.sinkhorn(logits, 20, True, 0.0).isfinite().all()
-    assert kernels.sinkhorn_backward(draw(4, 4, 4), logits, 20, True, 0.0).isfinite().all()
+    assert sinkhorn.sinkhorn(logits, 20, True, 0.0).isfinite().all()
+    assert sinkhorn.sinkhorn_backward(draw(4, 4, 4), logits, 20, True, 0.0).isfinite().all()
     logits[1, 0, 0] = torch.nan
-    found = kernels.sinkhorn(logits, 20, False, 0.0).isnan().flatten(1).any(1)
+    found = sinkhorn.sinkhorn(logits, 20, False, 0.0).isnan().flatten(1).any(1)
     assert found.tolist() == [False, True, False, False]
 
 
@@ -127,10 +145,10 @@ def test_project(tokens, K, rows, key, monkeypatch):
     a, b = wide(v), wide(phi)
     wanted = reference.project(a.unsqueeze(1), b, 1e-6)
     wants = torch.autograd.grad(wanted, (a, b), grad.cpu().double())
-    projected, inverse_rms = kernels.project(v, phi, 1e-6)
+    projected, inverse_rms = project.project(v, phi, 1e-6)
     close("projected", projected, wanted, PROJECTED[dtype])
     close("1 / rms", inverse_rms, (a.square().mean(1) + 1e-6).rsqrt(), 1e-6)
-    dv, dphi = kernels.project_backward(grad, v, phi, projected, inverse_rms)
+    dv, dphi = project.project_backward(grad, v, phi, projected, inverse_rms)
     assert dv.dtype == dtype
     close("dv", dv, wants[0], max(ROUNDING[dtype], PROJECTED[dtype]))
     close("dphi", dphi, wants[1], PROJECTED[dtype])
@@ -149,10 +167,10 @@ def test_read(tokens, n, C, key):
     a, b = wide(x), wide(pre)
     wanted = reference.read(a, b)
     wants = torch.autograd.grad(wanted, (a, b), grad.cpu().double())
-    u = kernels.read(x, pre)
+    u = read.read(x, pre)
     assert u.dtype == dtype
     close("u", u, wanted, ROUNDING[dtype])
-    dx, dpre = kernels.read_backward(grad, x, pre)
+    dx, dpre = read.read_backward(grad, x, pre)
     assert dx.dtype == dtype
     close("dx", dx, wants[0], ROUNDING[dtype])
     close("dpre", dpre, wants[1], 2e-5)
@@ -169,15 +187,15 @@ def test_write(tokens, n, C, key, widens):
     leaves = [wide(t) for t in (x, y, post, res)]
     wanted = reference.write(*leaves)
     wants = torch.autograd.grad(wanted, leaves, grad.cpu().double())
-    out = kernels.write(x, y, post, res)
+    out = write.write(x, y, post, res)
     assert out.dtype == dtype
     close("x'", out, wanted, ROUNDING[dtype])
-    found = kernels.write_backward(grad, x, y, post, res)
+    found = write.write_backward(grad, x, y, post, res)
     for name, got, want in zip(("dx", "dy", "dpost", "dres"), found, wants, strict=True):
         close(name, got, want, ROUNDING[got.dtype])
     assert [t.dtype for t in found[:2]] == [dtype, branch]
     for name, got, want in zip(
-        ("dy", "dpost"), kernels.branch_backward(grad, y, post), wants[1:3], strict=True
+        ("dy", "dpost"), write.branch_backward(grad, y, post), wants[1:3], strict=True
     ):
         close(name, got, want, ROUNDING[got.dtype])
 
@@ -199,17 +217,17 @@ def test_rebuild(tokens, n, C, key, writes, widens):
     ]
     reads = [draw(tokens, n) for _ in range(writes + 1)]
     for step in steps:
-        streams.append(kernels.write(streams[-1], *step))
-    norms = [(draw(C) if k % 2 else None, 0.1) for k in range(writes + 1)]
-    got, inputs = kernels.rebuild(streams[0], steps, reads, norms)
+        streams.append(write.write(streams[-1], *step))
+    norms = [InputNorm(draw(C), 0.1) if k % 2 else None for k in range(writes + 1)]
+    got, inputs = rebuild.rebuild(streams[0], steps, reads, norms)
     assert len(got) == writes
     assert len(inputs) == writes + 1
     for a, b in zip(got, streams[1:], strict=True):
         assert torch.equal(a, b)
         assert a.dtype == dtype
-    for a, x, pre, (weight, eps) in zip(inputs, streams, reads, norms, strict=True):
-        u = kernels.read(x, pre)
-        assert torch.equal(a, u if weight is None else norm.normalised(u, weight, eps))
+    for a, x, pre, own in zip(inputs, streams, reads, norms, strict=True):
+        u = read.read(x, pre)
+        assert torch.equal(a, u if own is None else norm.normalised(u, own))
 
 
 def connection(tokens, n, C, dtype, constraint, std):
@@ -271,6 +289,10 @@ def judged(tensors, settings, name, cotangents):
     return outputs[:4], derived(outputs, cotangents, leaves)
 
 
+def saved(made):
+    return SavedMaps(made.res, made.projected, made.inverse_rms)
+
+
 def check_connection(
     tokens, n, C, dtype, constraint, name, std=1.0, missing=(), iterations=20, learns=True
 ):
@@ -278,14 +300,15 @@ def check_connection(
     settings = settings_of(name, constraint, iterations, learns)
     cotangents = cotangents_of(tokens, n, C, dtype, missing, list(RESULTS)[1:])
     wanted, wants = judged(tensors, settings, name, cotangents)
-    *made, projected, inverse_rms = kernels.coefficients_and_read(*tensors, settings)
+    x, *parameters = tensors
+    u, made = coefficients.coefficients_and_read(x, MapParameters(*parameters), settings)
     loose = PROJECTED[dtype] * max(1.0, std)
-    assert made[0].dtype == dtype
-    close("u", made[0], wanted[0], max(ROUNDING[dtype], loose))
-    for key, got, want in zip(("pre", "post", "res"), made[1:], wanted[1:], strict=True):
-        close(key, got, want, loose)
-    found = kernels.coefficients_and_read_backward(
-        *cotangents, *tensors, made[3], projected, inverse_rms, settings
+    assert u.dtype == dtype
+    close("u", u, wanted[0], max(ROUNDING[dtype], loose))
+    for key, want in zip(("pre", "post", "res"), wanted[1:], strict=True):
+        close(key, getattr(made, key), want, loose)
+    found = coefficients_backward.coefficients_and_read_backward(
+        ReadingGradients(*cotangents), x, MapParameters(*parameters), saved(made), settings
     )
     assert found[0].dtype == dtype
     close("dx", found[0], wants[0], max(ROUNDING[dtype], 2 * loose))
@@ -314,38 +337,40 @@ def check_boundary(
     x, phi, alpha, bias = connection(tokens, n, C, dtype, constraint, std)
     y, post, res = draw(tokens, C, dtype=branch or dtype), draw(tokens, n), draw(tokens, n, n)
     pre = draw(tokens, n) if given else None
-    weight, eps = (1 + draw(C, std=0.5) if normed else None), 0.01
+    input_norm = InputNorm(1 + draw(C, std=0.5), 0.01) if normed else None
     settings = settings_of(name, constraint, iterations, learns)
-    behind = (pre, phi, alpha, bias, weight, eps)
-    written, u, *made = kernels.boundary(x, y, post, res, *behind, settings)
+    parameters = MapParameters(phi, alpha, bias)
+    branch_write = WriteInputs(x, y, post, res)
+    written, u, made = boundary.boundary(branch_write, pre, parameters, input_norm, settings)
     assert (written.dtype, u.dtype) == (dtype, dtype)
-    assert torch.equal(written, kernels.write(x, y, post, res))
+    assert torch.equal(written, write.write(x, y, post, res))
     if not normed:
-        assert torch.equal(u, kernels.read(written, made[0] if pre is None else pre))
+        assert torch.equal(u, read.read(written, made.pre if pre is None else pre))
 
     inputs = {"written": written, "pre": pre, "phi": phi, "alpha": alpha, "bias": bias}
-    inputs["weight"] = weight
+    inputs["weight"] = input_norm.weight if normed else None
     leaves = {key: wide(t) for key, t in inputs.items() if t is not None}
     maps = [leaves[key] for key in ("written", "phi", "alpha", "bias")]
     wanted = reference.coefficients(*maps, iterations, constraint, PRESETS[name])
     reads = reference.read(leaves["written"], leaves.get("pre", wanted[0]))
     if normed:
-        reads = normalised(reads, leaves["weight"], eps, dtype)
+        reads = normalised(reads, leaves["weight"], input_norm.eps, dtype)
     loose = PROJECTED[dtype] * max(1.0, std)
     once = max(ROUNDING[dtype], loose)
     close("u", u, reads, (2 if normed else 1) * once)
-    for key, got, want in zip(("pre", "post", "res"), made[:3], wanted, strict=True):
-        close(key, got, want, loose)
+    for key, want in zip(("pre", "post", "res"), wanted, strict=True):
+        close(key, getattr(made, key), want, loose)
 
     cotangents = cotangents_of(tokens, n, C, dtype, missing, RESULTS)
     link = next_streams(wanted[2], leaves["written"], settings)
     outputs = (leaves["written"], reads, *wanted, link)
     wants = derived(outputs, cotangents, list(leaves.values()))
-    whole, dy, dpost, *found = kernels.boundary_backward(
-        *cotangents, written, y, post, *behind, *made[2:], settings
-    )
-    found = dict(zip(("pre", "phi", "alpha", "bias", "weight"), found, strict=True))
-    found["written"] = whole
+    grad_written, *grads = cotangents
+    found = coefficients_backward.boundary_backward(
+        grad_written, ReadingGradients(*grads), written, y, post, pre,
+        parameters, input_norm, saved(made), settings,
+    )._asdict()  # fmt: skip
+    whole, dy, dpost = found["written"], found.pop("y"), found.pop("post")
     tolerances = dict.fromkeys(("phi", "alpha", "bias", "pre"), 4 * loose)
     if normed:  # what is read again may round otherwise
         tolerances = {key: max(4 * loose, ROUNDING[dtype]) for key in tolerances}
@@ -429,11 +454,13 @@ def test_boundary_over_several_blocks_of_tokens(monkeypatch):
 def test_the_boundary_has_the_same_bits_alone_and_in_a_batch(monkeypatch):
     monkeypatch.setattr(plan, "SPLIT_CHANNELS", 64)
     x, phi, alpha, bias = connection(70, 4, 64, torch.bfloat16, "sinkhorn", 1.0)
-    own = (draw(70, 64, dtype=torch.bfloat16), draw(70, 4), draw(70, 4, 4), draw(70, 4))
-    rest = (phi, alpha, bias, draw(64), 1e-6, settings_of("paper", iterations=3))
-    whole = kernels.boundary(x, *own, *rest)
-    alone = kernels.boundary(x[67:68].clone(), *(t[67:68].clone() for t in own), *rest)
-    for a, b in zip(whole, alone, strict=True):
+    own = WriteInputs(x, draw(70, 64, dtype=torch.bfloat16), draw(70, 4), draw(70, 4, 4))
+    pre, input_norm = draw(70, 4), InputNorm(draw(64), 1e-6)
+    rest = (MapParameters(phi, alpha, bias), input_norm, settings_of("paper", iterations=3))
+    whole = boundary.boundary(own, pre, *rest)
+    one = WriteInputs(*(t[67:68].clone() for t in own))
+    alone = boundary.boundary(one, pre[67:68].clone(), *rest)
+    for a, b in zip(tree_leaves(whole), tree_leaves(alone), strict=True):
         assert torch.equal(a[67:68], b)
 
 
@@ -498,11 +525,12 @@ def test_same_bits_whatever_the_other_tokens():
     """Alone too; but the interpreter's products are NumPy's, whose bits depend on a row's place."""
     x, phi, alpha, bias = connection(33, 4, 64, torch.bfloat16, "sinkhorn", 1.0)
     settings = settings_of("paper")
-    whole = kernels.coefficients_and_read(x, phi, alpha, bias, settings)
-    places = [7] if plan.interpreted() else [0, 7]
-    for place in places:
-        others = draw(place, 4, 64, dtype=torch.bfloat16)
+    maps = MapParameters(phi, alpha, bias)
+    whole = coefficients.coefficients_and_read(x, maps, settings)
+    rows = [7] if plan.interpreted() else [0, 7]
+    for row in rows:
+        others = draw(row, 4, 64, dtype=torch.bfloat16)
         batch = torch.cat([others, x[7:8]])
-        few = kernels.coefficients_and_read(batch, phi, alpha, bias, settings)
-        for a, b in zip(whole, few, strict=True):
-            assert torch.equal(a[7], b[place])
+        few = coefficients.coefficients_and_read(batch, maps, settings)
+        for a, b in zip(tree_leaves(whole), tree_leaves(few), strict=True):
+            assert torch.equal(a[7], b[row])

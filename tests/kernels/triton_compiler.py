@@ -20,9 +20,25 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from manifold_hc.kernels import triton as kernels
-from manifold_hc.kernels.operators import Settings
-from manifold_hc.kernels.triton import plan
+from manifold_hc.kernels.triton import (
+    boundary,
+    coefficients,
+    coefficients_backward,
+    plan,
+    project,
+    read,
+    rebuild,
+    sinkhorn,
+    write,
+)
+from manifold_hc.kernels.values import (
+    InputNorm,
+    MapParameters,
+    ReadingGradients,
+    SavedMaps,
+    Settings,
+    WriteInputs,
+)
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
@@ -63,32 +79,33 @@ def launches_of(n, C, dtype, constraint, transposed, *, tokens=256, tiles=None):
     epsilon = 1e-6 if transposed else 0.0
     learning = Settings(constraint, 20, transposed, 1e-6, epsilon, True)
 
+    maps = MapParameters(phi, alpha, bias)
+
     def everything():
-        kernels.coefficients_and_read(x, phi, alpha, bias, learning)
-        kernels.coefficients(x, phi, alpha, bias, learning)
-        kernels.write(x, y, gate, matrix)
-        kernels.write_backward(x, x, y, gate, matrix)
-        kernels.branch_backward(x, y, gate)
-        kernels.rebuild(x, [(y, gate, matrix)] * 5, [gate] * 6, [(None, 0.0)] * 6)
-        made = (matrix, projected, inverse_rms)
+        coefficients.coefficients_and_read(x, maps, learning)
+        coefficients.coefficients(x, maps, learning)
+        write.write(x, y, gate, matrix)
+        write.write_backward(x, x, y, gate, matrix)
+        write.branch_backward(x, y, gate)
+        rebuild.rebuild(x, [(y, gate, matrix)] * 5, [gate] * 6, [None] * 6)
+        saved = SavedMaps(matrix, projected, inverse_rms)
+        grads = ReadingGradients(u=y, pre=None, post=gate, res=matrix, link=x)
         for settings in (learning, learning._replace(learns=False)):
-            kernels.coefficients_and_read_backward(
-                y, None, gate, matrix, x, x, phi, alpha, bias, *made, settings
+            coefficients_backward.coefficients_and_read_backward(grads, x, maps, saved, settings)
+        norm = InputNorm(new(C), 1e-6)
+        for pre, own in ((None, None), (None, norm), (gate, None), (gate, norm)):
+            boundary.boundary(WriteInputs(x, y, gate, matrix), pre, maps, own, learning)
+            coefficients_backward.boundary_backward(
+                x, grads, x, y, gate, pre, maps, own, saved, learning
             )
-        for pre, weight in ((None, None), (None, new(C)), (gate, None), (gate, new(C))):
-            branch, norm = (y, gate), (phi, alpha, bias, weight, 1e-6)
-            kernels.boundary(x, *branch, matrix, pre, *norm, learning)
-            kernels.boundary_backward(
-                x, y, None, gate, matrix, x, x, *branch, pre, *norm, *made, learning
-            )
-        kernels.sinkhorn(matrix, 20, transposed, epsilon)
-        kernels.sinkhorn_backward(matrix, matrix, 20, transposed, epsilon)
-        kernels.read(x, gate)
-        kernels.read_backward(y, x, gate)
+        sinkhorn.sinkhorn(matrix, 20, transposed, epsilon)
+        sinkhorn.sinkhorn_backward(matrix, matrix, 20, transposed, epsilon)
+        read.read(x, gate)
+        read.read_backward(y, x, gate)
         few = new(n + 2, C)
         v = x.view(tokens * n, C)
-        kernels.project(v, few, 1e-6)
-        kernels.project_backward(
+        project.project(v, few, 1e-6)
+        project.project_backward(
             new(tokens * n, n + 2), v, few, new(tokens * n, n + 2), new(tokens * n)
         )
 

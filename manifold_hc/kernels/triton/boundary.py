@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from manifold_hc.kernels.operators import Settings
 from manifold_hc.kernels.triton import plan
-from manifold_hc.kernels.triton.coefficients import Coefficients, finish
+from manifold_hc.kernels.triton.coefficients import empty_maps, finish
 from manifold_hc.kernels.triton.norm import normalised
 from manifold_hc.kernels.triton.read import plus
 from manifold_hc.kernels.triton.write import streams_of, weights_of, written_stream
+from manifold_hc.kernels.values import InputNorm, MapParameters, Maps, Settings, WriteInputs
 
 KEPT = tl.constexpr(4)
 """Streams up to which a token's matrix stays in registers, at half the cost of its addresses.
@@ -104,25 +104,24 @@ def boundary_kernel(
 
 
 def boundary(
-    x: Tensor,
-    y: Tensor,
-    post: Tensor,
-    res: Tensor,
+    write: WriteInputs,
     pre: Tensor | None,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    weight: Tensor | None,
-    input_eps: float,
+    maps: MapParameters,
+    norm: InputNorm | None,
     settings: Settings,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The written streams [N, n, C], and of them what `coefficients_and_read` returns."""
+) -> tuple[Tensor, Tensor, Maps]:
+    """Return the written streams [N, n, C], u [N, C] and the maps of the written streams.
+
+    pre: read weights [N, n]; None to read with the new ones.
+    """
+    x, y, post, res = write
+    phi = maps.phi
     tokens, n, C = x.shape
     R = phi.shape[0]
     written, u = torch.empty_like(x), x.new_empty(tokens, C)
-    made = Coefficients.empty(x, phi, u if pre is None else None)
+    made = empty_maps(x, phi)
     if not tokens:
-        return written, u, *made[1:]
+        return written, u, made
     tile = plan.boundary_tile(n, C, R, x.dtype)
     splits = plan.blocks(C, tile["CHUNK"])
     partial, squares = phi.new_empty(splits, tokens, R), phi.new_empty(splits, tokens)
@@ -131,7 +130,7 @@ def boundary(
             x, y, post, res, pre, phi, written, u, partial, squares, tokens,
             n=n, C=C, R=R, PRECISION=plan.precision(x.dtype), **tile,
         )  # fmt: skip
-        finish(written, partial, squares, alpha, bias, made, settings)
-        if weight is not None:
-            u = normalised(u, weight, input_eps)
-    return written, u, *made[1:]
+        finish(written, partial, squares, maps, u if pre is None else None, made, settings)
+        if norm is not None:
+            u = normalised(u, norm)
+    return written, u, made

@@ -4,13 +4,12 @@ The first launch projects (`project`). The second turns projections into gates, 
 some of its programs run Sinkhorn while the others, which need only the gates, move the streams.
 """
 
-from typing import Any, NamedTuple, no_type_check
+from typing import Any, no_type_check
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from manifold_hc.kernels.operators import Settings
 from manifold_hc.kernels.triton import plan
 from manifold_hc.kernels.triton.project import (
     inverse_root_mean_square,
@@ -25,6 +24,7 @@ from manifold_hc.kernels.triton.sinkhorn import (
     project_onto_doubly_stochastic,
     role,
 )
+from manifold_hc.kernels.values import MapParameters, Maps, Settings
 
 
 @triton.jit
@@ -154,74 +154,65 @@ def one_launch_kernel(
     )  # fmt: skip
 
 
-class Coefficients(NamedTuple):
-    """What is made of the streams, in the order in which it is returned."""
-
-    u: Tensor | None
-    pre: Tensor
-    post: Tensor
-    res: Tensor
-    projected: Tensor
-    inverse_rms: Tensor
-
-    @classmethod
-    def empty(cls, x: Tensor, phi: Tensor, u: Tensor | None) -> "Coefficients":
-        """Room for all of it but u, which is given."""
-        tokens, n, _ = x.shape
-        pre, post, projected = (phi.new_empty(tokens, size) for size in (n, n, phi.shape[0]))
-        res, inverse_rms = phi.new_empty(tokens, n, n), phi.new_empty(tokens)
-        return cls(u, pre, post, res, projected, inverse_rms)
+def empty_maps(x: Tensor, phi: Tensor) -> Maps:
+    """Return memory for the maps of the streams x."""
+    (tokens, n, _), new = x.shape, phi.new_empty
+    return Maps(
+        pre=new(tokens, n),
+        post=new(tokens, n),
+        res=new(tokens, n, n),
+        projected=new(tokens, phi.shape[0]),
+        inverse_rms=new(tokens),
+    )
 
 
 def coefficients_and_read(
-    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """u [N, C], pre [N, n], post [N, n], res [N, n, n], projected [N, R], 1 / rms [N]."""
+    x: Tensor, maps: MapParameters, settings: Settings
+) -> tuple[Tensor, Maps]:
+    """Return u [N, C] and the maps of x [N, n, C]."""
     u = x.new_empty(x.shape[0], x.shape[2])
-    return u, *_made(x, phi, alpha, bias, settings, u)[1:]
+    return u, _maps_of(x, maps, settings, u)
 
 
-def coefficients(
-    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `coefficients_and_read` returns without u, the same bits."""
-    return _made(x, phi, alpha, bias, settings, None)[1:]
+def coefficients(x: Tensor, maps: MapParameters, settings: Settings) -> Maps:
+    """Return the maps of x [N, n, C]: the bits of `coefficients_and_read`."""
+    return _maps_of(x, maps, settings, None)
 
 
-def _made(
-    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, settings: Settings, u: Tensor | None
-) -> Coefficients:
+def _maps_of(x: Tensor, maps: MapParameters, settings: Settings, u: Tensor | None) -> Maps:
+    """Return the maps of x, and fill u where it is not None."""
+    phi, alpha, bias = maps
     tokens, n, C = x.shape
     R = phi.shape[0]
-    made = Coefficients.empty(x, phi, u)
+    made = empty_maps(x, phi)
     if not tokens:
         return made
     with plan.launching(x):
         if plan.one_launch(n, C, R, x.dtype):
             tile = plan.one_launch_tile(n, C, R, x.dtype)
             one_launch_kernel[(plan.blocks(tokens, tile["BT"]),)](
-                x, phi, alpha, bias, phi.new_empty(tokens, R), phi.new_empty(tokens), *made,
+                x, phi, alpha, bias, phi.new_empty(tokens, R), phi.new_empty(tokens), u, *made,
                 tokens, PRECISION=plan.precision(x.dtype), **tile, **_numbers(x, R, settings),
             )  # fmt: skip
             return made
         partial, squares = partial_projections(x.view(tokens, n * C), phi)
-        finish(x, partial, squares, alpha, bias, made, settings)
+        finish(x, partial, squares, maps, u, made, settings)
     return made
 
 
 def finish(
-    x: Tensor, partial: Tensor, squares: Tensor, alpha: Tensor, bias: Tensor,
-    made: Coefficients, settings: Settings,
+    x: Tensor, partial: Tensor, squares: Tensor, maps: MapParameters, u: Tensor | None,
+    made: Maps, settings: Settings,
 ) -> None:  # fmt: skip
-    """Fills `made` from the pieces of x's projections; u where it has room for it."""
+    """Fill `made`, and u where it is not None, from the partial sums of x's projections."""
     tokens, n, C = x.shape
     tile = plan.stream_tile(n, C, x.dtype)
     token_blocks = plan.blocks(tokens, tile["BT"])
-    segments = 1 if made.u is None else plan.segments(token_blocks, C, tile["BC"])
+    segments = 1 if u is None else plan.segments(token_blocks, C, tile["BC"])
     MT = plan.matrix_tokens(n)
     mix_blocks = plan.blocks(tokens, MT)
     finish_kernel[(mix_blocks + token_blocks * segments,)](
-        x, partial, squares, alpha, bias, *made,
+        x, partial, squares, maps.alpha, maps.bias, u, *made,
         tokens, len(partial), segments, mix_blocks, MT=MT,
         **tile, **_numbers(x, partial.shape[2], settings),
     )  # fmt: skip

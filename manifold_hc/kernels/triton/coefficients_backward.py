@@ -5,14 +5,13 @@ after it where what comes through the link is a gradient of res too, others undo
 the gradient of every projection. What follows is in `gradient`.
 """
 
-from typing import NamedTuple, no_type_check
+from typing import no_type_check
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from manifold_hc.kernels.operators import IDENTITY, Settings
 from manifold_hc.kernels.triton import gradient, plan
 from manifold_hc.kernels.triton.products import link_and_read, through_norm
 from manifold_hc.kernels.triton.read import columns_of
@@ -23,24 +22,14 @@ from manifold_hc.kernels.triton.sinkhorn import (
     matrix_offsets,
     role,
 )
-
-
-class Incoming(NamedTuple):
-    """Gradients of the results; `link`: of the streams that are written next."""
-
-    u: Tensor | None
-    pre: Tensor | None
-    post: Tensor | None
-    res: Tensor | None
-    link: Tensor | None
-
-
-class Read(NamedTuple):
-    """How u came from the streams where not just with the new coefficients: see `boundary`."""
-
-    pre: Tensor | None = None
-    weight: Tensor | None = None
-    input_eps: float = 0.0
+from manifold_hc.kernels.values import (
+    BoundaryGradients,
+    InputNorm,
+    MapParameters,
+    ReadingGradients,
+    SavedMaps,
+    Settings,
+)
 
 
 @triton.jit
@@ -205,103 +194,82 @@ def mixing_backward_kernel(
 
 
 def coefficients_and_read_backward(
-    grad_u: Tensor | None,
-    grad_pre: Tensor | None,
-    grad_post: Tensor | None,
-    grad_res: Tensor | None,
-    grad_link: Tensor | None,
+    grads: ReadingGradients,
     x: Tensor,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    res: Tensor,
-    projected: Tensor,
-    inverse_rms: Tensor,
+    maps: MapParameters,
+    saved: SavedMaps,
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, phi, alpha and bias; `grad_link` [N, n, C]: of the streams written next."""
-    incoming = Incoming(grad_u, grad_pre, grad_post, grad_res, grad_link)
-    found = _backward(
-        incoming, Read(), None, x, phi, alpha, bias, res, projected, inverse_rms, settings
-    )
-    return found.x, found.phi, found.alpha, found.bias
+    """Return the gradients of x, phi, alpha and bias."""
+    found = _backward(grads, None, x, None, maps, None, saved, settings)
+    return found.written, found.phi, found.alpha, found.bias
 
 
 def boundary_backward(
     grad_written: Tensor | None,
-    grad_u: Tensor | None,
-    grad_pre: Tensor | None,
-    grad_post: Tensor | None,
-    grad_res: Tensor | None,
-    grad_link: Tensor | None,
+    grads: ReadingGradients,
     written: Tensor,
     y: Tensor,
     post: Tensor,
     pre: Tensor | None,
-    phi: Tensor,
-    alpha: Tensor,
-    bias: Tensor,
-    weight: Tensor | None,
-    input_eps: float,
-    res: Tensor,
-    projected: Tensor,
-    inverse_rms: Tensor,
+    maps: MapParameters,
+    norm: InputNorm | None,
+    saved: SavedMaps,
     settings: Settings,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Whole gradient of the written streams; of y, post, pre, phi, alpha, bias and weight."""
-    incoming = Incoming(grad_u, grad_pre, grad_post, grad_res, grad_link)
-    read, write = Read(pre, weight, input_eps), gradient.Write(grad_written, y, post)
-    return _backward(
-        incoming, read, write, written, phi, alpha, bias, res, projected, inverse_rms, settings
-    )
+) -> BoundaryGradients:
+    """Return all gradients; y and post: of the write that made the streams."""
+    write = gradient.Write(grad_written, y, post)
+    return _backward(grads, write, written, pre, maps, norm, saved, settings)
 
 
 def _backward(
-    incoming: Incoming, read: Read, write: gradient.Write | None,
-    x: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor,
-    res: Tensor, projected: Tensor, inverse_rms: Tensor, settings: Settings,
-) -> gradient.Gradients:  # fmt: skip
+    grads: ReadingGradients, write: gradient.Write | None, x: Tensor, pre: Tensor | None,
+    maps: MapParameters, norm: InputNorm | None, saved: SavedMaps, settings: Settings,
+) -> BoundaryGradients:  # fmt: skip
+    phi, alpha, bias = maps
+    projected = saved.projected
     tokens, n, C = x.shape
     R = phi.shape[0]
     constraint, iterations = settings.constraint, settings.iterations
-    link = incoming.link if settings.learns and constraint != IDENTITY else None
-    weight = None if incoming.u is None else read.weight
+    link = grads.link if settings.learns and constraint != "identity" else None
+    # Without a gradient of u nothing passes through the norm.
+    weight = None if norm is None or grads.u is None else norm.weight
+    input_eps = 0.0 if norm is None else norm.eps
     tile = plan.product_tile(n, C, x.dtype, weight is not None)
     MT = plan.matrix_tokens(n)
     gate_blocks = plan.blocks(tokens, tile["BT"])
-    mix_blocks = 0 if constraint == IDENTITY else plan.blocks(tokens, MT)
-    beside = mix_blocks if link is None else 0
+    mix_blocks = 0 if constraint == "identity" else plan.blocks(tokens, MT)
+    # Matrices run in the same launch, unless they need the products with the link first.
+    shared_blocks = mix_blocks if link is None else 0
     grad = torch.empty_like(projected)
     sums = phi.new_empty((2 * n + 2) * gate_blocks + (R - 2 * n + 1) * mix_blocks)
-    reading, dpre = read.pre, None
-    if reading is None:
-        pre = reading = phi.new_empty(tokens, n)
-    else:
-        pre, dpre = None, torch.empty_like(reading)
-        if incoming.u is None:
-            dpre.zero_()
+    # Read weights: those given, or the new coefficients' own, which the kernel stores again.
+    own_pre = phi.new_empty(tokens, n) if pre is None else None
+    dpre = None if pre is None else torch.empty_like(pre)
+    if dpre is not None and grads.u is None:
+        dpre.zero_()
     norms = None if weight is None else phi.new_empty(tokens, 2)
-    mixed = None if link is None else torch.empty_like(res)
+    mixed = None if link is None else torch.empty_like(saved.res)
     matrices = {
         "n": n, "R": R, "MT": MT, "P": plan.padded(n), "CONSTRAINT": constraint,
         "HISTORY": history(iterations), **epsilon(settings.transposed, settings.hc_eps),
     }  # fmt: skip
     if tokens:
         with plan.launching(x):
-            projections_gradient_kernel[(beside + gate_blocks,)](
-                *incoming[:4], link, x, alpha, bias, projected, read.pre, weight,
-                grad, pre, dpre, norms, mixed, sums,
-                tokens, gate_blocks, beside, iterations, settings.hc_eps, read.input_eps,
+            projections_gradient_kernel[(shared_blocks + gate_blocks,)](
+                grads.u, grads.pre, grads.post, grads.res, link, x, alpha, bias, projected, pre,
+                weight, grad, own_pre, dpre, norms, mixed, sums,
+                tokens, gate_blocks, shared_blocks, iterations, settings.hc_eps, input_eps,
                 C=C, ROWS=plan.product_rows(n), **tile, **matrices,
             )  # fmt: skip
             if link is not None:
                 mixing_backward_kernel[(mix_blocks,)](
-                    incoming.res, mixed, projected, alpha, bias,
+                    grads.res, mixed, projected, alpha, bias,
                     grad, sums[(2 * n + 2) * gate_blocks :], tokens, mix_blocks, iterations,
                     **matrices, **plan.threads(4, plan.registers(n)),
                 )  # fmt: skip
-    mix = gradient.Mixed(incoming.u, reading, weight, norms, incoming.link, res)
-    found = gradient.of_streams(grad, projected, inverse_rms, x, phi, mix, write)
-    return gradient.summed_with_gates(
-        found, sums, gate_blocks, mix_blocks, phi, alpha, bias, read.weight, dpre
-    )
+    reads = own_pre if pre is None else pre
+    mix = gradient.Mixed(grads.u, reads, weight, norms, grads.link, saved.res)
+    found = gradient.of_streams(grad, projected, saved.inverse_rms, x, phi, mix, write)
+    norm_weight = None if norm is None else norm.weight
+    return gradient.summed_with_gates(found, sums, gate_blocks, mix_blocks, maps, norm_weight, dpre)

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from manifold_hc.kernels.triton import plan
+from manifold_hc.kernels.values import BoundaryGradients, MapParameters
 
 HUGE_INVERSE = tl.constexpr(2.0**-50)
 HUGE_ROOT = tl.constexpr(2.0**63)
@@ -51,19 +52,6 @@ class Pieces(NamedTuple):
     posts: Tensor | None
     phis: Tensor
     weights: Tensor | None
-
-
-class Gradients(NamedTuple):
-    """In the order in which `boundary_backward` returns them; x: of the written streams."""
-
-    x: Tensor
-    y: Tensor
-    post: Tensor
-    pre: Tensor
-    phi: Tensor
-    alpha: Tensor
-    bias: Tensor
-    weight: Tensor
 
 
 @triton.jit
@@ -406,9 +394,10 @@ def summed(phi: Tensor, partial: Tensor) -> Tensor:
 
 def summed_with_gates(
     pieces: Pieces, sums: Tensor, gate_blocks: int, mix_blocks: int,
-    phi: Tensor, alpha: Tensor, bias: Tensor, weight: Tensor | None, dpre: Tensor | None,
-) -> Gradients:  # fmt: skip
+    maps: MapParameters, weight: Tensor | None, dpre: Tensor | None,
+) -> BoundaryGradients:  # fmt: skip
     """Every gradient, whole, from what the pass over the streams and the gates' blocks left."""
+    phi, alpha, bias = maps
     tokens, n, C = pieces.x.shape
     none = phi.new_empty(0)
     dphi, dalpha, dbias = map(torch.empty_like, (phi, alpha, bias))
@@ -426,4 +415,4 @@ def summed_with_gates(
         )  # fmt: skip
     dy = none if pieces.y is None else pieces.y
     dpre = none if dpre is None else dpre
-    return Gradients(pieces.x, dy, dpost, dpre, dphi, dalpha, dbias, dweight)
+    return BoundaryGradients(pieces.x, dy, dpost, dpre, dphi, dalpha, dbias, dweight)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from manifold_hc.kernels.triton import plan
+from manifold_hc.kernels.values import InputNorm
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -34,14 +35,14 @@ def input_norm_kernel(
         tl.store(out + row + c, value.to(out.dtype.element_ty), mask=mask)
 
 
-def normalised(u: Tensor, weight: Tensor, input_eps: float) -> Tensor:
-    """u [N, C] / sqrt(mean(u^2) + input_eps) * weight [C]."""
+def normalised(u: Tensor, norm: InputNorm) -> Tensor:
+    """Return u [N, C] / sqrt(mean(u^2) + eps) * weight [C]."""
     tokens, C = u.shape
     out = torch.empty_like(u)
     tile = plan.stream_tile(1, C, u.dtype)
     if tokens:
         with plan.launching(u):
             input_norm_kernel[(plan.blocks(tokens, tile["BT"]),)](
-                u, weight, out, tokens, input_eps, C=C, **tile
+                u, norm.weight, out, tokens, norm.eps, C=C, **tile
             )
     return out

@@ -16,6 +16,7 @@ from manifold_hc.kernels.triton import plan
 from manifold_hc.kernels.triton.norm import normalised
 from manifold_hc.kernels.triton.read import plus, read
 from manifold_hc.kernels.triton.write import streams_of, weights_of, write, written_stream
+from manifold_hc.kernels.values import InputNorm
 
 
 @triton.jit
@@ -67,18 +68,14 @@ def rebuild(
     x: Tensor,
     writes: Sequence[tuple[Tensor, Tensor, Tensor]],
     reads: Sequence[Tensor],
-    norms: Sequence[tuple[Tensor | None, float]],
+    norms: Sequence[InputNorm | None],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The streams after each of `writes` (y, post, res), and what each of `reads` (pre) reads.
-
-    What is read goes through each of `norms` (weight, input_eps) that has a weight.
-    """
+    """Return the streams after each of `writes` (y, post, res) and the input of each of `reads`."""
     step = plan.writes_at_once(x.shape[1])
     walk = _in_steps if writes and step else _one_by_one
     streams, inputs = walk(x, writes, reads)
     return streams, [
-        u if weight is None else normalised(u, weight, eps)
-        for u, (weight, eps) in zip(inputs, norms, strict=True)
+        u if norm is None else normalised(u, norm) for u, norm in zip(inputs, norms, strict=True)
     ]
 
 

@@ -6,6 +6,7 @@
 #include "coefficients.h"
 #include "norm.h"
 #include "projection.h"
+#include "signatures.h"
 #include "streams.h"
 
 namespace {
@@ -30,9 +31,9 @@ void write_piece(const Before& before, int streams, int64_t C, int64_t first, in
             Vec stream[limit<N>];
             for (int i = 0; i < n; i++) {
                 stream[i] = load(x + i * C + c, width);
-                expect(x + i * C + c + CHUNK);
+                prefetch(x + i * C + c + CHUNK);
             }
-            expect(y + c + CHUNK);
+            prefetch(y + c + CHUNK);
             write_vector(
                 n, stream, load(y + c, width), before.post + t * n, before.res + t * n * n,
                 [&](int o, Vec v) { store((X*)out + (t * n + o) * C + c, v, width); });
@@ -117,13 +118,13 @@ int mhc_boundary(const void* x, const void* y, const float* post, const float* r
                  float* new_post, float* new_res, float* projected, float* inverse_rms,
                  int64_t tokens, int64_t n, int64_t C, int64_t rows, int64_t constraint,
                  int64_t iterations, int64_t transposed, float norm_eps, float hc_eps,
-                 int64_t is_bfloat16, int64_t y_is_bfloat16, int64_t threads) {
+                 int64_t x_is_bfloat16, int64_t y_is_bfloat16, int64_t threads) {
     return status_of([&] {
         check_sizes(tokens, n, C, threads);
         check_rows(rows, n, constraint);
         const Settings settings = settings_of(constraint, iterations, transposed, norm_eps, hc_eps);
         const Made made{new_pre, new_post, new_res, projected, inverse_rms};
-        with_dtype(is_bfloat16, [&](auto* type) {
+        with_dtype(x_is_bfloat16, [&](auto* type) {
             using X = std::remove_pointer_t<decltype(type)>;
             with_streams(n, [&](auto n) {
                 using N = decltype(n);
@@ -138,3 +139,5 @@ int mhc_boundary(const void* x, const void* y, const float* post, const float* r
     });
 }
 }
+
+EXPORT(mhc_boundary);

@@ -3,6 +3,7 @@
 #include "coefficients.h"
 #include "gradient.h"
 #include "norm.h"
+#include "signatures.h"
 #include "streams.h"
 
 namespace {
@@ -47,7 +48,7 @@ void branch_piece(const Before& before, int streams, int64_t C, int64_t token, i
     Vec products[limit<N>] = {};
     for_channels(from, to, [&](int64_t c, auto width) {
         const Vec branch = load(y + c, width);
-        expect(y + c + CHUNK);
+        prefetch(y + c + CHUNK);
         Vec total{};
         for (int o = 0; o < n; o++) {
             const Vec own = load(g + o * C + c, width);
@@ -83,7 +84,7 @@ struct OwnRoom {
 // Gradients of the projections of up to LANES tokens, into weights [rows, BLOCK], from those of
 // the coefficients, each [tokens, n or n*n] or null.
 template <class N>
-APART void coefficients_backward(N n, int rows, int count, const float* projected,
+NOINLINE void coefficients_backward(N n, int rows, int count, const float* projected,
                                   const float* alpha, const float* bias, const float* read,
                                   const float* dpre, const float* dpost, const float* dres,
                                   const Settings& settings, float* weights, Vec* iterates,
@@ -122,7 +123,7 @@ APART void coefficients_backward(N n, int rows, int count, const float* projecte
 
 // dpre[i] = <du, x[i]> and dres[o][i] += <link[o], x[i]> of one token; du or link may be null.
 template <class X, class N>
-APART void coefficient_gradients(N n, int64_t C, const X* x, const X* du, const X* link,
+NOINLINE void coefficient_gradients(N n, int64_t C, const X* x, const X* du, const X* link,
                                   float* dpre, float* dres) {
     if (!link) {
         if (du) dot_streams(n, C, du, x, dpre);
@@ -147,7 +148,7 @@ INLINE void mix_gradients(N n, int64_t C, const X* du, const X* streams, const X
         Vec total[limit<N>] = {};
         if (du) {
             const Vec g = load(du + c, width);
-            expect(du + c + CHUNK);
+            prefetch(du + c + CHUNK);
             for (int i = 0; i < n; i++) total[i] = pre[i] * g;
         }
         if (streams)
@@ -155,7 +156,7 @@ INLINE void mix_gradients(N n, int64_t C, const X* du, const X* streams, const X
         if (link)
             for (int o = 0; o < n; o++) {
                 const Vec g = load(link + o * C + c, width);
-                expect(link + o * C + c + CHUNK);
+                prefetch(link + o * C + c + CHUNK);
                 for (int i = 0; i < n; i++) total[i] += res[o * n + i] * g;
             }
         for (int i = 0; i < n; i++) store(out + i * BLOCK * CHUNK + k, total[i], width);
@@ -266,27 +267,27 @@ void boundary_backward(const Gradients<X>& grad, const Read<X>& read, const Befo
 extern "C" {
 
 // Every gradient may be null. y is null where no write made the streams, pre where they are read
-// with their own coefficients, weight where no norm follows. parts: mhc_slices(tokens) gradients
-// of phi of mhc_slice_floats(n, C, rows) each; small [slices, rows + 3] is summed into dsmall (bias,
-// alpha), and weights [slices, C] into dweight.
+// with their own coefficients, weight where no norm follows. partial_dphi: mhc_slices(tokens)
+// gradients of phi of mhc_slice_floats(n, C, rows) each; partial_dbias_dalpha [slices, rows + 3] is
+// summed into dbias_dalpha (bias, alpha), and partial_dweight [slices, C] into dweight.
 int mhc_boundary_backward(
     const void* grad_streams, const void* grad_u, const float* grad_pre, const float* grad_post,
     const float* grad_res, const void* grad_link, const void* x, const void* y, const float* post,
     const float* pre, const float* phi, const float* alpha, const float* bias, const float* weight,
     float input_eps, const float* res, const float* projected, const float* inverse_rms, void* dx,
-    void* dy, float* dpost, float* dpre, float* dphi, float* dsmall, float* dweight, float* parts,
-    float* small, float* weights, int64_t tokens, int64_t n, int64_t C, int64_t rows,
-    int64_t constraint, int64_t iterations, int64_t transposed, float norm_eps, float hc_eps,
-    int64_t learns, int64_t is_bfloat16, int64_t y_is_bfloat16, int64_t threads) {
+    void* dy, float* dpost, float* dpre, float* dphi, float* dbias_dalpha, float* dweight,
+    float* partial_dphi, float* partial_dbias_dalpha, float* partial_dweight, int64_t tokens,
+    int64_t n, int64_t C, int64_t rows, int64_t constraint, int64_t iterations, int64_t transposed,
+    float norm_eps, float hc_eps, int64_t learns, int64_t x_is_bfloat16, int64_t y_is_bfloat16, int64_t threads) {
     return status_of([&] {
         check_sizes(tokens, n, C, threads);
         check_rows(rows, n, constraint);
         const Settings settings = settings_of(constraint, iterations, transposed, norm_eps, hc_eps);
-        with_dtype(is_bfloat16, [&](auto* type) {
+        with_dtype(x_is_bfloat16, [&](auto* type) {
             using X = std::remove_pointer_t<decltype(type)>;
             const Gradients<X> grad{(const X*)grad_u, (const X*)grad_streams, grad_pre,
                                     grad_post,        grad_res,               (const X*)grad_link};
-            const Read<X> read{pre, dpre, weight, input_eps, weights};
+            const Read<X> read{pre, dpre, weight, input_eps, partial_dweight};
             with_streams(n, [&](auto n) {
                 using N = decltype(n);
                 const Before before{y, post, dy, dpost,
@@ -294,13 +295,15 @@ int mhc_boundary_backward(
                                     : y_is_bfloat16 ? &branch_piece<X, bfloat16, N>
                                                     : &branch_piece<X, float, N>};
                 boundary_backward(grad, read, before, (const X*)x, phi, alpha, bias, res, projected,
-                                  inverse_rms, (X*)dx, parts, small, tokens, n, C, rows, settings,
-                                  learns, threads);
+                                  inverse_rms, (X*)dx, partial_dphi, partial_dbias_dalpha, tokens, n, C,
+                                  rows, settings, learns, threads);
             });
         });
-        sum_packed_slices(parts, slices(tokens), rows, Chunks(n, C), dphi, threads);
-        sum_slices(small, slices(tokens), rows + 3, dsmall);
-        if (weight) sum_slices(weights, slices(tokens), C, dweight);
+        sum_packed_slices(partial_dphi, slices(tokens), rows, Chunks(n, C), dphi, threads);
+        sum_slices(partial_dbias_dalpha, slices(tokens), rows + 3, dbias_dalpha);
+        if (weight) sum_slices(partial_dweight, slices(tokens), C, dweight);
     });
 }
 }
+
+EXPORT(mhc_boundary_backward);

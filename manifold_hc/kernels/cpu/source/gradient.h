@@ -60,7 +60,7 @@ struct Shares {
 constexpr float HUGE_INVERSE = 0x1p-50f, HUGE_SHARE = 0x1p-126f, HUGE_ROOT = 0x1p63f;
 
 // out [BLOCK][CHUNK] -= shares values, of the tokens that are huge.
-APART inline void take_huge_shares(const Shares& shares, const float* values, int64_t length,
+NOINLINE inline void take_huge_shares(const Shares& shares, const float* values, int64_t length,
                                     float* out) {
     for (int t = 0; t < BLOCK; t++)
         for (int64_t k = 0; k < length && shares.huge[t] != 0; k += LANES) {
@@ -117,7 +117,7 @@ INLINE void add_outer_tile(const float* weights, const float* values, float* dph
         for (int k = 0; k < VECTORS; k++) {
             float* own = dphi + r * CHUNK + k * LANES;
             total[r][k] = fresh ? Vec{} : load(own, Whole{});
-            expect(own + ahead);
+            prefetch(own + ahead);
         }
     for (int t = 0; t < BLOCK; t++) {
         Vec v[VECTORS];

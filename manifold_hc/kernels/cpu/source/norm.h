@@ -20,7 +20,7 @@ INLINE void normalise(int64_t C, X* u, const float* weight, float eps) {
 // The gradient of u from that of the norm: du [C], and dweight [C] += its own. u is read once more
 // from the streams; `own` [C] is room for it.
 template <class X, class N>
-APART void normalise_backward(N n, int64_t C, const X* x, const float* pre, const X* grad,
+NOINLINE void normalise_backward(N n, int64_t C, const X* x, const float* pre, const X* grad,
                                const float* weight, float eps, float* own, X* du, float* dweight) {
     Vec squares{}, products{};
     for_channels(0, C, [&](int64_t c, auto width) {

@@ -1,6 +1,7 @@
 // project, forward and backward.
 
 #include "gradient.h"
+#include "signatures.h"
 
 namespace {
 
@@ -89,19 +90,24 @@ int mhc_project(const void* v, const float* phi, float* projected, float* invers
     });
 }
 
-// parts: mhc_slices(tokens) gradients of phi of mhc_slice_floats(1, size, rows) each.
+// partial_dphi: mhc_slices(tokens) gradients of phi of mhc_slice_floats(1, size, rows) each.
 int mhc_project_backward(const float* grad, const void* v, const float* phi,
                          const float* projected, const float* inverse_rms, void* dv, float* dphi,
-                         float* parts, int64_t tokens, int64_t size, int64_t rows,
+                         float* partial_dphi, int64_t tokens, int64_t size, int64_t rows,
                          int64_t is_bfloat16, int64_t threads) {
     return status_of([&] {
         check_sizes(tokens, 1, size, threads);
         check_range(rows, 1, MAX_ROWS);
         with_dtype(is_bfloat16, [&](auto* type) {
             project_backward(grad, (decltype(type))v, phi, projected, inverse_rms,
-                             (decltype(type))dv, parts, tokens, size, rows, threads);
+                             (decltype(type))dv, partial_dphi, tokens, size, rows, threads);
         });
-        sum_packed_slices(parts, slices(tokens), rows, Chunks(1, size), dphi, threads);
+        sum_packed_slices(partial_dphi, slices(tokens), rows, Chunks(1, size), dphi, threads);
     });
 }
 }
+
+EXPORT(mhc_slices);
+EXPORT(mhc_slice_floats);
+EXPORT(mhc_project);
+EXPORT(mhc_project_backward);

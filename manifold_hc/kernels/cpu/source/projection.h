@@ -54,7 +54,7 @@ template <class X>
 INLINE void take(const X* piece, int64_t length, int64_t ahead, float* values, Vec* squares) {
     Vec total = squares ? *squares : Vec{};
     for_channels(0, length, [&](int64_t k, auto width) {
-        expect(piece + k + ahead);
+        prefetch(piece + k + ahead);
         const Vec v = load(piece + k, width);
         store(values + k, v, Whole{});
         if (squares) total += v * v;
@@ -94,7 +94,7 @@ constexpr float HUGE_SCALE = 0x1p-80f;
 
 // projected [rows] and inverse_rms of such a token, in the order of project_block.
 template <class X>
-APART void project_huge(const X* x, const Chunks& chunks, const float* phi, int rows, float eps,
+NOINLINE void project_huge(const X* x, const Chunks& chunks, const float* phi, int rows, float eps,
                          float* projected, float* inverse_rms) {
     auto scaled = [&](int64_t chunk, int64_t k, auto width) {
         return load(x + chunks.from(chunk) + k, width) * HUGE_SCALE;

@@ -4,6 +4,7 @@
 
 #include "calls.h"
 #include "coefficients.h"
+#include "signatures.h"
 
 namespace {
 
@@ -73,3 +74,6 @@ int mhc_sinkhorn_backward(const float* grad, const float* logits, float* dlogits
     });
 }
 }
+
+EXPORT(mhc_sinkhorn);
+EXPORT(mhc_sinkhorn_backward);

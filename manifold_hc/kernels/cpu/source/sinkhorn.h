@@ -60,7 +60,7 @@ INLINE Vec normalise(N n, Vec* m, int stride, int next, float eps) {
 // logits [n*n] -> matrix [n*n], in the logits' own orientation; both may be the same, and
 // `iterates` null.
 template <class N>
-APART void sinkhorn_forward(N n, const Sinkhorn& settings, const Vec* logits, Vec* matrix,
+NOINLINE void sinkhorn_forward(N n, const Sinkhorn& settings, const Vec* logits, Vec* matrix,
                              Vec* iterates) {
     Vec m[limit<N> * limit<N>];
     // The axis that is normalised first: columns in the paper, rows in DeepSeek-V4.
@@ -92,7 +92,7 @@ APART void sinkhorn_forward(N n, const Sinkhorn& settings, const Vec* logits, Ve
 
 // grad: with respect to the matrix; replaced by that of the logits.
 template <class N>
-APART void sinkhorn_backward(N n, const Sinkhorn& settings, const Vec* iterates, Vec* grad) {
+NOINLINE void sinkhorn_backward(N n, const Sinkhorn& settings, const Vec* iterates, Vec* grad) {
     Vec g[limit<N> * limit<N>];
     const int stride = settings.transposed ? 1 : (int)n, next = settings.transposed ? (int)n : 1;
     const int last = 2 * settings.iterations - 1;

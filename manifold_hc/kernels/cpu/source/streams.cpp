@@ -2,6 +2,7 @@
 
 #include "calls.h"
 #include "norm.h"
+#include "signatures.h"
 #include "streams.h"
 
 namespace {
@@ -37,9 +38,9 @@ void write(const X* x, const Y* y, const float* post, const float* res, X* out, 
             Vec stream[limit<N>];
             for (int i = 0; i < n; i++) {
                 stream[i] = load(own + i * C + c, width);
-                expect(own + (n + i) * C + c);
+                prefetch(own + (n + i) * C + c);
             }
-            expect(y + (t + 1) * C + c);
+            prefetch(y + (t + 1) * C + c);
             write_vector(n, stream, load(y + t * C + c, width), post + t * n, res + t * n * n,
                          [&](int o, Vec v) { store(out + (t * n + o) * C + c, v, width); });
         });
@@ -54,7 +55,7 @@ INLINE void gather_branch(N n, int64_t C, const X* g, const float* post, Y* dy, 
         Vec total{};
         for (int o = 0; o < n; o++) {
             total += post[o] * load(g + o * C + c, width);
-            expect(g + (n + o) * C + c);
+            prefetch(g + (n + o) * C + c);
         }
         store(dy + c, total, width);
     });
@@ -74,7 +75,7 @@ void branch_backward(const X* grad, const Y* y, const float* post, Y* dy, float*
             gather_branch(n, C, g, post + t * n, dy + t * C, from, to);
             for_channels<F::STEP>(from, to, [&](int64_t c, auto width) {
                 const auto own = F::load(branch + c, width);
-                expect(branch + C + c);
+                prefetch(branch + C + c);
                 for (int o = 0; o < n; o++)
                     sums[o] = add_products(sums[o], F::load(g + o * C + c, width), own);
             });
@@ -124,12 +125,12 @@ void rebuild(const X* x, const Y* const* y, const float* const* post, const floa
             Vec stream[limit<N>];
             for (int i = 0; i < n; i++) {
                 stream[i] = load(x + (t * n + i) * C + c, width);
-                expect(x + ((t + 1) * n + i) * C + c);
+                prefetch(x + ((t + 1) * n + i) * C + c);
             }
             for (int l = 0;; l++) {
                 store(inputs[l] + t * C + c, read_vector(n, stream, pre[l] + t * n), width);
                 if (l == writes) return;
-                expect(y[l] + (t + 1) * C + c);
+                prefetch(y[l] + (t + 1) * C + c);
                 Vec next[limit<N>];
                 write_vector(n, stream, load(y[l] + t * C + c, width), post[l] + t * n,
                              res[l] + t * n * n, [&](int o, Vec v) {
@@ -173,11 +174,11 @@ int mhc_read_backward(const void* grad, const void* x, const float* pre, void* d
 }
 
 int mhc_write(const void* x, const void* y, const float* post, const float* res, void* out,
-              int64_t tokens, int64_t n, int64_t C, int64_t is_bfloat16, int64_t y_is_bfloat16,
+              int64_t tokens, int64_t n, int64_t C, int64_t x_is_bfloat16, int64_t y_is_bfloat16,
               int64_t threads) {
     return status_of([&] {
         check_sizes(tokens, n, C, threads);
-        with_dtypes(is_bfloat16, y_is_bfloat16, [&](auto* x_type, auto* y_type) {
+        with_dtypes(x_is_bfloat16, y_is_bfloat16, [&](auto* x_type, auto* y_type) {
             using X = std::remove_pointer_t<decltype(x_type)>;
             using Y = std::remove_pointer_t<decltype(y_type)>;
             with_streams(n, [&](auto n) {
@@ -188,11 +189,11 @@ int mhc_write(const void* x, const void* y, const float* post, const float* res,
 }
 
 int mhc_branch_backward(const void* grad, const void* y, const float* post, void* dy, float* dpost,
-                        int64_t tokens, int64_t n, int64_t C, int64_t is_bfloat16,
+                        int64_t tokens, int64_t n, int64_t C, int64_t x_is_bfloat16,
                         int64_t y_is_bfloat16, int64_t threads) {
     return status_of([&] {
         check_sizes(tokens, n, C, threads);
-        with_dtypes(is_bfloat16, y_is_bfloat16, [&](auto* x_type, auto* y_type) {
+        with_dtypes(x_is_bfloat16, y_is_bfloat16, [&](auto* x_type, auto* y_type) {
             using X = std::remove_pointer_t<decltype(x_type)>;
             using Y = std::remove_pointer_t<decltype(y_type)>;
             with_streams(n, [&](auto n) {
@@ -205,11 +206,11 @@ int mhc_branch_backward(const void* grad, const void* y, const float* post, void
 
 int mhc_write_backward(const void* grad, const void* x, const void* y, const float* post,
                        const float* res, void* dx, void* dy, float* dpost, float* dres,
-                       int64_t tokens, int64_t n, int64_t C, int64_t is_bfloat16,
+                       int64_t tokens, int64_t n, int64_t C, int64_t x_is_bfloat16,
                        int64_t y_is_bfloat16, int64_t threads) {
     return status_of([&] {
         check_sizes(tokens, n, C, threads);
-        with_dtypes(is_bfloat16, y_is_bfloat16, [&](auto* x_type, auto* y_type) {
+        with_dtypes(x_is_bfloat16, y_is_bfloat16, [&](auto* x_type, auto* y_type) {
             using X = std::remove_pointer_t<decltype(x_type)>;
             using Y = std::remove_pointer_t<decltype(y_type)>;
             with_streams(n, [&](auto n) {
@@ -223,12 +224,12 @@ int mhc_write_backward(const void* grad, const void* x, const void* y, const flo
 int mhc_rebuild(const void* x, const void* const* y, const float* const* post,
                 const float* const* res, const float* const* pre, const float* const* weight,
                 const float* eps, void* const* outs, void* const* inputs, int64_t writes,
-                int64_t tokens, int64_t n, int64_t C, int64_t is_bfloat16, int64_t y_is_bfloat16,
+                int64_t tokens, int64_t n, int64_t C, int64_t x_is_bfloat16, int64_t y_is_bfloat16,
                 int64_t threads) {
     return status_of([&] {
         check_sizes(tokens, n, C, threads);
         check_range(writes, 0, INT_MAX);
-        with_dtypes(is_bfloat16, y_is_bfloat16, [&](auto* x_type, auto* y_type) {
+        with_dtypes(x_is_bfloat16, y_is_bfloat16, [&](auto* x_type, auto* y_type) {
             using X = std::remove_pointer_t<decltype(x_type)>;
             using Y = std::remove_pointer_t<decltype(y_type)>;
             with_streams(n, [&](auto n) {
@@ -239,3 +240,10 @@ int mhc_rebuild(const void* x, const void* const* y, const float* const* post,
     });
 }
 }
+
+EXPORT(mhc_read);
+EXPORT(mhc_read_backward);
+EXPORT(mhc_write);
+EXPORT(mhc_branch_backward);
+EXPORT(mhc_write_backward);
+EXPORT(mhc_rebuild);

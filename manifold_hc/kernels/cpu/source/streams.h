@@ -52,15 +52,15 @@ INLINE void dot_tile(N n, int64_t C, const X* a, const X* x, const Y* y, int64_t
         decltype(F::load(a, width)) own[OUT];
         for (int o = 0; o < OUT; o++) {
             own[o] = F::load(a + o * C + c, width);
-            expect(a + (n + o) * C + c);
+            prefetch(a + (n + o) * C + c);
         }
         for (int i = 0; i < n; i++) {
             const auto stream = F::load(x + i * C + c, width);
-            expect(x + (n + i) * C + c);
+            prefetch(x + (n + i) * C + c);
             for (int o = 0; o < OUT; o++) total[o][i] = add_products(total[o][i], own[o], stream);
         }
         const auto branch = F::load(y + c, width);
-        expect(y + C + c);
+        prefetch(y + C + c);
         for (int o = 0; o < OUT; o++) total[o][n] = add_products(total[o][n], own[o], branch);
     });
     for (int o = 0; o < OUT; o++)
@@ -91,9 +91,9 @@ INLINE void dot_streams(N n, int64_t C, const X* g, const X* x, float* dots) {
     Vec sums[limit<N>] = {};
     for_channels<F::STEP>(0, C, [&](int64_t c, auto width) {
         const auto own = F::load(g + c, width);
-        expect(g + C + c);
+        prefetch(g + C + c);
         for (int i = 0; i < n; i++) {
-            expect(x + (n + i) * C + c);
+            prefetch(x + (n + i) * C + c);
             sums[i] = add_products(sums[i], own, F::load(x + i * C + c, width));
         }
     });

@@ -38,7 +38,7 @@ constexpr int MAX_STREAMS = 16;
 
 #define INLINE inline __attribute__((always_inline))
 // For what is long, called seldom, and needed by several callers: it is compiled once.
-#define APART __attribute__((noinline))
+#define NOINLINE __attribute__((noinline))
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
@@ -132,7 +132,7 @@ INLINE V in_register(V v) {
 
 // Asks for what is read soon. The rows of a token's streams are too short, and too many at a time,
 // for the processor to see where each goes on.
-INLINE void expect(const void* p) { __builtin_prefetch(p); }
+INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
 template <class T>
 INLINE Vec load(const T* p, Part part) {

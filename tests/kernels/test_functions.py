@@ -1,7 +1,6 @@
-"""The C functions from Python: types, the range of numbers, and memory that is not there."""
+"""C functions from Python: signatures, ranges of numbers, and memory that runs out."""
 
 import ctypes
-import re
 import subprocess
 import sys
 
@@ -9,36 +8,58 @@ import pytest
 import torch
 
 from manifold_hc.errors import BackendError
-from manifold_hc.kernels import refusal
-from manifold_hc.kernels.cpu import build, calls
+from manifold_hc.kernels import unsupported_reason
+from manifold_hc.kernels.cpu import functions
+from manifold_hc.kernels.cpu.functions import FUNCTIONS, INT64, POINTER, STATUS, Kernel
 
 pytestmark = pytest.mark.skipif(
-    bool(refusal("cpu", 4, "cpu", [torch.float32])), reason="no CPU kernels here"
+    bool(unsupported_reason("cpu", 4, "cpu", [torch.float32])), reason="no CPU kernels here"
 )
 
 
-KINDS = {"int64_t": "i", "float": "f"}
+def test_declarations_are_those_of_the_library():
+    assert FUNCTIONS["mhc_write"].signature == "pppppiiiiii->s"
+    assert FUNCTIONS["mhc_slice_floats"].signature == "iii->i"
+    functions.check(functions.loaded())
 
 
-def declared_in_c():
-    """Result, kinds and names of arguments of every function that the sources export."""
-    found = {}
-    for file in build.SOURCES.glob("*.cpp"):
-        for result, name, inside in re.findall(
-            r"^(\w+) (mhc_\w+)\(([^)]*)\)", file.read_text(), re.MULTILINE
-        ):
-            given = [argument.split() for argument in inside.split(",")]
-            kinds = "".join(
-                "p" if "*" in " ".join(argument) else KINDS[argument[0]] for argument in given
-            )
-            found[name] = (result, kinds, [argument[-1] for argument in given])
-    return found
+def with_declaration(monkeypatch, name, result, **arguments):
+    monkeypatch.setattr(functions, "FUNCTIONS", dict(FUNCTIONS))
+    Kernel(name, result, arguments)
 
 
-def test_the_table_is_what_the_sources_declare():
-    table = {name: ("int", kinds.replace(" ", "") + "i") for name, kinds in calls.FUNCTIONS.items()}
-    table |= {name: ("int64_t", kinds) for name, kinds in calls.SIZES.items()}
-    assert {name: declared[:2] for name, declared in declared_in_c().items()} == table
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        (
+            "mhc_read",
+            {"x": POINTER, "pre": POINTER, "tokens": INT64},
+            "have pppiiiii->s as mhc_read but Python declares ppi->s; delete /",
+        ),
+        ("mhc_new", {"x": POINTER}, "have nothing as mhc_new but Python declares p->s; delete /"),
+    ],
+)
+def test_a_wrong_declaration_is_an_error(monkeypatch, name, arguments, message):
+    with_declaration(monkeypatch, name, STATUS, **arguments)
+    with pytest.raises(BackendError, match=message):
+        functions.check(functions.loaded())
+
+
+def test_a_function_without_a_declaration_is_an_error(monkeypatch):
+    declared = {name: each for name, each in FUNCTIONS.items() if name != "mhc_slices"}
+    monkeypatch.setattr(functions, "FUNCTIONS", declared)
+    with pytest.raises(BackendError, match="have i->i as mhc_slices but Python declares nothing"):
+        functions.check(functions.loaded())
+
+
+def test_a_library_without_signatures_is_an_error():
+    with pytest.raises(BackendError, match="export no mhc_signatures; delete"):
+        functions.check(ctypes.CDLL(None))
+
+
+def test_a_forgotten_argument_is_an_error():
+    with pytest.raises(TypeError, match=r"mhc_read: takes .*'pre'.* but was given"):
+        FUNCTIONS["mhc_read"](x=None, u=None)
 
 
 SIZES = {"tokens": 3, "n": 2, "C": 4, "size": 8, "rows": 8, "iterations": 2, "writes": 1}
@@ -55,32 +76,31 @@ WRONG = {
 
 
 def wrong_numbers():
-    for function, (_, _, names) in declared_in_c().items():
-        if function in calls.FUNCTIONS:
-            rows = (7, 9) if "boundary" in function else (0, 2**20 + 1, 2**32 + 8)
-            for name in names:
-                for wrong in rows if name == "rows" else WRONG.get(name, ()):
-                    yield function, name, wrong
+    for function in FUNCTIONS.values():
+        if isinstance(function, Kernel):
+            rows = (7, 9) if "boundary" in function.name else (0, 2**20 + 1, 2**32 + 8)
+            for argument in function.arguments:
+                for wrong in rows if argument == "rows" else WRONG.get(argument, ()):
+                    yield function.name, argument, wrong
 
 
-@pytest.mark.parametrize(("function", "name", "wrong"), list(wrong_numbers()))
-def test_c_refuses_numbers_out_of_range(function, name, wrong):
-    """Before it looks at any memory: there is none here."""
-    _, kinds, names = declared_in_c()[function]
-    sizes, defaults = {**SIZES, name: wrong}, {"p": None, "f": 0.0, "i": 0}
-    given = [sizes.get(each, defaults[k]) for each, k in zip(names, kinds, strict=True)]
-    with pytest.raises(BackendError, match=f"{function} was given a number out of its range"):
-        calls.call(function, *given[:-1])  # threads are added
+@pytest.mark.parametrize(("name", "argument", "wrong"), list(wrong_numbers()))
+def test_c_refuses_numbers_out_of_range(name, argument, wrong):
+    """Before it reads any memory: all pointers are null."""
+    function = FUNCTIONS[name]
+    given = {each: None if kind is POINTER else 0 for each, kind in function.arguments.items()} | {
+        each: size for each, size in SIZES.items() if each in function.arguments
+    }
+    del given["threads"]
+    with pytest.raises(BackendError, match=f"{name} was given a number out of its range"):
+        function(**{**given, argument: wrong})
 
 
 def test_numbers_beyond_64_bits_are_not_cut():
+    sinkhorn = FUNCTIONS["mhc_sinkhorn"]
+    numbers = {"tokens": 0, "n": 2, "iterations": 2**64 + 20, "transposed": False, "eps": 0.0}
     with pytest.raises(BackendError, match="numbers of 64 bits but one is 18446744073709551636"):
-        calls.call("mhc_sinkhorn", None, None, 0, 2, 2**64 + 20, False, 0.0)
-
-
-def test_a_library_of_another_version_is_refused():
-    with pytest.raises(BackendError, match="have no mhc_"):
-        calls._declared(ctypes.CDLL(None))
+        sinkhorn(logits=None, res=None, **numbers)
 
 
 # A team of two threads, whose room for the iterates does not fit into what is left.

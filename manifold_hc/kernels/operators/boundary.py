@@ -1,0 +1,223 @@
+"""Operator `boundary`: the write of one sublayer, the coefficients and the read of the next."""
+
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from manifold_hc.kernels.arguments import Support
+from manifold_hc.kernels.cpu import boundary as cpu
+from manifold_hc.kernels.operator import (
+    Operator,
+    fake_carrier,
+    fake_input,
+    fake_maps,
+    flattened,
+    grad_carrier,
+    unflattened,
+)
+from manifold_hc.kernels.operators.write import WriteBackward
+from manifold_hc.kernels.values import (
+    MAPS,
+    NORM,
+    READING_GRADIENTS,
+    SAVED_MAPS,
+    SETTINGS,
+    BoundaryGradients,
+    InputNorm,
+    MapParameters,
+    ReadingGradients,
+    SavedMaps,
+    Settings,
+    WriteInputs,
+)
+
+
+class BoundaryBackward(Operator):
+    """`BoundaryGradients`. post: of the write; saved: of the coefficients that follow it."""
+
+    schema = (
+        f"boundary_backward(Tensor? grad_written, {READING_GRADIENTS}, "
+        f"Tensor written, Tensor y, Tensor post, Tensor? pre, {MAPS}, {NORM}, {SAVED_MAPS}, "
+        f"{SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    )
+
+    def run(
+        self,
+        grad_written: Tensor | None,
+        grads: ReadingGradients,
+        written: Tensor,
+        y: Tensor,
+        post: Tensor,
+        pre: Tensor | None,
+        maps: MapParameters,
+        norm: InputNorm | None,
+        saved: SavedMaps,
+        settings: Settings,
+    ) -> tuple[Tensor, ...]:
+        """Run the backend's kernel."""
+        if self.backend == "cpu":
+            return cpu.boundary_backward(
+                grad_written, grads, written, y, post, pre, maps, norm, saved, settings
+            )
+        from manifold_hc.kernels.triton import coefficients_backward as triton
+
+        return triton.boundary_backward(
+            grad_written, grads, written, y, post, pre, maps, norm, saved, settings
+        )
+
+    def fake(
+        self,
+        grad_written: Tensor | None,
+        grads: ReadingGradients,
+        written: Tensor,
+        y: Tensor,
+        post: Tensor,
+        pre: Tensor | None,
+        maps: MapParameters,
+        norm: InputNorm | None,
+        saved: SavedMaps,
+        settings: Settings,
+    ) -> tuple[Tensor, ...]:
+        """Return empty results."""
+        weight = None if norm is None else norm.weight
+        inputs = (written, y, post, pre, *maps, weight)
+        return tuple(written.new_empty(0) if t is None else torch.empty_like(t) for t in inputs)
+
+
+class BoundaryResult(NamedTuple):
+    """Written streams, and the reading of the next sublayer; `Reading` has them for the user."""
+
+    written: Tensor
+    pre: Tensor
+    post: Tensor
+    res: Tensor
+    u: Tensor
+    grad_carrier: Tensor
+
+
+class Boundary(Operator):
+    """Written streams [N, n, C], u [N, C], `Maps` of the written streams, the carrier of a link.
+
+    `pre`: read weights [N, n], the new ones where it is None. With a norm u is normalised.
+    """
+
+    schema = (
+        "boundary(Tensor x, Tensor y, Tensor post, Tensor res, Tensor? pre, Tensor? link, "
+        f"{MAPS}, {NORM}, {SETTINGS})"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    )
+
+    def __init__(self, backend: str, support: Support, differentiate_write: WriteBackward) -> None:
+        self.differentiate = BoundaryBackward(backend, support)
+        self.differentiate_write = differentiate_write
+        super().__init__(backend, support)
+
+    def __call__(
+        self,
+        write: WriteInputs,
+        pre: Tensor | None,
+        link: Tensor | None,
+        maps: MapParameters,
+        norm: InputNorm | None,
+        settings: Settings,
+    ) -> BoundaryResult:
+        """Return the results in the batch's shape; post, res and pre broadcast to it."""
+        *batch, n, C = write.x.shape
+        tokens = prod(batch)
+        weight, eps = (None, 0.0) if norm is None else norm
+        written, u, new_pre, new_post, new_res, _, _, carrier = self.op(
+            write.x.reshape(tokens, n, C),
+            write.y.reshape(tokens, C),
+            flattened(write.post, batch, tokens, n),
+            flattened(write.res, batch, tokens, n, n),
+            None if pre is None else flattened(pre, batch, tokens, n),
+            link,
+            *maps,
+            weight,
+            eps,
+            *settings,
+        )
+        new_pre, new_post, new_res, u = unflattened(batch, (new_pre, new_post, new_res, u))
+        written = written.view(write.x.shape)
+        return BoundaryResult(written, new_pre, new_post, new_res, u, carrier)
+
+    def run(
+        self,
+        x: Tensor,
+        y: Tensor,
+        post: Tensor,
+        res: Tensor,
+        pre: Tensor | None,
+        link: Tensor | None,
+        maps: MapParameters,
+        norm: InputNorm | None,
+        settings: Settings,
+    ) -> tuple[Tensor, ...]:
+        """Run the backend's kernel, which needs no link."""
+        write = WriteInputs(x, y, post, res)
+        if self.backend == "cpu":
+            written, u, made = cpu.boundary(write, pre, maps, norm, settings)
+            return (written, u, *made, grad_carrier(x))
+        from manifold_hc.kernels.triton import boundary as triton
+
+        written, u, made = triton.boundary(write, pre, maps, norm, settings)
+        return (written, u, *made, grad_carrier(x))
+
+    def fake(
+        self,
+        x: Tensor,
+        y: Tensor,
+        post: Tensor,
+        res: Tensor,
+        pre: Tensor | None,
+        link: Tensor | None,
+        maps: MapParameters,
+        norm: InputNorm | None,
+        settings: Settings,
+    ) -> tuple[Tensor, ...]:
+        """Return empty results."""
+        return torch.empty_like(x), fake_input(x), *fake_maps(x, maps.phi), fake_carrier(x)
+
+    def save(self, ctx: Any, inputs: Any, output: Any) -> None:
+        """Save what the gradients need: of x and res nothing under a link."""
+        x, y, post, res, pre, link, maps, norm, ctx.settings = inputs
+        written, _, _, _, new_res, projected, inverse_rms, _ = output
+        weight, ctx.input_eps = (None, 0.0) if norm is None else norm
+        if link is not None:
+            x = res = None
+        saved = SavedMaps(new_res, projected, inverse_rms)
+        ctx.mark_non_differentiable(projected, inverse_rms)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, res, written, y, post, pre, *maps, weight, *saved)
+
+    def backward(
+        self,
+        ctx: Any,
+        grad_written: Tensor | None,
+        u: Tensor | None,
+        pre: Tensor | None,
+        post: Tensor | None,
+        res: Tensor | None,
+        _projected: Tensor | None,
+        _inverse_rms: Tensor | None,
+        link: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, y, post, res, pre, link, phi, alpha, bias and weight."""
+        grads = ReadingGradients(u, pre, post, res, link)
+        x, mixing, written, y, gates, reads, phi, alpha, bias, weight, *saved = ctx.saved_tensors
+        found = BoundaryGradients(
+            *self.differentiate.op(
+                grad_written, *grads, written, y, gates, reads, phi, alpha, bias,
+                weight, ctx.input_eps, *saved, *ctx.settings,
+            )
+        )  # fmt: skip
+        dx, dy, dpost, dres, dlink = None, found.y, found.post, None, None
+        if x is None:
+            dlink = found.written  # the coefficients before the write do the rest
+        else:
+            dx, dy, dpost, dres = self.differentiate_write.op(found.written, x, y, gates, mixing)
+        dpre = None if reads is None else found.pre
+        dweight = None if weight is None else found.weight
+        return dx, dy, dpost, dres, dpre, dlink, found.phi, found.alpha, found.bias, dweight
