@@ -77,8 +77,12 @@ class Operator:
         self._check(arguments, computes=True)
         dense = list(arguments)
         for index in self._dense:
-            dense[index] = _contiguous(arguments[index])
-        return self.run(*self._grouped(dense))
+            argument = arguments[index]
+            if isinstance(argument, Tensor):
+                dense[index] = argument.contiguous()
+            elif argument is not None:
+                dense[index] = [None if t is None else t.contiguous() for t in argument]
+        return self.run(*(dense if self._groups is None else self._grouped(dense)))
 
     def _checked_fake(self, *arguments: Any) -> Any:
         self._check(arguments, computes=False)
@@ -116,13 +120,6 @@ def _groups(
         found.append((index, end, make))
         index = end
     return found if any(make for _, _, make in found) else None
-
-
-def _contiguous(argument: Any) -> Any:
-    """A tensor, None, or a list of them, with contiguous tensors."""
-    if isinstance(argument, Tensor):
-        return argument.contiguous()
-    return None if argument is None else [None if t is None else t.contiguous() for t in argument]
 
 
 def flattened(weights: Tensor, batch: Sequence[int], tokens: int, *own: int) -> Tensor:

@@ -38,7 +38,7 @@ class CFunction:
         self.name = name
         self.result = result
         self.arguments = arguments
-        self._converted = [(each, CONVERSIONS[kind]) for each, kind in arguments.items()]
+        self._pointers = [(each, kind is POINTER) for each, kind in arguments.items()]
         self._function: Callable[..., int] | None = None
         FUNCTIONS[name] = self
 
@@ -59,12 +59,20 @@ class CFunction:
         """Return the result; `given` has exactly the declared arguments."""
         if self._function is None:
             loaded()
-        if len(given) != len(self._converted):
+        if len(given) != len(self._pointers):
             raise TypeError(
                 f"{self.name}: takes {list(self.arguments)} but was given {list(given)}"
             )
         assert self._function is not None
-        return self._function(*[convert(given[name]) for name, convert in self._converted])
+        values = []
+        for name, is_pointer in self._pointers:
+            value = given[name]
+            if is_pointer:
+                value = value.data_ptr() if isinstance(value, Tensor) else value
+            elif not -LIMIT <= value < LIMIT:  # ctypes would cut it
+                raise BackendError(f"the CPU kernels take numbers of 64 bits but one is {value}")
+            values.append(value)
+        return self._function(*values)
 
 
 class Kernel(CFunction):
@@ -139,20 +147,3 @@ def check(found: ctypes.CDLL) -> None:
                 f"the CPU kernels have {built.get(name, 'nothing')} as {name} "
                 f"but Python declares {declared}; {cure}"
             )
-
-
-def _pointer(argument: Any) -> Any:
-    return argument.data_ptr() if isinstance(argument, Tensor) else argument
-
-
-def _int64(argument: Any) -> Any:
-    if not -LIMIT <= argument < LIMIT:
-        raise BackendError(f"the CPU kernels take numbers of 64 bits but one is {argument}")
-    return argument
-
-
-def _float(argument: Any) -> Any:
-    return argument
-
-
-CONVERSIONS: dict[Any, Callable[[Any], Any]] = {POINTER: _pointer, INT64: _int64, FLOAT: _float}
