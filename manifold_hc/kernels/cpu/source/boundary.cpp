@@ -1,7 +1,7 @@
-// What lies between two sublayers: the write of one, coefficients and read of the next.
+// Boundary between two sublayers: the write of one, coefficients and read of the next.
 //
-// A block of tokens stays in cache from the write to the read. Before the first sublayer there is
-// nothing to write.
+// A block of tokens stays in cache from the write to the read. The first sublayer has no write
+// before it.
 
 #include "coefficients.h"
 #include "norm.h"
@@ -11,7 +11,7 @@
 
 namespace {
 
-// The write that makes the streams; without `piece` they are there.
+// The write that makes the streams; `piece` is null where they exist already.
 struct Before {
     const void *x, *y;
     const float *post, *res;
@@ -19,7 +19,7 @@ struct Before {
                   int64_t to, void* out);
 };
 
-// Tokens [first, end), channels [from, to).
+// x' of the tokens [first, end) and the channels [from, to).
 template <class X, class Y, class N>
 void write_piece(const Before& before, int streams, int64_t C, int64_t first, int64_t end,
                  int64_t from, int64_t to, void* out) {
@@ -41,10 +41,10 @@ void write_piece(const Before& before, int streams, int64_t C, int64_t first, in
     }
 }
 
-// What the next sublayer reads with, and what becomes of it.
+// Read weights of the next sublayer, and the norm of its input.
 struct Read {
-    const float* pre;     // null: with the coefficients that are made here
-    const float* weight;  // of the norm, or null without one
+    const float* pre;     // null: the coefficients that are made here
+    const float* weight;  // weight of the norm, or null without a norm
     float eps;
 };
 
@@ -69,6 +69,7 @@ void boundary(const Before& before, const Read& read, X* x, const float* phi, co
 #pragma omp for schedule(static)
             for (int64_t block = 0; block < blocks; block++) {
                 const int64_t first = block * BLOCK, end = std::min(first + BLOCK, tokens);
+                // x' into cache, then p = x' phi^T / rms(x')
                 project_block(x + first * size, (int)(end - first), chunks, packed.data(), rows,
                               settings.norm_eps, made.projected + first * rows,
                               made.inverse_rms + first, *scratch, [&](int64_t from, int64_t to) {
@@ -81,10 +82,13 @@ void boundary(const Before& before, const Read& read, X* x, const float* phi, co
                     auto logits = [&](int row) {
                         return logit(row, n, rows, count, projected, alpha, bias);
                     };
+                    // pre' = sigmoid(alpha p + bias) + hc_eps
                     gate_reads(n, rows, count, projected, alpha, bias, settings.hc_eps,
                                made.pre + t * n);
+                    // post' = 2 sigmoid(alpha p + bias)
                     for (int i = 0; i < n; i++)
                         scatter(made.post + t * n + i, n, count, 2.0f * sigmoid(logits(n + i)));
+                    // res' = I, the logits themselves, or their Sinkhorn projection
                     Vec matrix[limit<N> * limit<N>];
                     for (int k = 0; k < n * n; k++)
                         matrix[k] = settings.constraint == IDENTITY
@@ -95,6 +99,7 @@ void boundary(const Before& before, const Read& read, X* x, const float* phi, co
                     scatter_matrix(n, made.res + t * n * n, count, settings.sinkhorn.transposed,
                                    matrix);
                 }
+                // u = sum_i pre[i] x'[i], then its norm
                 const float* weights = read.pre ? read.pre : made.pre;
                 for (int64_t t = first; t < end && u; t++) {
                     read_token(n, C, x + t * size, weights + t * n, u + t * C);
@@ -110,8 +115,8 @@ void boundary(const Before& before, const Read& read, X* x, const float* phi, co
 
 extern "C" {
 
-// Without y nothing is written: x is null, and `streams` are those that are there. Without u nothing
-// is read.
+// Without y there is no write: x is null, and `streams` hold values already. Without u there is no
+// read.
 int mhc_boundary(const void* x, const void* y, const float* post, const float* res,
                  const float* pre, const float* weight, float input_eps, void* streams,
                  const float* phi, const float* alpha, const float* bias, void* u, float* new_pre,

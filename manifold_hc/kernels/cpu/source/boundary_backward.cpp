@@ -1,4 +1,12 @@
-// The backward of what lies between two sublayers, a block of tokens at a time.
+// Backward of a boundary between two sublayers, a block of tokens at a time.
+//
+// With p = x phi^T / rms(x), dp the gradient of p, dq = dp / rms and g the gradient of the streams
+// that the next write makes (it arrives through the link):
+//   dpre[i]   = <du, x[i]>              dres[o][i] = <g[o], x[i]>
+//   dx[i]     = dx' + pre[i] du + sum_o res[o][i] g[o] + dq phi[i] - <dp, p> / (rms^2 n C) x[i]
+//   dphi      = dq^T x
+// The last term of dx is the rank-one correction of the RMS norm. The same pass makes the gradients
+// of the write before: dy = sum_o post[o] dx[o], dpost[o] = <dx[o], y>.
 
 #include "coefficients.h"
 #include "gradient.h"
@@ -8,15 +16,15 @@
 
 namespace {
 
-// What comes back; any of it may be null.
+// Gradients of the results; any may be null.
 template <class X>
 struct Gradients {
     const X *u, *streams;
     const float *pre, *post, *res;
-    const X* link;  // of the streams that are written next, from these and res
+    const X* link;  // gradient of the streams that the next write makes
 };
 
-// The read: its weights, or null where they are the coefficients' own, and the norm after it.
+// The read: its weights, null where they are the coefficients' own, and the norm after it.
 template <class X>
 struct Read {
     const float* pre;
@@ -26,7 +34,7 @@ struct Read {
     float* dweight;  // [slices, C]
 };
 
-// The write that made the streams, and what it gets; without `piece` there was none.
+// The write that made the streams, with its gradients; `piece` is null without one.
 struct Before {
     const void* y;
     const float* post;
@@ -52,15 +60,15 @@ void branch_piece(const Before& before, int streams, int64_t C, int64_t token, i
         Vec total{};
         for (int o = 0; o < n; o++) {
             const Vec own = load(g + o * C + c, width);
-            total += post[o] * own;
-            products[o] += own * branch;
+            total += post[o] * own;       // dy = sum_o post[o] g[o]
+            products[o] += own * branch;  // dpost[o] = <g[o], y>
         }
         store(dy + c, total, width);
     });
     for (int o = 0; o < n; o++) sums[o] += products[o];
 }
 
-// What a slice of tokens sums up besides phi's gradient.
+// Gradients of alpha and bias, summed over a slice of tokens.
 struct SliceSums {
     Vec alpha[3] = {};
     Room<Vec> bias;
@@ -71,13 +79,13 @@ struct SliceSums {
     }
 };
 
-// What a thread needs.
+// Memory of one thread.
 template <class X>
 struct OwnRoom {
     GradientScratch<X> scratch;
     Room<Vec> iterates;
-    Room<X> inputs;     // [BLOCK, C] gradients of what was read before the norm
-    Room<float> input;  // [C] what was read
+    Room<X> inputs;     // [BLOCK, C] gradients of u before the norm
+    Room<float> input;  // [C] u before the norm
     SliceSums sums;
 };
 
@@ -90,8 +98,9 @@ NOINLINE void coefficients_backward(N n, int rows, int count, const float* proje
                                   const Settings& settings, float* weights, Vec* iterates,
                                   SliceSums& sums) {
     auto take = [&](int row, Vec dlogit, Vec p) {
-        sums.alpha[group(row, n)] += dlogit * p;
-        sums.bias[row] += dlogit;
+        sums.alpha[group(row, n)] += dlogit * p;  // dalpha = sum dlogit p
+        sums.bias[row] += dlogit;                 // dbias = dlogit
+        // dp = dlogit alpha
         store(weights + row * BLOCK, dlogit * alpha[group(row, n)], Whole{});
     };
     auto projection = [&](int row) { return gather(projected + row, rows, count); };
@@ -102,7 +111,7 @@ NOINLINE void coefficients_backward(N n, int rows, int count, const float* proje
         if (reads && read) d += gather(read + row, n, count);
         if (reads && dpre) d += gather(dpre + row, n, count);
         if (!reads && dpost) d = 2.0f * gather(dpost + row - n, n, count);
-        take(row, d * s * (1.0f - s), p);
+        take(row, d * s * (1.0f - s), p);  // through the sigmoid: d s (1 - s)
     }
     if (settings.constraint == IDENTITY) return;
     Vec p[limit<N> * limit<N>], matrix[limit<N> * limit<N>];
@@ -112,6 +121,7 @@ NOINLINE void coefficients_backward(N n, int rows, int count, const float* proje
     }
     if (dres && settings.constraint == SINKHORN)
         sinkhorn_forward(n, settings.sinkhorn, matrix, matrix, iterates);
+    // Gradient of res, in the logits' orientation, then of the logits.
     if (dres)
         gather_matrix(n, dres, count, settings.sinkhorn.transposed, matrix);
     else
@@ -130,15 +140,17 @@ NOINLINE void coefficient_gradients(N n, int64_t C, const X* x, const X* du, con
         return;
     }
     float dots[limit<N> * (limit<N> + 1)];
-    // Without du the last column is of no use.
+    // Without du the last column is not used.
     dot_all(n, C, x, link, du ? du : link, dots, [](int64_t, int64_t) {});
     for (int i = 0; i < n; i++) {
+        // dres[o][i] += <g[o], x[i]>
         for (int o = 0; o < n; o++) dres[o * n + i] += dots[i * (n + 1) + o];
+        // dpre[i] = <du, x[i]>
         if (du) dpre[i] = dots[i * (n + 1) + n];
     }
 }
 
-// out [n][BLOCK][CHUNK] = what reaches a token's streams except through the projections.
+// out [n][BLOCK][CHUNK] = dx' + pre[i] du + sum_o res[o][i] g[o]: all but the projections' part.
 template <class X, class N>
 INLINE void mix_gradients(N n, int64_t C, const X* du, const X* streams, const X* link,
                           const float* pre, const float* res, int64_t from, int64_t length,
@@ -149,11 +161,11 @@ INLINE void mix_gradients(N n, int64_t C, const X* du, const X* streams, const X
         if (du) {
             const Vec g = load(du + c, width);
             prefetch(du + c + CHUNK);
-            for (int i = 0; i < n; i++) total[i] = pre[i] * g;
+            for (int i = 0; i < n; i++) total[i] = pre[i] * g;  // pre[i] du
         }
-        if (streams)
+        if (streams)  // dx'
             for (int i = 0; i < n; i++) total[i] += load(streams + i * C + c, width);
-        if (link)
+        if (link)  // sum_o res[o][i] g[o]
             for (int o = 0; o < n; o++) {
                 const Vec g = load(link + o * C + c, width);
                 prefetch(link + o * C + c + CHUNK);
@@ -197,6 +209,7 @@ void boundary_backward(const Gradients<X>& grad, const Read<X>& read, const Befo
                 const int64_t slice_end = std::min((slice + 1) * length, tokens);
                 for (int64_t first = slice * length; first < slice_end; first += BLOCK) {
                     const int own = (int)std::min<int64_t>(BLOCK, slice_end - first);
+                    // pre again, from the saved projections
                     for (int t = 0; t < own; t += LANES)
                         gate_reads(n, rows, std::min(LANES, own - t), projected + (first + t) * rows,
                                    alpha, bias, settings.hc_eps, pre + t * n);
@@ -228,11 +241,12 @@ void boundary_backward(const Gradients<X>& grad, const Read<X>& read, const Befo
                             passes_res || grad.res ? dres + t * n * n : nullptr, settings,
                             &scratch.weights[t], iterates.data(), sums);
                     }
+                    // dq = dp / rms, and the factor of the rank-one correction
                     norm_backward(rows, own, size, projected + first * rows, inverse_rms + first,
                                   scratch.weights.data(), shares);
                     scratch.weigh();
                     Vec branches[BLOCK * limit<N>] = {};
-                    // All streams of some channels, so that what was written is read once.
+                    // Some channels of all streams at a time, so that dx is read from cache.
                     for (int64_t piece = 0; piece < chunks.per_stream; piece++) {
                         const int64_t c = chunks.within(piece), wide = chunks.length(piece);
                         for (int t = 0; t < own; t++) {
@@ -266,8 +280,8 @@ void boundary_backward(const Gradients<X>& grad, const Read<X>& read, const Befo
 
 extern "C" {
 
-// Every gradient may be null. y is null where no write made the streams, pre where they are read
-// with their own coefficients, weight where no norm follows. partial_dphi: mhc_slices(tokens)
+// Every incoming gradient may be null. y is null without a write before, pre where the read uses
+// the coefficients' own, weight without a norm. partial_dphi: mhc_slices(tokens)
 // gradients of phi of mhc_slice_floats(n, C, rows) each; partial_dbias_dalpha [slices, rows + 3] is
 // summed into dbias_dalpha (bias, alpha), and partial_dweight [slices, C] into dweight.
 int mhc_boundary_backward(
@@ -278,7 +292,8 @@ int mhc_boundary_backward(
     void* dy, float* dpost, float* dpre, float* dphi, float* dbias_dalpha, float* dweight,
     float* partial_dphi, float* partial_dbias_dalpha, float* partial_dweight, int64_t tokens,
     int64_t n, int64_t C, int64_t rows, int64_t constraint, int64_t iterations, int64_t transposed,
-    float norm_eps, float hc_eps, int64_t learns, int64_t x_is_bfloat16, int64_t y_is_bfloat16, int64_t threads) {
+    float norm_eps, float hc_eps, int64_t learns, int64_t x_is_bfloat16, int64_t y_is_bfloat16,
+    int64_t threads) {
     return status_of([&] {
         check_sizes(tokens, n, C, threads);
         check_rows(rows, n, constraint);
@@ -295,8 +310,8 @@ int mhc_boundary_backward(
                                     : y_is_bfloat16 ? &branch_piece<X, bfloat16, N>
                                                     : &branch_piece<X, float, N>};
                 boundary_backward(grad, read, before, (const X*)x, phi, alpha, bias, res, projected,
-                                  inverse_rms, (X*)dx, partial_dphi, partial_dbias_dalpha, tokens, n, C,
-                                  rows, settings, learns, threads);
+                                  inverse_rms, (X*)dx, partial_dphi, partial_dbias_dalpha, tokens, n,
+                                  C, rows, settings, learns, threads);
             });
         });
         sum_packed_slices(partial_dphi, slices(tokens), rows, Chunks(n, C), dphi, threads);

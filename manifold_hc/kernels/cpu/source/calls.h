@@ -1,4 +1,4 @@
-// What a C function checks before it starts, and what it returns: exceptions must not leave it.
+// Checks and status of an exported C function, which no exception may leave.
 #pragma once
 
 #include <atomic>
@@ -21,7 +21,7 @@ inline void check_range(int64_t value, int64_t lowest, int64_t highest) {
     if (value < lowest || value > highest) throw OutOfRange();
 }
 
-// tokens x n x C values, which 64 bits can count, and a number of threads.
+// Sizes whose product tokens x n x C fits into 64 bits, and a number of threads.
 inline void check_sizes(int64_t tokens, int64_t n, int64_t C, int64_t threads) {
     check_range(tokens, 0, INT64_MAX);
     check_range(n, 1, MAX_STREAMS);
@@ -46,9 +46,9 @@ int status_of(Body body) noexcept {
     }
 }
 
-// The room that every thread of a team makes for its own use. An exception in a team ends the
-// process, and all of its threads must work on, or none. So each thread makes its room, all meet at
-// a barrier, they go on only if `complete()`, and the failure is thrown when the team is gone.
+// Memory that every thread of a team allocates for itself. An exception inside a team ends the
+// process, and either all of its threads work on or none. So each thread allocates, all wait at a
+// barrier, they go on only if `complete()`, and the error is thrown after the team has ended.
 class TeamRoom {
     std::atomic<bool> failed{false};
 

@@ -1,4 +1,4 @@
-// Settings and coefficients of up to LANES tokens as the operators hold them: one token a lane.
+// Settings, and coefficients of up to LANES tokens in vectors, one token a lane.
 #pragma once
 
 #include "calls.h"
@@ -25,16 +25,16 @@ inline Settings settings_of(int64_t constraint, int64_t iterations, int64_t tran
     return {(int)constraint, sinkhorn_of(iterations, transposed, hc_eps), norm_eps, hc_eps};
 }
 
-// Rows of phi: pre, post, and what res is made of.
+// Rows of phi: pre (n), post (n), and the logits of res (n*n, or none for the identity).
 inline void check_rows(int64_t rows, int64_t n, int64_t constraint) {
     const int64_t wanted = 2 * n + (constraint == IDENTITY ? 0 : n * n);
     check_range(rows, wanted, wanted);
 }
 
-// The three gates, each over its rows: pre, post, res.
+// Index in alpha of a row's gate: pre, post, res.
 INLINE int group(int row, int n) { return row < n ? 0 : row < 2 * n ? 1 : 2; }
 
-// LANES numbers, `stride` apart, as one vector; 0 past `count`.
+// LANES numbers at distance `stride` as one vector; 0 past `count`.
 INLINE Vec gather(const float* p, int64_t stride, int count) {
     Vec v{};
     for (int lane = 0; lane < count; lane++) v[lane] = p[lane * stride];
@@ -60,12 +60,13 @@ INLINE void scatter_matrix(N n, float* p, int count, bool transposed, const Vec*
         scatter(p + turned(k, n, transposed), n * n, count, matrix[k]);
 }
 
-// The logit of a row, from the projections of up to LANES tokens.
+// Logit alpha p + bias of a row, p being the projections of up to LANES tokens.
 INLINE Vec logit(int row, int n, int rows, int count, const float* projected, const float* alpha,
                  const float* bias) {
     return gather(projected + row, rows, count) * alpha[group(row, n)] + bias[row];
 }
 
+// pre[i] = sigmoid(logit) + hc_eps.
 INLINE void gate_reads(int n, int rows, int count, const float* projected, const float* alpha,
                        const float* bias, float hc_eps, float* pre) {
     for (int i = 0; i < n; i++)

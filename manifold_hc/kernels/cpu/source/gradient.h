@@ -1,4 +1,6 @@
-// What the projections pass back: to the streams, and to phi, a block of tokens at a time.
+// Backward of the projections p = x phi^T / rms(x), a block of tokens at a time:
+//   dq = dp / rms      dphi += dq^T x      dx += dq phi - <dp, p> / (rms^2 n C) x
+// The last term is the rank-one correction of the RMS norm; its factor is the token's `share`.
 #pragma once
 
 #include "projection.h"
@@ -8,9 +10,9 @@ constexpr int OUTER_TOKENS = REGISTERS == 32 ? 4 : 2;
 constexpr int OUTER_ROWS = REGISTERS == 32 ? 6 : 2;
 constexpr int OUTER_VECTORS = 4;
 
-// What is multiplied for the gradient of streams X: rows of phi, or pairs of them in bfloat16 where
-// one instruction takes two, in half of the time. Rounding phi and the weights makes an error of the
-// size that rounding the gradient makes anyway, in the smaller part of it.
+// Operand of dq phi for streams X: rows of phi, or pairs of rows in bfloat16 where one instruction
+// takes two, in half of the time. Rounding phi and dq adds an error of the size that rounding dx
+// has anyway, in the smaller part of it.
 template <class X>
 using RowEntry =
     std::conditional_t<MULTIPLIES_PAIRS && std::is_same_v<X, bfloat16>, uint32_t, float>;
@@ -49,8 +51,8 @@ INLINE void for_vectors(int64_t length, Tile tile) {
     for (; k < length; k += LANES) tile(k, std::integral_constant<int, 1>{});
 }
 
-// What the norm takes back of every value of a token. Of a token whose 1 / rms^2 float cannot hold it
-// is in `huge`, over HUGE_SHARE, and 0 in `ordinary`.
+// Factors <dp, p> / (rms^2 n C) of the rank-one correction, one a token. For one whose 1 / rms^2
+// underflows float the factor is in `huge`, over HUGE_SHARE, and 0 in `ordinary`.
 struct Shares {
     float ordinary[BLOCK];
     float huge[BLOCK];
@@ -59,7 +61,7 @@ struct Shares {
 
 constexpr float HUGE_INVERSE = 0x1p-50f, HUGE_SHARE = 0x1p-126f, HUGE_ROOT = 0x1p63f;
 
-// out [BLOCK][CHUNK] -= shares values, of the tokens that are huge.
+// out [BLOCK][CHUNK] -= share x, of the huge tokens.
 NOINLINE inline void take_huge_shares(const Shares& shares, const float* values, int64_t length,
                                     float* out) {
     for (int t = 0; t < BLOCK; t++)
@@ -76,6 +78,7 @@ INLINE void add_rows_tile(const Entry* weights, const Entry* phi, int entries, c
     Vec total[OUTER_TOKENS][VECTORS];
     for (int t = 0; t < OUTER_TOKENS; t++)
         for (int k = 0; k < VECTORS; k++)
+            // - share x, the rank-one correction
             total[t][k] = load(out + t * CHUNK + k * LANES, Whole{}) -
                           shares[t] * load(values + t * CHUNK + k * LANES, Whole{});
     for (int r = 0; r < entries; r++) {
@@ -84,6 +87,7 @@ INLINE void add_rows_tile(const Entry* weights, const Entry* phi, int entries, c
             row[k] = in_register(load(phi + r * CHUNK + k * LANES, Whole{}));
         for (int t = 0; t < OUTER_TOKENS; t++) {
             const auto weight = in_register(broadcast(weights[r * BLOCK + t]));
+            // + sum_r dq[r] phi[r]
             for (int k = 0; k < VECTORS; k++)
                 total[t][k] = add_products(total[t][k], row[k], weight);
         }
@@ -96,8 +100,8 @@ INLINE void add_rows_tile(const Entry* weights, const Entry* phi, int entries, c
                 store(out + t * CHUNK + k * LANES, total[t][k], Whole{});
 }
 
-// out [BLOCK][CHUNK] += weights [entries, BLOCK]^T phi [entry][CHUNK] - shares [BLOCK] values; if
-// dx [BLOCK, size] is there, it is put there instead.
+// out [BLOCK][CHUNK] += dq [entries, BLOCK]^T phi [entry][CHUNK] - shares [BLOCK] x; the sum goes
+// to dx [BLOCK, size] instead unless dx is null.
 template <class Entry, class X>
 INLINE void add_rows(const Entry* weights, const Entry* phi, int entries, const float* shares,
                      const float* values, int64_t length, float* out, X* dx, int64_t size) {
@@ -124,6 +128,7 @@ INLINE void add_outer_tile(const float* weights, const float* values, float* dph
         for (int k = 0; k < VECTORS; k++) v[k] = load(values + t * CHUNK + k * LANES, Whole{});
         for (int r = 0; r < ROWS; r++) {
             const Vec weight = broadcast(weights[r * BLOCK + t]);
+            // dphi[r] += dq[r] x
             for (int k = 0; k < VECTORS; k++) total[r][k] += weight * v[k];
         }
     }
@@ -132,8 +137,8 @@ INLINE void add_outer_tile(const float* weights, const float* values, float* dph
             store(dphi + r * CHUNK + k * LANES, total[r][k], Whole{});
 }
 
-// dphi [row][CHUNK] += weights [rows, BLOCK] values [BLOCK][CHUNK], and what lies `ahead` is asked
-// for. fresh: what is there is not looked at.
+// dphi [row][CHUNK] += dq [rows, BLOCK] x [BLOCK][CHUNK]; prefetches the sums `ahead`. fresh: dphi
+// is overwritten, as it holds no sum yet.
 INLINE void add_outer(const float* weights, const float* values, int64_t length, float* dphi,
                       int64_t ahead, int rows, bool fresh) {
     auto tiles = [&](int r, auto count) {
@@ -148,13 +153,13 @@ INLINE void add_outer(const float* weights, const float* values, int64_t length,
     for (; r < rows; r++) tiles(r, std::integral_constant<int, 1>{});
 }
 
-// What a thread needs for a block's gradients: of the streams, and the share of phi's.
+// Memory of one thread for a block's gradients of the streams and of phi.
 template <class X>
 struct GradientScratch {
     using Entry = RowEntry<X>;
 
     int rows;
-    Room<float> weights;  // [rows, BLOCK], and zeros to an even number of rows
+    Room<float> weights;  // dq [rows, BLOCK], and zeros to an even number of rows
     Room<float> values;   // [BLOCK][CHUNK] of the streams
     Room<float> out;      // [stream][BLOCK][CHUNK] of their gradients
     Room<Entry> rounded_weights;
@@ -166,7 +171,7 @@ struct GradientScratch {
           out((size_t)streams * BLOCK * CHUNK),
           rounded_weights(weights.size()) {}
 
-    // To be called when the weights of a block are there.
+    // Rounds the block's dq where products take pairs; call it once dq is complete.
     void weigh() {
         if constexpr (!std::is_same_v<Entry, float>)
             for (int pair = 0; pair < row_entries<Entry>(rows); pair++)
@@ -183,15 +188,15 @@ struct GradientScratch {
             return rounded_weights.data();
     }
 
-    // In the channels of one chunk: dx [tokens, size] = out of its stream + weights^T phi - shares x,
-    // dphi += weights x; phi is [chunk][entry][CHUNK]. fresh: of dphi nothing is there yet.
+    // In the channels of one chunk: dx [tokens, size] = out of its stream + dq^T phi - share x and
+    // dphi += dq x; phi is [chunk][entry][CHUNK]. fresh: dphi holds no sum yet.
     void multiply(const Chunks& chunks, int64_t turn, const X* x, const Room<Entry>& phi,
                   const Shares& shares, X* dx, int tokens, float* dphi, bool fresh) {
         const int entries = row_entries<Entry>(rows);
         const int64_t chunk = chunks.across(turn), next = chunks.across(turn + 1);
         const int64_t size = chunks.size(), from = chunks.from(chunk);
         const int64_t length = chunks.length(chunk), padded = chunks.padded(chunk);
-        // Tokens past the block's end repeat the last one, with weights of zero.
+        // Tokens past the block's end repeat the last one, with dq of zero.
         for (int t = 0; t < BLOCK; t++)
             take(x + std::min(t, tokens - 1) * size + from, length, chunks.from(next) - from,
                  &values[t * CHUNK], nullptr);
@@ -215,7 +220,7 @@ struct GradientScratch {
     }
 };
 
-// weights [rows, BLOCK] = grad / rms.
+// weights [rows, BLOCK]: dp in, dq = dp / rms out; shares = <dp, p> / (rms^2 size).
 INLINE void norm_backward(int rows, int tokens, int64_t size, const float* projected,
                           const float* inverse_rms, float* weights, Shares& shares) {
     shares.any_huge = false;
@@ -223,6 +228,7 @@ INLINE void norm_backward(int rows, int tokens, int64_t size, const float* proje
         const float inverse = t < tokens ? inverse_rms[t] : 0;
         float total = 0;
         for (int r = 0; r < rows; r++) {
+            // <dp, p>
             if (t < tokens) total += weights[r * BLOCK + t] * projected[t * rows + r];
             weights[r * BLOCK + t] = t < tokens ? weights[r * BLOCK + t] * inverse : 0;
         }
@@ -234,15 +240,16 @@ INLINE void norm_backward(int rows, int tokens, int64_t size, const float* proje
     }
 }
 
-// Slices of tokens whose gradients of phi are summed apart and then in order: as long as the number
-// of tokens asks for, whatever the number of threads, so that every run rounds alike.
+// Tokens of a slice, a range of tokens whose gradient of phi has a sum of its own; the sums are
+// added in order. The length depends on the number of tokens alone, so that any number of threads rounds
+// alike.
 inline int64_t slice_length(int64_t tokens) {
     const int64_t count = std::max<int64_t>(1, std::min<int64_t>((tokens + 127) / 128, 32));
     const int64_t blocks = (tokens + BLOCK - 1) / BLOCK;
     return (blocks + count - 1) / count * BLOCK;
 }
 
-// None of them is empty.
+// Number of slices, none of them empty.
 inline int slices(int64_t tokens) {
     const int64_t length = std::max<int64_t>(1, slice_length(tokens));
     return (int)((tokens + length - 1) / length);

@@ -1,4 +1,5 @@
-// project, forward and backward.
+// project, forward and backward: p = v phi^T / rms(v), dphi = dq^T v and dv = dq phi - the rank-one
+// correction of the norm, with dq = dp / rms.
 
 #include "gradient.h"
 #include "signatures.h"
@@ -74,7 +75,7 @@ extern "C" {
 
 int64_t mhc_slices(int64_t tokens) { return slices(tokens); }
 
-// Floats of one slice's gradient of phi.
+// Floats of the partial gradient of phi that one slice sums.
 int64_t mhc_slice_floats(int64_t n, int64_t C, int64_t rows) { return Chunks(n, C).floats(rows); }
 
 int mhc_project(const void* v, const float* phi, float* projected, float* inverse_rms,

@@ -1,9 +1,9 @@
 // Blocks of tokens times phi, with phi's chunks held in the nearest cache.
 //
 // Rows of phi and of the streams often lie a multiple of 4096 bytes apart, where they evict one
-// another from that cache. So both are worked on in copies: phi, and the sums of its gradient, as
-// [chunk][row][CHUNK], a block of tokens as [token][CHUNK]. A chunk never crosses two streams, and
-// zeros fill its last vector, so that the loops below know whole vectors only.
+// another from that cache. So the loops work on copies: phi, and the sums of its gradient, as
+// [chunk][row][CHUNK], a block of tokens as [token][CHUNK]. A chunk lies within one stream, and
+// zeros fill its last vector, so that the loops below take whole vectors only.
 #pragma once
 
 #include <algorithm>
@@ -18,14 +18,14 @@ constexpr int CHUNK = 256;  // values of a token that are worked on together
 constexpr int TILE_TOKENS = 4;
 constexpr int TILE_ROWS = REGISTERS == 32 ? 6 : 2;
 
-// How nC values are cut: every stream into chunks of its own.
+// The nC values of a token in chunks; every stream has chunks of its own.
 struct Chunks {
     int64_t C;
     int64_t per_stream;
     int64_t count;
     Chunks(int64_t n, int64_t C) : C(C), per_stream((C + CHUNK - 1) / CHUNK), count(n * per_stream) {}
-    // The chunks in the order of channels: the first of every stream, the second of every stream, ...
-    // and from the start again.
+    // Chunks in the order of channels: the first of every stream, the second of every stream, ...;
+    // past the last one, from the start again.
     int64_t across(int64_t turn) const {
         const int64_t streams = count / per_stream;
         return turn % streams * per_stream + turn % count / streams;
@@ -48,8 +48,8 @@ inline void pack(const float* phi, int rows, const Chunks& chunks, float* packed
                         chunks.length(chunk) * sizeof(float));
 }
 
-// values [CHUNK] = a piece of a token in float; squares += its squares, unless it is null. What lies
-// `ahead` of it is asked for.
+// values [CHUNK] = a piece of a token in float; squares += its squares, unless null. Prefetches the
+// values `ahead`.
 template <class X>
 INLINE void take(const X* piece, int64_t length, int64_t ahead, float* values, Vec* squares) {
     Vec total = squares ? *squares : Vec{};
@@ -62,7 +62,7 @@ INLINE void take(const X* piece, int64_t length, int64_t ahead, float* values, V
     if (squares) *squares = total;
 }
 
-// What a thread needs while it projects a block of tokens.
+// Memory of one thread for the projection of a block of tokens.
 struct ProjectionScratch {
     Room<Vec> sums;      // [BLOCK, rows]
     Room<float> values;  // [TILE_TOKENS][CHUNK] of the streams
@@ -82,6 +82,7 @@ INLINE void multiply_tile(const float* values, const float* phi, int64_t length,
         for (int t = 0; t < TILE_TOKENS; t++) v[t] = load(values + t * CHUNK + k, Whole{});
         for (int r = 0; r < ROWS; r++) {
             const Vec row = in_register(load(phi + r * CHUNK + k, Whole{}));
+            // <v, phi[r]>, one partial sum a lane
             for (int t = 0; t < TILE_TOKENS; t++) total[t][r] += v[t] * row;
         }
     }
@@ -89,10 +90,10 @@ INLINE void multiply_tile(const float* values, const float* phi, int64_t length,
         for (int r = 0; r < ROWS; r++) sums[t * rows + r] = total[t][r];
 }
 
-// By which the values of a token are multiplied whose squares sum to more than float can hold.
+// Scale of the values of a token whose sum of squares overflows float.
 constexpr float HUGE_SCALE = 0x1p-80f;
 
-// projected [rows] and inverse_rms of such a token, in the order of project_block.
+// projected [rows] and inverse_rms of such a token, summed in the order of project_block.
 template <class X>
 NOINLINE void project_huge(const X* x, const Chunks& chunks, const float* phi, int rows, float eps,
                          float* projected, float* inverse_rms) {
@@ -123,8 +124,8 @@ NOINLINE void project_huge(const X* x, const Chunks& chunks, const float* phi, i
     *inverse_rms = inverse * HUGE_SCALE;
 }
 
-// projected [tokens, rows] = x phi^T / rms, inverse_rms [tokens]; phi packed. prepare(from, to) is
-// called before the channels [from, to) of the streams are looked at.
+// projected [tokens, rows] = x phi^T / rms, inverse_rms [tokens] = 1 / sqrt(mean(x^2) + eps); phi
+// packed. prepare(from, to) is called before the channels [from, to) of the streams are read.
 template <class X, class Prepare>
 void project_block(const X* x, int tokens, const Chunks& chunks, const float* phi, int rows,
                    float eps, float* projected, float* inverse_rms, ProjectionScratch& scratch,
@@ -140,8 +141,8 @@ void project_block(const X* x, int tokens, const Chunks& chunks, const float* ph
         const float* own = phi + chunk * rows * CHUNK;
         if (chunk < chunks.per_stream)
             prepare(chunks.within(chunk), chunks.within(chunk) + chunks.length(chunk));
-        // A few tokens at a time, so that what is asked for comes while others are multiplied; tokens
-        // past the block's end repeat the last one.
+        // A few tokens at a time, so that prefetched values arrive while others are multiplied;
+        // tokens past the block's end repeat the last one.
         for (int first = 0; first < BLOCK; first += TILE_TOKENS) {
             for (int t = 0; t < TILE_TOKENS; t++)
                 take(x + std::min(first + t, tokens - 1) * size + from, chunks.length(chunk), ahead,
@@ -161,6 +162,7 @@ void project_block(const X* x, int tokens, const Chunks& chunks, const float* ph
                          inverse_rms + t);
             continue;
         }
+        // 1 / rms, and the division of the products by rms after the sum
         inverse_rms[t] = 1.0f / std::sqrt(total / size + eps);
         for (int r = 0; r < rows; r++)
             projected[t * rows + r] = sum(scratch.sums[t * rows + r]) * inverse_rms[t];

@@ -1,5 +1,5 @@
-// Signatures of the exported functions, derived from their C++ types: Python checks its declarations
-// against them when it loads the library.
+// Signatures of the exported functions, derived from their C++ types. Python checks its own
+// declarations against them when it loads the library.
 #pragma once
 
 #include <cstdint>

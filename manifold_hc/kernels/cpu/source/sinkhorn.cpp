@@ -1,4 +1,4 @@
-// sinkhorn, forward and backward.
+// sinkhorn, forward and backward; the backward recomputes the iterates.
 
 #include <algorithm>
 

@@ -7,7 +7,7 @@
 
 #include "vector.h"
 
-// A sum below this has terms that float has begun to lose.
+// Below this sum, float loses terms of it.
 constexpr float FAINT = 1e-25f;
 
 struct Sinkhorn {
@@ -16,12 +16,12 @@ struct Sinkhorn {
     float eps;
 };
 
-// Vectors that sinkhorn_forward writes when it keeps its iterates.
+// Number of vectors that sinkhorn_forward writes as iterates.
 inline size_t iterates_size(int n, const Sinkhorn& settings) {
     return (size_t)(2 * settings.iterations + 1) * n * n;
 }
 
-// In float64 logarithms, one lane: for matrices whose rows or columns fade in float.
+// One lane in float64 logarithms, for a matrix whose rows or columns underflow in float.
 inline void sinkhorn_lane(int n, int iterations, Vec* matrix, Vec* iterates, int lane,
                           const Vec* logits) {
     double m[MAX_STREAMS * MAX_STREAMS];
@@ -34,6 +34,7 @@ inline void sinkhorn_lane(int n, int iterations, Vec* matrix, Vec* iterates, int
             double most = first[0], total = 0;
             for (int k = 1; k < n; k++) most = std::fmax(most, first[k * stride]);
             for (int k = 0; k < n; k++) total += std::exp(first[k * stride] - most);
+            // log m -= log sum exp(log m)
             const double log_sum = most + std::log(total);
             for (int k = 0; k < n; k++) first[k * stride] -= log_sum;
         }
@@ -71,6 +72,7 @@ NOINLINE void sinkhorn_forward(N n, const Sinkhorn& settings, const Vec* logits,
         for (int k = 1; k < n; k++) most = larger(most, own[k * stride]);
         for (int k = 0; k < n; k++) m[line * next + k * stride] = exponential(own[k * stride] - most);
     }
+    // M_0 = exp(logits - largest of the line)
     Vec least = broadcast(INFINITY);
     auto keep = [&](int step) {
         if (iterates)
@@ -80,7 +82,7 @@ NOINLINE void sinkhorn_forward(N n, const Sinkhorn& settings, const Vec* logits,
         const bool softmax = settings.transposed && iteration == 0;
         least = smaller(least, normalise(n, m, stride, next, softmax ? 0.0f : settings.eps));
         keep(2 * iteration);
-        if (softmax)
+        if (softmax)  // DeepSeek-V4: comb = softmax + eps
             for (int k = 0; k < n * n; k++) m[k] += settings.eps;
         least = smaller(least, normalise(n, m, next, stride, settings.eps));
         keep(2 * iteration + 1);
@@ -90,13 +92,15 @@ NOINLINE void sinkhorn_forward(N n, const Sinkhorn& settings, const Vec* logits,
     for (int k = 0; k < n * n; k++) matrix[k] = m[k];
 }
 
-// grad: with respect to the matrix; replaced by that of the logits.
+// Reverse sweep: grad is the gradient of the matrix, replaced by that of the logits.
 template <class N>
 NOINLINE void sinkhorn_backward(N n, const Sinkhorn& settings, const Vec* iterates, Vec* grad) {
     Vec g[limit<N> * limit<N>];
     const int stride = settings.transposed ? 1 : (int)n, next = settings.transposed ? (int)n : 1;
     const int last = 2 * settings.iterations - 1;
+    // G = dM * M, the gradient of log M
     for (int k = 0; k < n * n; k++) g[k] = grad[k] * iterates[last * n * n + k];
+    // G <- G - M sum(G) over the axis that made M sum to 1
     auto undo = [&](const Vec* m, int along, int across) {
         for (int line = 0; line < n; line++) {
             Vec total = g[line * across];
@@ -107,10 +111,11 @@ NOINLINE void sinkhorn_backward(N n, const Sinkhorn& settings, const Vec* iterat
             }
         }
     };
+    // From the last division to the first.
     for (int step = last; step >= 0; step--) {
         const Vec* m = iterates + step * n * n;
         if (step == 0 && settings.transposed)
-            // The first rows are a softmax S, and what was divided next is S + eps.
+            // The first rows are a softmax S; the next step divides S + eps: G *= S / (S + eps).
             for (int k = 0; k < n * n; k++) g[k] *= m[k] / (m[k] + settings.eps);
         if (step % 2)
             undo(m, next, stride);

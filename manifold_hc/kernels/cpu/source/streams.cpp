@@ -1,4 +1,4 @@
-// read and write: the passes over the streams, forward and backward.
+// read, write and rebuild: the passes over the streams, forward and backward.
 
 #include "calls.h"
 #include "norm.h"
@@ -19,9 +19,10 @@ void read_backward(const X* grad, const X* x, const float* pre, X* dx, float* dp
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t t = 0; t < tokens; t++) {
         const X* own = x + t * n * C;
-        dot_streams(n, C, grad + t * C, own, dpre + t * n);
+        dot_streams(n, C, grad + t * C, own, dpre + t * n);  // dpre[i] = <du, x[i]>
         for_channels(0, C, [&](int64_t c, auto width) {
             const Vec g = load(grad + t * C + c, width);
+            // dx[i] = pre[i] du
             for (int i = 0; i < n; i++)
                 store(dx + (t * n + i) * C + c, pre[t * n + i] * g, width);
         });
@@ -76,6 +77,7 @@ void branch_backward(const X* grad, const Y* y, const float* post, Y* dy, float*
             for_channels<F::STEP>(from, to, [&](int64_t c, auto width) {
                 const auto own = F::load(branch + c, width);
                 prefetch(branch + C + c);
+                // dpost[o] = <g[o], y>
                 for (int o = 0; o < n; o++)
                     sums[o] = add_products(sums[o], F::load(g + o * C + c, width), own);
             });
@@ -98,22 +100,23 @@ void write_backward(const X* grad, const X* x, const Y* y, const float* post, co
                 Vec out[limit<N>];
                 for (int o = 0; o < n; o++) out[o] = load(g + o * C + c, width);
                 for (int i = 0; i < n; i++) {
-                    Vec mixed{};
+                    Vec mixed{};  // dx[i] = sum_o res[o][i] g[o]
                     for (int o = 0; o < n; o++) mixed += res[(t * n + o) * n + i] * out[o];
                     store(dx + (t * n + i) * C + c, mixed, width);
                 }
             });
         });
         for (int o = 0; o < n; o++) {
-            dpost[t * n + o] = dots[o * (n + 1) + n];
+            dpost[t * n + o] = dots[o * (n + 1) + n];  // dpost[o] = <g[o], y>
+            // dres[o][i] = <g[o], x[i]>
             for (int i = 0; i < n; i++) dres[(t * n + o) * n + i] = dots[o * (n + 1) + i];
         }
     }
 }
 
-// The streams stay in registers from one write to the next: outs[l] after y[l], post[l] and res[l],
-// inputs[l] as pre[l] reads the streams before it, normalised where weight[l] is not null. There are
-// `writes` writes and one read more.
+// Streams stay in registers from one write to the next. outs[l]: streams after y[l], post[l] and
+// res[l]; inputs[l]: read by pre[l] from the streams before that write, normalised where weight[l]
+// is not null. There are `writes` writes and one read more.
 template <class X, class Y, class N>
 void rebuild(const X* x, const Y* const* y, const float* const* post, const float* const* res,
              const float* const* pre, const float* const* weight, const float* eps,
@@ -135,7 +138,7 @@ void rebuild(const X* x, const Y* const* y, const float* const* post, const floa
                 write_vector(n, stream, load(y[l] + t * C + c, width), post[l] + t * n,
                              res[l] + t * n * n, [&](int o, Vec v) {
                                  store(outs[l] + (t * n + o) * C + c, v, width);
-                                 next[o] = held(x, v);
+                                 next[o] = held(x, v);  // rounded as in memory: the same bits
                              });
                 for (int i = 0; i < n; i++) stream[i] = next[i];
             }

@@ -1,11 +1,11 @@
-// What is done to the streams of one token in more than one operator.
+// Reads, writes and inner products of one token's streams, shared by the operators.
 #pragma once
 
 #include <algorithm>
 
 #include "vector.h"
 
-// u = sum_i pre[i] x[i], some channels.
+// u = sum_i pre[i] x[i], one vector of channels.
 template <class N>
 INLINE Vec read_vector(N n, const Vec* x, const float* pre) {
     Vec total{};
@@ -22,19 +22,20 @@ INLINE void read_token(N n, int64_t C, const X* x, const float* pre, X* u) {
     });
 }
 
-// x'[o] = sum_i res[o][i] x[i] + post[o] y, some channels, and put(o, x'[o]) with it. Starting from
-// zero leaves one way only to fuse products and sums, so that the bits are the same wherever this is.
+// put(o, x'[o]) of x'[o] = sum_i res[o][i] x[i] + post[o] y, one vector of channels. A sum that
+// starts from zero leaves the compiler one way to fuse products and sums: all callers get equal bits.
 template <class N, class Put>
 INLINE void write_vector(N n, const Vec* x, Vec y, const float* post, const float* res, Put put) {
     for (int o = 0; o < n; o++) {
         Vec total{};
-        total += post[o] * y;
+        total += post[o] * y;  // post[o] y
+        // sum_i res[o][i] x[i]
         for (int i = 0; i < n; i++) total += res[o * n + i] * x[i];
         put(o, total);
     }
 }
 
-// As many rows of inner products with every stream and one more at once as fit into registers.
+// Rows of inner products, with every stream and y, whose sums fit into registers at once.
 template <class N>
 constexpr int DOT_ROWS = std::max(1, std::min(limit<N>, REGISTERS * 3 / 4 / (limit<N> + 1)));
 
@@ -57,10 +58,12 @@ INLINE void dot_tile(N n, int64_t C, const X* a, const X* x, const Y* y, int64_t
         for (int i = 0; i < n; i++) {
             const auto stream = F::load(x + i * C + c, width);
             prefetch(x + (n + i) * C + c);
+            // <a[o], x[i]>
             for (int o = 0; o < OUT; o++) total[o][i] = add_products(total[o][i], own[o], stream);
         }
         const auto branch = F::load(y + c, width);
         prefetch(y + C + c);
+        // <a[o], y>
         for (int o = 0; o < OUT; o++) total[o][n] = add_products(total[o][n], own[o], branch);
     });
     for (int o = 0; o < OUT; o++)
@@ -68,7 +71,7 @@ INLINE void dot_tile(N n, int64_t C, const X* a, const X* x, const Y* y, int64_t
 }
 
 // dots[o][i] = <a[o], x[i]> and dots[o][n] = <a[o], y>, every row n + 1 long. between(from, to) is
-// called before the channels [from, to), which stay near.
+// called before the channels [from, to), which then are in cache.
 template <class X, class Y, class N, class Between>
 INLINE void dot_all(N n, int64_t C, const X* a, const X* x, const Y* y, float* dots,
                     Between between) {

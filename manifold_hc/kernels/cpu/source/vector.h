@@ -1,4 +1,4 @@
-// Vectors of float, streams in float or bfloat16, loops over tokens: what every operator stands on.
+// Vectors of float, streams in float or bfloat16, loops over channels: shared by every operator.
 #pragma once
 
 #include <cmath>
@@ -27,7 +27,7 @@ constexpr int LANES = 4;
 constexpr int REGISTERS = 16;
 #endif
 
-// Whether one instruction multiplies two pairs of bfloat16 in every lane.
+// True if one instruction multiplies two pairs of bfloat16 in every lane.
 #if defined(__AVX512BF16__)
 constexpr bool MULTIPLIES_PAIRS = true;
 #else
@@ -37,7 +37,7 @@ constexpr bool MULTIPLIES_PAIRS = false;
 constexpr int MAX_STREAMS = 16;
 
 #define INLINE inline __attribute__((always_inline))
-// For what is long, called seldom, and needed by several callers: it is compiled once.
+// For long functions with several callers that run rarely: compiled once.
 #define NOINLINE __attribute__((noinline))
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
@@ -52,7 +52,7 @@ struct bfloat16 {
     uint16_t bits;
 };
 
-// Room whose vectors lie in one cache line each: one that lies in two is loaded twice.
+// Memory whose vectors lie in one cache line each: a vector across two lines is loaded twice.
 constexpr std::align_val_t LINE{64};
 template <class T>
 struct Lines {
@@ -71,7 +71,7 @@ struct Part {
     int count;
 };
 
-// A zero that is taken away changes nothing, and costs nothing; one that is added turns -0 into 0.
+// Subtracting a zero changes nothing and costs nothing; adding one turns -0 into 0.
 INLINE Vec broadcast(float value) { return value - Vec{}; }
 INLINE Words broadcast(uint32_t value) { return Words{} + value; }
 
@@ -86,8 +86,8 @@ INLINE Words widened(Halves halves) {
 #endif
 }
 
-// To bfloat16, to nearest, ties to even; a NaN stays one. Where the processor does it, what is
-// smaller than the normal numbers becomes 0.
+// To bfloat16, to nearest, ties to even; a NaN stays one. The processor's own instruction flushes
+// subnormal numbers to 0.
 INLINE Halves rounded(Vec v) {
 #if defined(__AVX512BF16__)
     return (Halves)_mm512_cvtneps_pbh((__m512)v);
@@ -103,7 +103,7 @@ INLINE Vec of_bfloat16(Halves halves) { return (Vec)(widened(halves) << 16); }
 INLINE Vec load(const bfloat16* p, Whole) { return of_bfloat16(*(const AnyHalves*)p); }
 INLINE void store(bfloat16* p, Vec v, Whole) { *(AnyHalves*)p = rounded(v); }
 
-// What memory of this type holds of a value.
+// The value after a store to memory of this type.
 INLINE Vec held(const float*, Vec v) { return v; }
 INLINE Vec held(const bfloat16*, Vec v) { return of_bfloat16(rounded(v)); }
 
@@ -118,8 +118,8 @@ INLINE Words load_pairs(const bfloat16* p, Part part) {
     return load_pairs(row, Whole{});
 }
 
-// The same vector, in a register: GCC would load it anew for every product, and loads are what the
-// products wait for.
+// The same vector, in a register: GCC would load it again for every product, and products wait for
+// loads.
 template <class V>
 INLINE V in_register(V v) {
 #if defined(__x86_64__)
@@ -130,8 +130,8 @@ INLINE V in_register(V v) {
     return v;
 }
 
-// Asks for what is read soon. The rows of a token's streams are too short, and too many at a time,
-// for the processor to see where each goes on.
+// Prefetches an address that is read soon: the rows of a token's streams are too short, and too
+// many at a time, for the processor's own prefetcher.
 INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 
 template <class T>
@@ -148,7 +148,7 @@ INLINE void store(T* p, Vec v, Part part) {
     std::memcpy(p, row, part.count * sizeof(T));
 }
 
-// body(c, width) for every STEP of the channels [from, to): a vector, unless it is told otherwise.
+// body(c, width) for every STEP of the channels [from, to); STEP is a vector by default.
 template <int STEP = LANES, class Body>
 INLINE void for_channels(int64_t from, int64_t to, Body body) {
     int64_t c = from;
@@ -168,7 +168,7 @@ INLINE Vec add_products(Vec sum, Words a, Words b) {
 #endif
 }
 
-// How inner products of rows of these types are taken: in pairs if all are bfloat16.
+// Operands of inner products of rows of these types: pairs if all are bfloat16.
 template <class... T>
 struct Factors {
     static constexpr bool PAIRS = (std::is_same_v<T, bfloat16> && ...);
@@ -253,7 +253,7 @@ inline void with_dtypes(int is_bfloat16, int y_is_bfloat16, Body body) {
     });
 }
 
-// The size of arrays over streams: the constant itself, or the most there can be.
+// Size of arrays over streams: the constant itself, or MAX_STREAMS for a run-time n.
 template <class Number>
 constexpr int limit = MAX_STREAMS;
 template <int value>
