@@ -1,15 +1,18 @@
-"""Arguments of the functions, checked before any work: operation, wanted, got, repair."""
+"""Argument checks of the functions; every error names operation, wanted, got and repair."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from manifold_hc import constraints
 from manifold_hc.errors import ConfigError, DtypeError, ShapeError
+from manifold_hc.kernels.values import InputNorm
 from manifold_hc.numerics import require_epsilon
 
 
 def streams_of(operation: str, x: Tensor) -> tuple[int, int]:
-    """n and C of the streams, checked."""
+    """Check the streams and return (n, C)."""
     if x.dim() < 2 or not x.shape[-2]:
         raise ShapeError(
             f"{operation}: x must be [..., n, C] but is {shape_of(x)}; "
@@ -21,6 +24,49 @@ def streams_of(operation: str, x: Tensor) -> tuple[int, int]:
     return x.shape[-2], x.shape[-1]
 
 
+def check_expand(h: Tensor, n: int) -> None:
+    if not isinstance(n, int | torch.SymInt):
+        raise ConfigError(f"expand: streams must be an integer but are {n!r}")
+    if n < 1:
+        raise ConfigError(f"expand: streams must be at least 1 but is {n}")
+    if h.dim() < 1:
+        raise ShapeError("expand: h must be [..., C] but is a scalar; pass the embedding's output")
+
+
+def check_logits(logits: Tensor) -> None:
+    if logits.dim() < 2 or logits.shape[-1] != logits.shape[-2] or not logits.shape[-1]:
+        raise ShapeError(
+            f"sinkhorn: logits must be [..., n, n] but are {shape_of(logits)}; "
+            "unflatten the last dimension of a projection first"
+        )
+    check_real("sinkhorn", logits=logits)
+
+
+def check_rebuild(
+    x: Tensor,
+    writes: Sequence[tuple[Tensor, Tensor, Tensor]],
+    reads: Sequence[Tensor],
+    norms: Sequence[InputNorm | None],
+) -> int:
+    """Check the arguments of `rebuild` and return n."""
+    n, _ = streams_of("rebuild", x)
+    if len(reads) != len(writes) + 1:
+        raise ShapeError(
+            f"rebuild: reads must be {len(writes) + 1}, one more than the writes, "
+            f"but are {len(reads)}; the last sublayer's write belongs to the next block"
+        )
+    for y, post, res in writes:
+        check_write("rebuild", x, y, post, res)
+    for pre in reads:
+        check_coefficient("rebuild", "pre", pre, x, (n,))
+    if len(norms) != len(reads):
+        raise ShapeError(f"rebuild: norms must be {len(reads)}, one a read, but are {len(norms)}")
+    for norm in norms:
+        if norm is not None:
+            check_input_norm("rebuild", norm.weight, norm.eps, x)
+    return n
+
+
 def check_maps(
     operation: str,
     x: Tensor,
@@ -30,7 +76,7 @@ def check_maps(
     iterations: int,
     constraint: str,
 ) -> int:
-    """The arguments of mHC's coefficients; returns n."""
+    """Check the arguments of mHC's coefficients and return n."""
     check_iterations(operation, iterations)
     n, channels = streams_of(operation, x)
     rows = 2 * n + constraints.constraint(constraint, n).size(n)
@@ -39,7 +85,7 @@ def check_maps(
 
 
 def check_write(operation: str, x: Tensor, y: Tensor, post: Tensor, res: Tensor) -> int:
-    """The arguments of a write; returns n."""
+    """Check the arguments of a write and return n."""
     n, channels = streams_of(operation, x)
     wanted = (*x.shape[:-2], channels)
     if y.shape != wanted:
@@ -69,7 +115,7 @@ def check_iterations(operation: str, iterations: int) -> None:
     if not isinstance(iterations, int) or not 1 <= iterations <= most:
         raise ConfigError(
             f"{operation}: iterations must be a whole number from 1 to {most} but is {iterations}; "
-            'constraint="exact" is what more of them tend to'
+            'constraint="exact" is the limit of more iterations'
         )
 
 
@@ -126,7 +172,7 @@ def check_parameters(
 def check_coefficient(
     operation: str, name: str, tensor: Tensor, x: Tensor, own: tuple[int, ...]
 ) -> None:
-    """[*leading, *own], the leading shape that of x or broadcasting to it."""
+    """Require the shape [*leading, *own], whose leading shape broadcasts to that of x."""
     leading, wanted = tensor.shape[: tensor.dim() - len(own)], x.shape[:-2]
     fits = len(leading) <= len(wanted) and all(
         a in (1, b) for a, b in zip(reversed(leading), reversed(wanted), strict=False)

@@ -1,8 +1,10 @@
-"""What the mixing matrix `res` may be, and how it is made from a token's logits.
+"""Constraints on the mixing matrix `res`, and how it is made from a token's logits.
 
 Every function maps logits with any leading shape to `res[..., o, i]`: row = output stream,
 column = input stream. Gradients are exact: those of the finite iteration for `sinkhorn`,
 the implicit ones for `exact`, plain autograd elsewhere.
+
+A new constraint is a name in `ConstraintName`, a function, and a row of `CONSTRAINTS`.
 """
 
 import itertools
@@ -21,13 +23,13 @@ from manifold_hc.numerics import Numerics
 ConstraintName = Literal["sinkhorn", "identity", "permutation", "kronecker", "exact", "none"]
 
 MOST_ITERATIONS = 1000
-"""Of Sinkhorn-Knopp, whose backward keeps every iterate; `exact` is what more of them tend to."""
+"""Most Sinkhorn-Knopp iterations: the backward keeps every iterate, and `exact` is their limit."""
 
 MOST_PERMUTED = 5
 """Largest n of `permutation`, which has n! logits a token."""
 
 OFF_DIAGONAL = -5.0
-"""Initial logit of everything that leaves the identity: near it, yet not saturated."""
+"""Initial logit of all entries off the identity: near it, yet not saturated."""
 
 
 def sinkhorn(
@@ -38,7 +40,7 @@ def sinkhorn(
     Takes `res` logits [o, i] with "paper" numerics and `comb` logits [source, target] with
     "deepseek_v4"; returns `res[o, i]` with both. arXiv 2512.24880, section 4.2; arXiv 2606.19348.
     """
-    # Tokens go last: every step then runs over long rows of memory, four times faster on a CPU.
+    # Tokens last: every step then runs over long rows of memory, four times faster on a CPU.
     matrix = logits.movedim((-2, -1), (0, 1)).contiguous()
     step = _sinkhorn_deepseek_v4 if numerics.res_is_transposed else _sinkhorn_paper
     return step(matrix, iterations, numerics).movedim((0, 1), (-2, -1)).contiguous()
@@ -108,9 +110,9 @@ def _pairs(logits: Float[Tensor, "*batch k"]) -> tuple[Tensor, ...]:
 def exact(logits: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
     """The one matrix `D1 exp(logits) D2` whose rows and columns all sum to 1.
 
-    Newton's method on the dual in float64, with the implicit gradient (arXiv 2606.07574): what
-    `sinkhorn` tends to, and the judge of its truncation error. Raises ManifoldError when the
-    logits span so much that float64 holds no such matrix.
+    Newton's method on the dual in float64, with the implicit gradient (arXiv 2606.07574). It is the
+    limit of `sinkhorn`, and measures its truncation error. Raises ManifoldError when the logits
+    span so much that float64 holds no such matrix.
     """
     result: Tensor = _Exact.apply(logits.double())
     return result.to(logits.dtype)
@@ -191,7 +193,7 @@ def _doubly_stochastic(logits: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*b
 
 @dataclass(frozen=True)
 class Constraint:
-    """One row of the table: how many logits a token has, how they start, what they become."""
+    """One row of the table: number, initial values and meaning of a token's logits."""
 
     size: Callable[[int], int]
     """n -> number k of logits a token."""
@@ -272,7 +274,7 @@ CONSTRAINTS: dict[str, Constraint] = {
 
 
 def constraint(name: str, n: int) -> Constraint:
-    """The constraint `name`, if it exists for n streams; ConfigError otherwise."""
+    """Return the constraint `name`; raise ConfigError if it does not exist for n streams."""
     if name not in CONSTRAINTS:
         raise ConfigError(f"constraint: must be one of {', '.join(CONSTRAINTS)} but is {name!r}")
     row = CONSTRAINTS[name]

@@ -9,30 +9,25 @@ not reach inside: the same inputs give the same results with and without it.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from manifold_hc import reference
-from manifold_hc.checks import (
-    check_coefficient,
-    check_input_norm,
-    check_iterations,
-    check_maps,
-    check_parameters,
-    check_real,
-    check_write,
-    shape_of,
-    streams_of,
-)
-from manifold_hc.constraints import CONSTRAINTS
+from manifold_hc import checks, reference
 from manifold_hc.constraints import sinkhorn as reference_sinkhorn
-from manifold_hc.errors import ConfigError, ShapeError
-from manifold_hc.kernels import pick
-from manifold_hc.kernels.values import InputNorm, MapParameters, Settings, WriteInputs
-from manifold_hc.numerics import Numerics, preset, require_epsilon
+from manifold_hc.kernels import pick, unfused
+from manifold_hc.kernels.values import (
+    BackwardLink,
+    InputNorm,
+    Reading,
+    WriteInputs,
+    carrier_of,
+    fused_maps,
+    link_of,
+    settings_of,
+)
+from manifold_hc.numerics import preset, require_epsilon
 from manifold_hc.precision import autocast_off
 from manifold_hc.reference import Coefficients
 
@@ -54,34 +49,6 @@ __all__ = [
 ]
 
 
-class BackwardLink(NamedTuple):
-    """Link from a write to the coefficients of its streams, so that both share a backward pass.
-
-    Opaque. It holds for these streams and this `res`, whose gradients come through it; a write of
-    other streams ignores it.
-    """
-
-    grad_carrier: Float[Tensor, "*tokens n C"]
-    x: Float[Tensor, "*batch n C"]
-    res: Float[Tensor, "*batch o i"]
-
-
-class Reading(NamedTuple):
-    """Coefficients of a sublayer, and the input that it reads with them."""
-
-    pre: Float[Tensor, "*batch n"]
-    post: Float[Tensor, "*batch n"]
-    res: Float[Tensor, "*batch o i"]
-    u: Float[Tensor, "*batch C"]
-    """Input of the sublayer, after `input_norm` where that was given."""
-    x: Float[Tensor, "*batch n C"]
-    """Streams that were read."""
-    read_weights: Float[Tensor, "*batch n"]
-    """Weights that u was read with: pre, or the `pre` that `boundary` was given."""
-    link: BackwardLink | None
-    """For the `write` that follows; None where the backend does not use one."""
-
-
 def expand(h: Float[Tensor, "*batch C"], n: int) -> Float[Tensor, "*batch n C"]:
     """Copy the embedding to n streams (arXiv 2409.19606, section 2).
 
@@ -101,12 +68,7 @@ def expand(h: Float[Tensor, "*batch C"], n: int) -> Float[Tensor, "*batch n C"]:
         >>> functional.expand(h, 4).shape
         torch.Size([2, 5, 4, 8])
     """
-    if not isinstance(n, int | torch.SymInt):
-        raise ConfigError(f"expand: streams must be an integer but are {n!r}")
-    if n < 1:
-        raise ConfigError(f"expand: streams must be at least 1 but is {n}")
-    if h.dim() < 1:
-        raise ShapeError("expand: h must be [..., C] but is a scalar; pass the embedding's output")
+    checks.check_expand(h, n)
     return reference.expand(h, n)
 
 
@@ -136,8 +98,7 @@ def sinkhorn(
         `res[..., o, i]` in float32, or float64 for float64 logits.
 
     Raises:
-        ShapeError: logits are not [..., n, n].
-        DtypeError: logits are not floating point.
+        ShapeError, DtypeError: logits are not [..., n, n] in floating point.
         ConfigError: iterations are outside 1 to 1000, or numerics are unknown.
         BackendError: The named backend does not support the call.
 
@@ -147,13 +108,8 @@ def sinkhorn(
         True
     """
     chosen = preset(numerics, hc_eps=hc_eps)
-    check_iterations("sinkhorn", iterations)
-    if logits.dim() < 2 or logits.shape[-1] != logits.shape[-2] or not logits.shape[-1]:
-        raise ShapeError(
-            f"sinkhorn: logits must be [..., n, n] but are {shape_of(logits)}; "
-            "unflatten the last dimension of a projection first"
-        )
-    check_real("sinkhorn", logits=logits)
+    checks.check_iterations("sinkhorn", iterations)
+    checks.check_logits(logits)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     kernels = pick("sinkhorn", backend, logits.shape[-1], [wide])
     with autocast_off(logits.device.type):
@@ -199,8 +155,7 @@ def coefficients(
         (pre [..., n], post [..., n], res [..., o, i]) in float32, or float64 where an input is.
 
     Raises:
-        ShapeError: A tensor's shape does not fit x, or it is on another device.
-        DtypeError: x is not floating point, or a parameter is below float32.
+        ShapeError, DtypeError: A tensor does not fit x; parameters are float32 or float64.
         ConfigError: Unknown constraint or numerics, or a number out of its range.
         BackendError: The named backend does not support the call.
 
@@ -213,17 +168,15 @@ def coefficients(
         (torch.Size([2, 5, 4]), torch.Size([2, 5, 4]), torch.Size([2, 5, 4, 4]))
     """
     chosen = preset(numerics, norm_eps=norm_eps, hc_eps=hc_eps)
-    n = check_maps("coefficients", x, phi, alpha, bias, iterations, constraint)
+    n = checks.check_maps("coefficients", x, phi, alpha, bias, iterations, constraint)
     kernels = pick("coefficients", backend, n, _given(x, phi, alpha, bias))
-    maps = _fused_maps(phi, alpha, bias, constraint)
+    maps = fused_maps(phi, alpha, bias, constraint)
     with autocast_off(x.device.type):
-        if kernels is None:
-            return reference.coefficients(x, phi, alpha, bias, iterations, constraint, chosen)
-        if maps is None:
-            return kernels.composed_coefficients(
-                x, phi, alpha, bias, iterations, constraint, chosen
+        if kernels is None or maps is None:
+            return unfused.coefficients(
+                kernels, x, phi, alpha, bias, iterations, constraint, chosen
             )
-        return kernels.coefficients(x, maps, _settings(chosen, iterations, constraint))
+        return kernels.coefficients(x, maps, settings_of(chosen, iterations, constraint))
 
 
 def coefficients_and_read(
@@ -250,31 +203,21 @@ def coefficients_and_read(
         Reading of the streams x, with the bits of separate calls.
     """
     chosen = preset(numerics, norm_eps=norm_eps, hc_eps=hc_eps)
-    n = check_maps("coefficients_and_read", x, phi, alpha, bias, iterations, constraint)
+    n = checks.check_maps("coefficients_and_read", x, phi, alpha, bias, iterations, constraint)
     kernels = pick("coefficients_and_read", backend, n, _given(x, phi, alpha, bias))
-    maps = _fused_maps(phi, alpha, bias, constraint)
-    if kernels is None or maps is None:
-        name = "reference" if kernels is None else kernels.backend
-        pre, post, res = coefficients(
-            x,
-            phi,
-            alpha,
-            bias,
-            iterations=iterations,
-            constraint=constraint,
-            numerics=numerics,
-            norm_eps=norm_eps,
-            hc_eps=hc_eps,
-            backend=name,
-        )
-        u = read(x, pre, name)
-        grad_carrier = None
-    else:
-        settings = _settings(chosen, iterations, constraint, learn_res)
-        with autocast_off(x.device.type):
+    maps = fused_maps(phi, alpha, bias, constraint)
+    with autocast_off(x.device.type):
+        if kernels is None or maps is None:
+            pre, post, res = unfused.coefficients(
+                kernels, x, phi, alpha, bias, iterations, constraint, chosen
+            )
+            u = unfused.read(kernels, x, pre)
+            grad_carrier = None
+        else:
+            settings = settings_of(chosen, iterations, constraint, learn_res)
             pre, post, res, u, grad_carrier = kernels.coefficients_and_read(x, maps, settings)
     res = res if learn_res else res.detach()
-    return Reading(pre, post, res, u, x, pre, _link(grad_carrier, x, res))
+    return Reading(pre, post, res, u, x, pre, link_of(grad_carrier, x, res))
 
 
 def boundary(
@@ -308,51 +251,34 @@ def boundary(
         Reading whose `x` are the written streams, with the bits of separate calls.
     """
     chosen = preset(numerics, norm_eps=norm_eps, hc_eps=hc_eps)
-    n = check_maps("boundary", x, phi, alpha, bias, iterations, constraint)
-    check_write("boundary", x, y, post, res)
+    n = checks.check_maps("boundary", x, phi, alpha, bias, iterations, constraint)
+    checks.check_write("boundary", x, y, post, res)
     if pre is not None:
-        check_coefficient("boundary", "pre", pre, x, (n,))
+        checks.check_coefficient("boundary", "pre", pre, x, (n,))
     norm_weight = None
     if input_norm is not None:
-        check_input_norm("boundary", input_norm.weight, input_norm.eps, x)
+        checks.check_input_norm("boundary", input_norm.weight, input_norm.eps, x)
         norm_weight = input_norm.weight
     given = _given(x, phi, alpha, bias, y, post, res, pre, norm_weight)
     kernels = pick("boundary", backend, n, given)
-    maps = _fused_maps(phi, alpha, bias, constraint)
-    if kernels is None or maps is None:
-        name = "reference" if kernels is None else kernels.backend
-        written = write(x, y, post, res, name, link=link)
-        new_pre, new_post, new_res = coefficients(
-            written,
-            phi,
-            alpha,
-            bias,
-            iterations=iterations,
-            constraint=constraint,
-            numerics=numerics,
-            norm_eps=norm_eps,
-            hc_eps=hc_eps,
-            backend=name,
-        )
-        u = read(written, new_pre if pre is None else pre, name)
-        if input_norm is not None:
-            with autocast_off(x.device.type):
-                u = reference.normalise(u, input_norm.weight, input_norm.eps)
-        grad_carrier = None
-    else:
-        settings = _settings(chosen, iterations, constraint, learn_res)
-        with autocast_off(x.device.type):
-            written, new_pre, new_post, new_res, u, grad_carrier = kernels.boundary(
-                WriteInputs(x, y, post, res),
-                pre,
-                _grad_carrier(link, x, res),
-                maps,
-                input_norm,
-                settings,
+    maps = fused_maps(phi, alpha, bias, constraint)
+    inputs, carrier = WriteInputs(x, y, post, res), carrier_of(link, x, res)
+    with autocast_off(x.device.type):
+        if kernels is None or maps is None:
+            written = unfused.write(kernels, inputs, carrier)
+            new_pre, new_post, new_res = unfused.coefficients(
+                kernels, written, phi, alpha, bias, iterations, constraint, chosen
+            )
+            u = unfused.read(kernels, written, new_pre if pre is None else pre, input_norm)
+            new_carrier = None
+        else:
+            settings = settings_of(chosen, iterations, constraint, learn_res)
+            written, new_pre, new_post, new_res, u, new_carrier = kernels.boundary(
+                inputs, pre, carrier, maps, input_norm, settings
             )
     new_res = new_res if learn_res else new_res.detach()
     read_weights = new_pre if pre is None else pre
-    new_link = _link(grad_carrier, written, new_res)
+    new_link = link_of(new_carrier, written, new_res)
     return Reading(new_pre, new_post, new_res, u, written, read_weights, new_link)
 
 
@@ -382,9 +308,7 @@ def hc_coefficients(
         (pre [..., n], post [..., n], res [..., o, i]) in float32, or float64 where an input is.
 
     Raises:
-        ShapeError: A tensor's shape does not fit x, or it is on another device.
-        DtypeError: x is not floating point, or a parameter is below float32.
-        ConfigError: norm_eps is negative or not finite.
+        ShapeError, DtypeError: A tensor does not fit x; parameters are float32 or float64.
         BackendError: The named backend does not support the call.
 
     Example:
@@ -396,8 +320,10 @@ def hc_coefficients(
         (torch.Size([5, 2]), torch.Size([5, 2]), torch.Size([5, 2, 2]))
     """
     require_epsilon("hc_coefficients: norm_eps", norm_eps)
-    n, channels = streams_of("hc_coefficients", x)
-    check_parameters("hc_coefficients", x, phi, alpha, bias, (2 + n, channels), 2 * n + n * n, 3)
+    n, channels = checks.streams_of("hc_coefficients", x)
+    checks.check_parameters(
+        "hc_coefficients", x, phi, alpha, bias, (2 + n, channels), 2 * n + n * n, 3
+    )
     kernels = pick("hc_coefficients", backend, n, _given(x, phi, alpha, bias))
     with autocast_off(x.device.type):
         if kernels is None:
@@ -418,22 +344,15 @@ def exit_coefficients(
 ) -> Float[Tensor, "*batch n"]:
     """Compute the weights of DeepSeek-V4's learned exit, for `collapse` (`hc_head`, 2606.19348).
 
-    Args:
-        x: Streams [..., n, C], floating point.
-        phi: Projection [n, nC], float32 or float64.
-        alpha: Gate [1], as phi.
-        bias: [n], as phi.
-        numerics: "paper" or "deepseek_v4": the epsilons.
-        norm_eps: Epsilon inside the root of the RMS norm; the preset's where None.
-        hc_eps: Epsilon added to the weights; the preset's where None.
-        backend: See the module.
+    x [..., n, C]; phi [n, nC], alpha [1] and bias [n] in float32 or float64. Other arguments and
+    errors are those of `coefficients`.
 
     Returns:
-        Weights [..., n] in float32, or float64 where an input is. Errors: as `coefficients`.
+        Weights [..., n] in float32, or float64 where an input is.
     """
     chosen = preset(numerics, norm_eps=norm_eps, hc_eps=hc_eps)
-    n, channels = streams_of("exit_coefficients", x)
-    check_parameters("exit_coefficients", x, phi, alpha, bias, (n, n * channels), n, 1)
+    n, channels = checks.streams_of("exit_coefficients", x)
+    checks.check_parameters("exit_coefficients", x, phi, alpha, bias, (n, n * channels), n, 1)
     kernels = pick("exit_coefficients", backend, n, _given(x, phi, alpha, bias))
     with autocast_off(x.device.type):
         if kernels is None:
@@ -455,8 +374,7 @@ def read(
         u [..., C] in x's dtype, summed in pre's.
 
     Raises:
-        ShapeError: The shapes do not fit, or the devices differ.
-        DtypeError: x is not floating point, or pre is below float32.
+        ShapeError, DtypeError: pre does not fit x, or is below float32.
         BackendError: The named backend does not support the call.
 
     Example:
@@ -464,8 +382,8 @@ def read(
         >>> torch.equal(functional.read(x, pre), torch.ones(5, 8))
         True
     """
-    n, _ = streams_of("read", x)
-    check_coefficient("read", "pre", pre, x, (n,))
+    n, _ = checks.streams_of("read", x)
+    checks.check_coefficient("read", "pre", pre, x, (n,))
     kernels = pick("read", backend, n, [x, pre])
     with autocast_off(x.device.type):
         if kernels is None:
@@ -499,8 +417,7 @@ def write(
         x' [..., n, C] in x's dtype.
 
     Raises:
-        ShapeError: The shapes do not fit, or the devices differ.
-        DtypeError: x or y is not floating point, or a coefficient is below float32.
+        ShapeError, DtypeError: A tensor does not fit x, or a coefficient is below float32.
         BackendError: The named backend does not support the call.
 
     Example:
@@ -509,12 +426,12 @@ def write(
         >>> x_next[0, :, 0]
         tensor([1., 3.])
     """
-    n = check_write("write", x, y, post, res)
+    n = checks.check_write("write", x, y, post, res)
     kernels = pick("write", backend, n, [x, y, post, res])
     with autocast_off(x.device.type):
         if kernels is None:
             return reference.write(x, y, post, res)
-        return kernels.write(x, y, post, res, _grad_carrier(link, x, res))
+        return kernels.write(x, y, post, res, carrier_of(link, x, res))
 
 
 def rebuild(
@@ -526,61 +443,23 @@ def rebuild(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Compute a recompute block's streams and inputs again, without its branches (mHC, 4.3).
 
-    Args:
-        x: Streams [..., n, C] that the block starts with.
-        writes: (y [..., C], post [..., n], res [..., o, i]) of each sublayer but the last.
-        reads: Read weights [..., n] of each sublayer.
-        norms: Norm of each sublayer's input; None for no norm.
-        backend: See the module.
+    x: streams [..., n, C] that the block starts with; writes: (y [..., C], post [..., n],
+    res [..., o, i]) of each sublayer but the last; reads: read weights [..., n] of each sublayer;
+    norms: norm of each sublayer's input, or None. Errors are those of `write` and `read`.
 
     Returns:
-        (streams after each write, input of each sublayer), the bits of `write`, `read` and
-        `boundary`, without a derivative.
-
-    Raises:
-        ShapeError: The shapes or the numbers of writes, reads and norms do not fit.
-        DtypeError, BackendError: As in `write`.
+        (streams after each write, input of each sublayer), with the bits of `write`, `read` and
+        `boundary`. They have no derivative.
     """
-    n, _ = streams_of("rebuild", x)
-    if len(reads) != len(writes) + 1:
-        raise ShapeError(
-            f"rebuild: reads must be {len(writes) + 1}, one more than the writes, "
-            f"but are {len(reads)}; the last sublayer's write belongs to the next block"
-        )
-    for y, post, res in writes:
-        check_write("rebuild", x, y, post, res)
-    for pre in reads:
-        check_coefficient("rebuild", "pre", pre, x, (n,))
     own: list[InputNorm | None] = [None] * len(reads) if norms is None else list(norms)
-    if len(own) != len(reads):
-        raise ShapeError(f"rebuild: norms must be {len(reads)}, one a read, but are {len(own)}")
-    for norm in own:
-        if norm is not None:
-            check_input_norm("rebuild", norm.weight, norm.eps, x)
+    n = checks.check_rebuild(x, writes, reads, own)
     weights = [norm.weight for norm in own if norm is not None]
     given = [x, *(tensor for write in writes for tensor in write), *reads, *weights]
     kernels = pick("rebuild", backend, n, given)
     with torch.no_grad(), autocast_off(x.device.type):
         if kernels is None:
-            return _rebuilt(x, writes, reads, own)
+            return unfused.rebuild(x, writes, reads, own)
         return kernels.rebuild(x, writes, reads, own)
-
-
-def _rebuilt(
-    x: Tensor,
-    writes: Sequence[tuple[Tensor, Tensor, Tensor]],
-    reads: Sequence[Tensor],
-    norms: Sequence[InputNorm | None],
-) -> tuple[list[Tensor], list[Tensor]]:
-    """`rebuild` out of the reference's functions."""
-    streams = [x]
-    for y, post, res in writes:
-        streams.append(reference.write(streams[-1], y, post, res))
-    inputs = []
-    for own, pre, norm in zip(streams, reads, norms, strict=True):
-        u = reference.read(own, pre)
-        inputs.append(u if norm is None else reference.normalise(u, norm.weight, norm.eps))
-    return streams[1:], inputs
 
 
 def collapse(
@@ -602,8 +481,7 @@ def collapse(
         [..., C] in x's dtype.
 
     Raises:
-        ShapeError: The shapes do not fit, or the devices differ.
-        DtypeError: x is not floating point, or weights are below float32.
+        ShapeError, DtypeError: weights do not fit x, or are below float32.
         BackendError: The named backend does not support the call.
 
     Example:
@@ -613,9 +491,9 @@ def collapse(
         >>> torch.allclose(functional.collapse(x, torch.full((4,), 0.25)), x.mean(-2), atol=1e-6)
         True
     """
-    n, _ = streams_of("collapse", x)
+    n, _ = checks.streams_of("collapse", x)
     if weights is not None:
-        check_coefficient("collapse", "weights", weights, x, (n,))
+        checks.check_coefficient("collapse", "weights", weights, x, (n,))
     kernels = pick("collapse", backend, n, _given(x, weights))
     with autocast_off(x.device.type):
         if kernels is None or weights is None:
@@ -625,34 +503,3 @@ def collapse(
 
 def _given(*tensors: Tensor | None) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
-
-
-def _fused_maps(
-    phi: Tensor | None, alpha: Tensor | None, bias: Tensor, constraint: str
-) -> MapParameters | None:
-    """Map parameters that one kernel takes; None for static maps, or where torch builds res."""
-    if phi is None or alpha is None or not CONSTRAINTS[constraint].in_kernels:
-        return None
-    return MapParameters(phi, alpha, bias)
-
-
-def _settings(
-    numerics: Numerics, iterations: int, constraint: str, learns: bool = True
-) -> Settings:
-    return Settings(
-        constraint=constraint,
-        iterations=iterations,
-        transposed=numerics.res_is_transposed,
-        norm_eps=numerics.norm_eps,
-        hc_eps=numerics.hc_eps,
-        learns=learns,
-    )
-
-
-def _link(grad_carrier: Tensor | None, x: Tensor, res: Tensor) -> BackwardLink | None:
-    return None if grad_carrier is None else BackwardLink(grad_carrier, x, res)
-
-
-def _grad_carrier(link: BackwardLink | None, x: Tensor, res: Tensor) -> Tensor | None:
-    """The link's carrier, if the link holds for x and res."""
-    return link.grad_carrier if link is not None and link.x is x and link.res is res else None

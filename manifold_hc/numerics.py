@@ -1,4 +1,4 @@
-"""The numerics presets: the same mathematics, with the details two codebases disagree on."""
+"""Numerics presets: the same mathematics in the details of the paper and of DeepSeek-V4."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -12,17 +12,17 @@ LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 
 @dataclass(frozen=True)
 class Numerics:
-    """One preset. Every detail that tells two implementations apart has a row here."""
+    """One preset: a field for every detail in which the implementations differ."""
 
     name: NumericsName
     norm_eps: float
-    """Inside the root of the RMS norm over the nC stream values."""
+    """Epsilon inside the root of the RMS norm over the nC stream values."""
     hc_eps: float
-    """Added to pre, to the row softmax and to every Sinkhorn denominator."""
+    """Epsilon added to pre, to the row softmax and to every Sinkhorn denominator."""
     res_is_transposed: bool
-    """Whether the n*n rows of phi and bias hold `comb[source, target]` instead of `res[o, i]`."""
+    """True if the n*n rows of phi and bias hold `comb[source, target]` instead of `res[o, i]`."""
     exit: Literal["mean", "learned"]
-    """How the streams become one again after the last sublayer."""
+    """Reduction of the streams to one after the last sublayer."""
 
 
 PRESETS: dict[str, Numerics] = {
@@ -36,7 +36,7 @@ PRESETS: dict[str, Numerics] = {
 
 
 def preset(name: str, *, norm_eps: float | None = None, hc_eps: float | None = None) -> Numerics:
-    """The preset `name`, with its epsilons replaced where they are given.
+    """Return the preset `name`, with its epsilons replaced where they are given.
 
     Raises ConfigError for an unknown name, for an `hc_eps` with "paper", which has none, and for
     epsilons below 0 or not finite in float32.
@@ -58,6 +58,6 @@ def preset(name: str, *, norm_eps: float | None = None, hc_eps: float | None = N
 
 
 def require_epsilon(name: str, value: float) -> None:
-    """Raise ConfigError for what is no number, below 0, or more than float32 holds."""
+    """Raise ConfigError unless the value is a number from 0 to the largest float32."""
     if not isinstance(value, float | int) or not 0 <= value <= LARGEST_FLOAT32:
         raise ConfigError(f"{name} must be finite in float32 and not negative but is {value!r}")

@@ -1,4 +1,4 @@
-"""The connections in plain torch: the specification every backend is held to.
+"""The connections in plain torch: the specification of every backend.
 
 Shape legend, used throughout the package:
 
@@ -28,7 +28,7 @@ Coefficients = tuple[
 
 
 def expand(h: Float[Tensor, "*batch C"], n: int) -> Float[Tensor, "*batch n C"]:
-    """Entry of the network: `h` copied to n streams."""
+    """Entry of the network: copy `h` to n streams."""
     return h.unsqueeze(-2).expand(*h.shape[:-1], n, h.shape[-1]).contiguous()
 
 
@@ -37,8 +37,8 @@ def project(
 ) -> Float[Tensor, "*batch rows"]:
     """`RMSNorm(vec(x)) phi^T`, the division after the product (mHC, section 4.3).
 
-    NaN for a token whose squares overflow, in float32 from an RMS of 1e17 on: dividing by infinity
-    would make the maps static without a word. The kernels compute it scaled.
+    A token whose squares overflow, in float32 from an RMS of 1e17 on, gives NaN: dividing by
+    infinity would make its maps static without an error. The kernels compute it scaled.
     """
     v = x.flatten(-2).to(_accumulation(x, phi))
     mean = v.square().mean(-1, keepdim=True)
@@ -55,7 +55,7 @@ def coefficients(
     constraint: str,
     numerics: Numerics,
 ) -> Coefficients:
-    """mHC's maps (mHC, equations 7 and 8); without `phi` and `alpha` the static ones.
+    """Compute mHC's maps (mHC, equations 7 and 8); without `phi` and `alpha` the static ones.
 
     Rows of `phi` and `bias`: pre (n) | post (n) | res (k).
     """
@@ -83,7 +83,7 @@ def gate(
     bias: Float[Tensor, " rows"],
     n: int,
 ) -> Float[Tensor, "*batch rows"]:
-    """The logits: projections times their group's gate (pre, post, res), plus the bias."""
+    """Return the logits: projections times their group's gate (pre, post, res), plus the bias."""
     sizes = (n, n, bias.shape[0] - 2 * n)
     gates = torch.cat([gate.expand(size) for gate, size in zip(alpha, sizes, strict=True)])
     return projected * gates + bias
@@ -92,7 +92,7 @@ def gate(
 def activate(
     logits: Float[Tensor, "*batch rows"], n: int, numerics: Numerics
 ) -> tuple[Float[Tensor, "*batch n"], Float[Tensor, "*batch n"], Float[Tensor, "*batch k"]]:
-    """pre and post from their logits; the logits of res as they are."""
+    """Return pre and post from their logits, and the logits of res unchanged."""
     pre, post, res = logits.tensor_split((n, 2 * n), -1)
     return pre.sigmoid() + numerics.hc_eps, 2 * post.sigmoid(), res
 
@@ -104,7 +104,7 @@ def hc_coefficients(
     bias: Float[Tensor, " static"],
     norm_eps: float,
 ) -> Coefficients:
-    """HC's maps (HC, equations 10 to 13); without `phi` and `alpha` the static ones.
+    """Compute HC's maps (HC, equations 10 to 13); without `phi` and `alpha` the static ones.
 
     Each stream's own C values give that stream's row of coefficients through tanh. Rows of `phi`:
     pre (1) | post (1) | res (n, one per output stream); entries of `bias`: pre (n) | post (n) |
@@ -113,7 +113,7 @@ def hc_coefficients(
     static = bias.to(_accumulation(x, bias)).expand(*x.shape[:-2], -1)
     if phi is None or alpha is None:
         return hc_move(static, x.shape[-2])
-    # Every stream alone is what one stream of mHC is: normalised over C, projected.
+    # Each stream is normalised over C and projected as mHC does with n = 1.
     return hc_move(static, x.shape[-2], project(x.unsqueeze(-2), phi, norm_eps), alpha)
 
 
@@ -123,7 +123,7 @@ def hc_move(
     projected: Float[Tensor, "*batch n rows"] | None = None,
     alpha: Float[Tensor, "3"] | None = None,
 ) -> Coefficients:
-    """HC's static maps, moved by alpha * tanh of every stream's projections (pre | post | res)."""
+    """Return HC's static maps plus alpha * tanh(projections) of every stream (pre | post | res)."""
     pre, post, res = static.tensor_split((n, 2 * n), -1)
     res = res.unflatten(-1, (n, n))
     if projected is None or alpha is None:
@@ -174,5 +174,5 @@ def collapse(
 
 
 def _accumulation(x: Tensor, coefficient: Tensor) -> torch.dtype:
-    """float32, or float64 where one of the two is."""
+    """Return float32, or float64 where either tensor is float64."""
     return torch.promote_types(torch.promote_types(x.dtype, coefficient.dtype), torch.float32)

@@ -21,7 +21,7 @@ _library = library.Library(NAMESPACE, "FRAGMENT")
 
 
 class Operator:
-    """One operator of one backend; a subclass gives its schema and what the methods below do.
+    """One operator of one backend; a subclass has the schema and the four methods below.
 
     Shapes: N tokens, n streams, C channels, R rows of phi. Arguments that a schema spells as one of
     `values.GROUPS` reach the methods as that value.
@@ -31,7 +31,7 @@ class Operator:
     """Name, arguments and results, as PyTorch takes it."""
 
     def __init__(self, backend: str, support: Support) -> None:
-        """Define the operator; `support`: what the kernels of `backend` take."""
+        """Define the operator, which raises for arguments beyond `support`: kernels trust them."""
         operator, _, arguments = self.schema.partition("(")
         name = f"{backend}_{operator}"
         typed = arguments_of(arguments)
@@ -100,16 +100,16 @@ class Operator:
         if self._groups is None:
             return arguments
         return [
-            arguments[first] if make is None else make(*arguments[first:end])
+            arguments[first] if make is None else make(arguments[first:end])
             for first, end, make in self._groups
         ]
 
 
 def _groups(
     typed: Sequence[tuple[str, str]],
-) -> list[tuple[int, int, Callable[..., Any] | None]] | None:
+) -> list[tuple[int, int, Callable[[Sequence[Any]], Any] | None]] | None:
     """(first, end, value) of every argument or group of a schema; None where it has no group."""
-    found: list[tuple[int, int, Callable[..., Any] | None]] = []
+    found: list[tuple[int, int, Callable[[Sequence[Any]], Any] | None]] = []
     index = 0
     while index < len(typed):
         end, make = index + 1, None

@@ -1,14 +1,17 @@
-"""What travels together between functions, operators and kernels, as one value each.
+"""Values that travel together between functions, operators and kernels.
 
-Only the schema of a torch operator spells them out: PyTorch takes tensors and numbers alone. The
-fragments of a schema stand next to the value that they become.
+Only the schema of a torch operator spells their fields out, because PyTorch takes tensors and
+numbers alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
+
+from manifold_hc.constraints import CONSTRAINTS
+from manifold_hc.numerics import Numerics
 
 
 class MapParameters(NamedTuple):
@@ -20,6 +23,15 @@ class MapParameters(NamedTuple):
     """[3]: gates of pre, post and res."""
     bias: Tensor
     """[R]"""
+
+
+def fused_maps(
+    phi: Tensor | None, alpha: Tensor | None, bias: Tensor, constraint: str
+) -> MapParameters | None:
+    """Map parameters that one kernel takes; None for static maps, or where torch builds res."""
+    if phi is None or alpha is None or not CONSTRAINTS[constraint].in_kernels:
+        return None
+    return MapParameters(phi, alpha, bias)
 
 
 class Settings(NamedTuple):
@@ -35,12 +47,64 @@ class Settings(NamedTuple):
     """True if the gradient that comes through the link is a gradient of res too."""
 
 
+def settings_of(
+    numerics: Numerics, iterations: int, constraint: str, learns: bool = True
+) -> Settings:
+    """Numbers of one call, from its preset and arguments."""
+    return Settings(
+        constraint=constraint,
+        iterations=iterations,
+        transposed=numerics.res_is_transposed,
+        norm_eps=numerics.norm_eps,
+        hc_eps=numerics.hc_eps,
+        learns=learns,
+    )
+
+
 class InputNorm(NamedTuple):
     """RMS norm of a sublayer's input."""
 
     weight: Float[Tensor, " C"]
     eps: float
     """Epsilon inside the root."""
+
+
+class BackwardLink(NamedTuple):
+    """Link from a write to the coefficients of its streams, so that both share a backward pass.
+
+    Opaque. It holds for these streams and this `res`, whose gradients come through it; a write of
+    other streams ignores it.
+    """
+
+    grad_carrier: Float[Tensor, "*tokens n C"]
+    x: Float[Tensor, "*batch n C"]
+    res: Float[Tensor, "*batch o i"]
+
+
+class Reading(NamedTuple):
+    """Coefficients of a sublayer, and the input that it reads with them."""
+
+    pre: Float[Tensor, "*batch n"]
+    post: Float[Tensor, "*batch n"]
+    res: Float[Tensor, "*batch o i"]
+    u: Float[Tensor, "*batch C"]
+    """Input of the sublayer, after `input_norm` where that was given."""
+    x: Float[Tensor, "*batch n C"]
+    """Streams that were read."""
+    read_weights: Float[Tensor, "*batch n"]
+    """Weights that u was read with: pre, or the `pre` that `boundary` was given."""
+    link: BackwardLink | None
+    """For the `write` that follows; None where the backend does not use one."""
+
+
+def link_of(grad_carrier: Tensor | None, x: Tensor, res: Tensor) -> BackwardLink | None:
+    """Link of the streams x and res; None without a carrier."""
+    return None if grad_carrier is None else BackwardLink(grad_carrier, x, res)
+
+
+def carrier_of(link: BackwardLink | None, x: Tensor, res: Tensor) -> Tensor | None:
+    """The link's carrier, if the link holds for x and res."""
+    return link.grad_carrier if link is not None and link.x is x and link.res is res else None
 
 
 class WriteInputs(NamedTuple):
@@ -68,7 +132,7 @@ class Maps(NamedTuple):
 
 
 class SavedMaps(NamedTuple):
-    """What the backward of the coefficients keeps of `Maps`."""
+    """Part of `Maps` that the backward of the coefficients keeps."""
 
     res: Tensor
     projected: Tensor
@@ -76,7 +140,7 @@ class SavedMaps(NamedTuple):
 
 
 class ReadingGradients(NamedTuple):
-    """Gradients that reach a reading; None where none does."""
+    """Gradients of the results of a reading; None for a result without one."""
 
     u: Tensor | None
     pre: Tensor | None
@@ -111,16 +175,17 @@ READING_GRADIENTS = (
 )
 
 
-def input_norm(weight: Tensor | None, eps: float) -> InputNorm | None:
-    """The norm that a schema spells as `NORM`; None without a weight."""
+def norm_or_none(pair: Sequence[Any]) -> InputNorm | None:
+    """Norm of (weight, eps), as a schema spells it; None without a weight."""
+    weight, eps = pair
     return None if weight is None else InputNorm(weight, eps)
 
 
-GROUPS: dict[str, Callable[..., Any]] = {
-    MAPS: MapParameters,
-    SETTINGS: Settings,
-    NORM: input_norm,
-    SAVED_MAPS: SavedMaps,
-    READING_GRADIENTS: ReadingGradients,
+GROUPS: dict[str, Callable[[Sequence[Any]], Any]] = {
+    MAPS: MapParameters._make,
+    SETTINGS: Settings._make,
+    NORM: norm_or_none,
+    SAVED_MAPS: SavedMaps._make,
+    READING_GRADIENTS: ReadingGradients._make,
 }
-"""Fragment of a schema -> the value that an operator makes of it."""
+"""Fragment of a schema -> function from its arguments to their value."""

@@ -1,10 +1,8 @@
 """Write, coefficients and read between two sublayers on the CPU, and their derivative.
 
-source/boundary.cpp and source/boundary_backward.cpp. Coefficients without a write, or without a
-read, are the same two functions with null pointers.
+source/boundary.cpp and source/boundary_backward.cpp. Coefficients without a write or without a read
+are the same two functions with null pointers.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,7 +139,7 @@ def _maps_of(
     settings: Settings,
     u: Tensor | None,
 ) -> Maps:
-    """Return the maps of `streams`, which `write` fills first, and fill u with what they read."""
+    """Return the maps of `streams`, which `write` fills first, and fill u unless it is None."""
     (N, n, C), R, new = streams.shape, maps.phi.shape[0], maps.phi.new_empty
     made = Maps(new(N, n), new(N, n), new(N, n, n), new(N, R), new(N))
     MHC_BOUNDARY(
@@ -166,9 +164,13 @@ def _maps_of(
         n=n,
         C=C,
         rows=R,
+        constraint=CONSTRAINT_NUMBERS[settings.constraint],
+        iterations=settings.iterations,
+        transposed=settings.transposed,
+        norm_eps=settings.norm_eps,
+        hc_eps=settings.hc_eps,
         x_is_bfloat16=streams.dtype == torch.bfloat16,
         y_is_bfloat16=write is not None and write.y.dtype == torch.bfloat16,
-        **_numbers(settings),
     )
     return made
 
@@ -238,10 +240,14 @@ def boundary_backward(
         n=n,
         C=C,
         rows=R,
+        constraint=CONSTRAINT_NUMBERS[settings.constraint],
+        iterations=settings.iterations,
+        transposed=settings.transposed,
+        norm_eps=settings.norm_eps,
+        hc_eps=settings.hc_eps,
         learns=settings.learns,
         x_is_bfloat16=written.dtype == torch.bfloat16,
         y_is_bfloat16=y is not None and y.dtype == torch.bfloat16,
-        **_numbers(settings),
     )
     # An operator returns tensors only: an empty one for an absent input.
     dy, dpost, dpre, dweight = (
@@ -250,13 +256,3 @@ def boundary_backward(
     # Results of an operator share no memory.
     dbias, dalpha = dbias_dalpha[:R].clone(), dbias_dalpha[R:].clone()
     return BoundaryGradients(dx, dy, dpost, dpre, dphi, dalpha, dbias, dweight)
-
-
-def _numbers(settings: Settings) -> dict[str, Any]:
-    return {
-        "constraint": CONSTRAINT_NUMBERS[settings.constraint],
-        "iterations": settings.iterations,
-        "transposed": settings.transposed,
-        "norm_eps": settings.norm_eps,
-        "hc_eps": settings.hc_eps,
-    }

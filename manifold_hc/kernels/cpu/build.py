@@ -31,12 +31,14 @@ logger = logging.getLogger("manifold_hc")
 NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
 
 UNFINISHED = "building-"
-"""How the temporary folder of a build begins."""
+"""Prefix of a build's temporary folder."""
 
 
 @cache
 def library() -> ctypes.CDLL:
-    """The compiled operators: the wheel's for this processor, else built if there are none yet.
+    """Return the compiled kernels: the wheel's for this processor, else those of an earlier build.
+
+    Builds them on the first use.
 
     Raises BackendError when they must be built and there is no compiler, when it fails, or when the
     cache folder cannot be written; the message says which.
@@ -45,13 +47,13 @@ def library() -> ctypes.CDLL:
 
 
 def _prebuilt() -> ctypes.CDLL | None:
-    """The wheel's library, if it has one that this processor runs and that is whole."""
+    """Return the wheel's library, if it has an undamaged one for this processor."""
     target = prebuilt.find()
     if target is None:
         return None
     try:
-        # Linked without an OpenMP runtime: PyTorch has made its own visible to every library, so
-        # there is one pool of threads, and none need be installed.
+        # Linked without an OpenMP runtime: PyTorch makes its own visible to every library, so there
+        # is one pool of threads, and no runtime to install.
         found = _load(target)
     except OSError as error:
         logger.warning("%s cannot be used, so the CPU kernels are built: %s", target, error)
@@ -78,7 +80,7 @@ def _cached() -> ctypes.CDLL:
 
 
 def _key(compiler: tuple[str, ...]) -> str:
-    """Tells apart everything that makes another library: sources, torch, compiler, processor."""
+    """Return the hash of all inputs of a build: sources, torch, compiler, processor, flags."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
     parts = [
         *(f"{path.name}\n{path.read_text()}" for path in sorted(SOURCES.iterdir())),
@@ -93,7 +95,7 @@ def _key(compiler: tuple[str, ...]) -> str:
 
 
 def _processor() -> str:
-    """What -march=native looks at."""
+    """Return the processor's description, which -march=native depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -103,7 +105,7 @@ def _processor() -> str:
 
 
 def _found(target: Path) -> ctypes.CDLL | None:
-    """The library of an earlier build, if it is there and whole."""
+    """Return the library of an earlier build, if it exists and is undamaged."""
     if not target.exists():
         return None
     try:
@@ -114,7 +116,7 @@ def _found(target: Path) -> ctypes.CDLL | None:
 
 
 def _load(target: Path) -> ctypes.CDLL:
-    """Raises OSError unless the library is whole: loading half of one would end the process."""
+    """Load a library; raise OSError if it is damaged, as loading it would end the process."""
     if _checksum(target) != target.with_suffix(".sha256").read_text():
         raise OSError("its checksum is another")
     return ctypes.CDLL(str(target))
@@ -125,17 +127,17 @@ def _checksum(path: Path) -> str:
 
 
 def _built(compiler: tuple[str, ...], target: Path) -> ctypes.CDLL:
-    """One process builds; the others wait for it and find the file."""
+    """Build the library; other processes wait for the first one and find its file."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_suffix(".lock")):
         if (found := _found(target)) is not None:
             return found
         start = time.perf_counter()
-        # A warning, which Python shows without any configuration: the program seems to stand still.
+        # A warning, which Python shows without any configuration: the program seems to hang.
         logger.warning(
             "building the CPU kernels with %s, once for this machine: 12 to 40 s", compiler[0]
         )
-        for left in target.parent.glob(f"{UNFINISHED}*"):  # by builds that were killed
+        for left in target.parent.glob(f"{UNFINISHED}*"):  # of killed builds
             shutil.rmtree(left, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=target.parent) as folder:
             built = Path(folder) / target.name
@@ -144,7 +146,7 @@ def _built(compiler: tuple[str, ...], target: Path) -> ctypes.CDLL:
             except CompileError as error:
                 repair = 'set CXX to another compiler, or use backend="reference"'
                 raise BackendError(f"{error}; {repair}") from error
-            # First the checksum: where a library is, there is one.
+            # The checksum first, so that no library is without one.
             write_atomically(target.with_suffix(".sha256"), _checksum(built))
             built.replace(target)
         logger.info("built in %.0f s: %s", time.perf_counter() - start, target)

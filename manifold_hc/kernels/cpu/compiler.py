@@ -1,6 +1,6 @@
 """Compiles the C++ sources into one library.
 
-The standard library alone: whatever builds a wheel has no PyTorch.
+Imports the standard library only: a wheel is built without PyTorch.
 """
 
 import os
@@ -17,21 +17,21 @@ FLAGS = (
     "-O3",
     "-fPIC",
     "-fopenmp",
-    # Neither changes a result; -ffast-math would lose NaN and infinity.
+    # These change no result; -ffast-math would lose NaN and infinity.
     "-fno-math-errno",
     "-fno-trapping-math",
 )
 
 LINES = 3
-"""Lines of a compiler's complaint that an error repeats."""
+"""Number of lines of the compiler's output in an error message."""
 
 
 class CompileError(Exception):
-    """A compiler that failed, in its own words."""
+    """The compiler failed; the message holds the first lines of its output."""
 
 
 def find_compiler() -> tuple[str, ...] | None:
-    """The C++ compiler's command, $CXX before the usual names; None without one."""
+    """Return the C++ compiler's command, $CXX before the usual names; None without a compiler."""
     for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
         command = shlex.split(name or "")
         if command and shutil.which(command[0]):
@@ -42,7 +42,7 @@ def find_compiler() -> tuple[str, ...] | None:
 def compile_library(
     compiler: Sequence[str], target: Path, processor: Sequence[str], link: Sequence[str]
 ) -> None:
-    """Compile all sources at the same time and link them; objects lie beside `target`.
+    """Compile all sources in parallel and link them; objects go to the folder of `target`.
 
     processor: compiler flags that name the instruction set, e.g. -march=x86-64-v3. link: flags of
     the link alone. Raises CompileError.

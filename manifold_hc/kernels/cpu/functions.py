@@ -1,8 +1,7 @@
 """C functions: declared once each, checked against the built library, called by keywords.
 
-A declaration stands in the Python file of its operator. The library exports the signatures that
-C++ itself has, so that a declaration that differs is found when the library loads: ctypes would
-pass whatever it is given.
+A declaration stands in the Python file of its operator. The library exports the signatures of its
+functions, derived from their C++ types, and loading it compares both: ctypes itself checks nothing.
 """
 
 import ctypes

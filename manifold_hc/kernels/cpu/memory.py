@@ -1,8 +1,8 @@
 """Memory for large results, mapped once and used again.
 
-The first touch of a page costs more than the streams' way through memory, and the C library hands
-large blocks back to the system whenever they are freed: every training step would pay for all of
-its pages anew. So what a freed result leaves behind is kept, up to a limit, for the next one.
+The first touch of a page costs more than reading or writing it, and the C library hands large
+blocks back to the system whenever they are freed: every training step would pay for all of its
+pages again. So the memory of a freed result is kept, up to a limit, for the next one.
 """
 
 import contextlib
@@ -18,39 +18,39 @@ from torch import Tensor
 from manifold_hc.errors import OutOfMemoryError
 
 LARGE = 4 << 20
-"""Bytes from which a result is put into memory that is kept; smaller ones are torch's own."""
+"""Smallest result, in bytes, in kept memory; torch allocates smaller ones."""
 
 KEEP = 1 << 30
-"""Bytes kept at most while nobody uses them."""
+"""Largest number of unused bytes that are kept."""
 
 PAGE = 2 << 20
-"""A huge page, on systems that have them: sizes are whole ones."""
+"""Size of a huge page: blocks are whole ones."""
 
 
 class Blocks:
-    """Mapped blocks that nobody uses, oldest first."""
+    """Memory blocks for results; unused ones are kept, oldest first."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._free: list[mmap.mmap] = []
-        # A tensor may be collected in the middle of anything, here too: what comes back is put
-        # aside, and sorted in by whoever has the lock.
+        # The garbage collector may free a tensor at any point, inside these methods too: returned
+        # blocks wait in a queue until a thread that holds the lock takes them in.
         self._returned: deque[mmap.mmap] = deque()
         self._lock = threading.Lock()
 
     def tensor(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Arbitrary content of `like`'s dtype; its block comes back when the last view is gone."""
+        """Return an uninitialised tensor like `like`; its block returns after the last view."""
         size = torch.Size(shape).numel() * like.dtype.itemsize
         block = self._take(-(-size // PAGE) * PAGE)
         own = (ctypes.c_char * size).from_buffer(block, -_address(block) % PAGE)
-        # Nothing needs to come back when the process ends.
+        # No block needs to return when the process ends.
         weakref.finalize(own, self._give_back, block).atexit = False
         memory = torch.frombuffer(own, dtype=like.dtype).untyped_storage()
-        # No view of another tensor: autograd would not let those be changed in place.
+        # Not a view of another tensor: autograd forbids in-place changes of those.
         return like.new_empty(0).set_(memory, 0, shape)  # type: ignore[call-overload]
 
     def kept(self) -> int:
-        """Bytes that are mapped and unused."""
+        """Return the number of mapped and unused bytes."""
         return sum(map(len, self._free))
 
     def release(self) -> None:
@@ -62,17 +62,17 @@ class Blocks:
     def _take(self, size: int) -> mmap.mmap:
         with self._lock:
             self._sort_in()
-            for index in range(len(self._free) - 1, -1, -1):  # what was freed last is in cache
+            for index in range(len(self._free) - 1, -1, -1):  # the last freed is in cache
                 if len(self._free[index]) == size + PAGE:
                     return self._free.pop(index)
         block = self._map(size + PAGE)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a system without them
+            with contextlib.suppress(OSError):  # a system without huge pages
                 block.madvise(mmap.MADV_HUGEPAGE)
         return block
 
     def _map(self, size: int) -> mmap.mmap:
-        """New memory; what is kept goes back to the system before that is given up."""
+        """Map new memory; release the kept blocks and try again before raising."""
         try:
             return _mapped(size)
         except OSError:
@@ -109,10 +109,10 @@ def _address(block: mmap.mmap) -> int:
 
 
 BLOCKS = Blocks(KEEP)
-"""Of this process. A limit of 0 leaves all results to torch's allocator."""
+"""Blocks of this process. A limit of 0 leaves all results to torch's allocator."""
 
 
 def empty(like: Tensor, *shape: int) -> Tensor:
-    """A new tensor of `like`'s dtype, in memory that is kept if it is large."""
+    """Return an uninitialised tensor of `like`'s dtype, in kept memory if it is large."""
     large = torch.Size(shape).numel() * like.dtype.itemsize >= LARGE
     return BLOCKS.tensor(like, shape) if large and BLOCKS.limit else like.new_empty(shape)

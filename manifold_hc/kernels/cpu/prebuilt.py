@@ -1,6 +1,6 @@
-"""The libraries that a wheel brings along, and which of them fits this processor.
+"""Libraries in a wheel, and the choice of one for this processor.
 
-The standard library alone, as in `compiler`.
+Imports the standard library only, as `compiler` does.
 """
 
 import platform
@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parent / "lib"
 
 
 class Variant(NamedTuple):
-    """An instruction set: the compiler's flags for it, and how Linux names what it needs."""
+    """An instruction set: compiler flags, and Linux's names of the processor features it needs."""
 
     name: str
     machine: str
@@ -36,25 +36,28 @@ VARIANTS = (
     Variant("x86-64-v3", "x86_64", ("-march=x86-64-v3",), _V3),
     Variant("aarch64", "aarch64", ("-march=armv8-a",), frozenset({"asimd"})),
 )
-"""The fastest of a machine first."""
+"""Variants of all machines, the fastest of a machine first."""
 
 
 def fitting(machine: str, features: Collection[str]) -> Variant | None:
-    """The fastest variant all of whose instructions the processor has; None if there is none."""
+    """Return the fastest variant whose instructions the processor has; None without one."""
     return next(
         (v for v in VARIANTS if v.machine == machine and v.features.issubset(features)), None
     )
 
 
 def processor_features(cpuinfo: str) -> frozenset[str]:
-    """What every processor of /proc/cpuinfo has, and the system lets programs use."""
+    """Return the features that all processors in /proc/cpuinfo have."""
     lines = [line.partition(":") for line in cpuinfo.splitlines()]
     sets = [frozenset(v.split()) for key, _, v in lines if key.strip() in ("flags", "Features")]
     return frozenset.intersection(*sets) if sets else frozenset()
 
 
 def find() -> Path | None:
-    """The wheel's library for this processor, which may be missing or damaged; None without one."""
+    """Return the path of the wheel's library for this processor; None if it has none.
+
+    The file may be missing or damaged.
+    """
     try:
         features = processor_features(Path("/proc/cpuinfo").read_text())
     except OSError:  # not Linux

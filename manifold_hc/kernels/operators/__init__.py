@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from manifold_hc import reference
-from manifold_hc.constraints import CONSTRAINTS
 from manifold_hc.kernels.arguments import Support
 from manifold_hc.kernels.operators.boundary import Boundary
 from manifold_hc.kernels.operators.coefficients import Coefficients, CoefficientsAndRead
@@ -16,16 +15,12 @@ from manifold_hc.numerics import Numerics
 
 
 class Operators:
-    """Operators of one backend, and the coefficients that torch completes.
-
-    torch keeps the cheap work: gates and activations of the projections, and the constraints that
-    no kernel computes.
-    """
+    """Operators of one backend, and two functions that torch completes from projections."""
 
     def __init__(self, backend: str, support: Support) -> None:
         """Define `torch.ops.manifold_hc.<backend>_*`, once in a process.
 
-        An operator raises for arguments beyond `support`, which its kernel would misread.
+        `support`: devices, numbers of streams and dtypes that the backend's kernels take.
         """
         self.backend = backend
         self.sinkhorn = Sinkhorn(backend, support)
@@ -36,34 +31,6 @@ class Operators:
         self.coefficients = Coefficients(backend, support, self.coefficients_and_read.differentiate)
         self.boundary = Boundary(backend, support, self.write.differentiate)
         self.rebuild = Rebuild(backend, support)
-
-    def composed_coefficients(
-        self,
-        x: Tensor,
-        phi: Tensor | None,
-        alpha: Tensor | None,
-        bias: Tensor,
-        iterations: int,
-        constraint: str,
-        numerics: Numerics,
-    ) -> reference.Coefficients:
-        """Compute `reference.coefficients` where no kernel computes res: in steps, by torch."""
-        n, batch = x.shape[-2], x.shape[:-2]
-        if phi is None or alpha is None:
-            # Static maps are the same for every token: made once, then repeated.
-            maps = self._activate(bias, n, iterations, constraint, numerics)
-            pre, post, res = (each.expand(*batch, *each.shape) for each in maps)
-            return pre, post, res
-        logits = reference.gate(self.project(x, phi, numerics.norm_eps), alpha, bias, n)
-        return self._activate(logits, n, iterations, constraint, numerics)
-
-    def _activate(
-        self, logits: Tensor, n: int, iterations: int, constraint: str, numerics: Numerics
-    ) -> reference.Coefficients:
-        pre, post, res = reference.activate(logits, n, numerics)
-        if constraint == "sinkhorn":
-            return pre, post, self.sinkhorn(res.unflatten(-1, (n, n)), iterations, numerics)
-        return pre, post, CONSTRAINTS[constraint].build(res, n, iterations, numerics)
 
     def hc_coefficients(
         self,

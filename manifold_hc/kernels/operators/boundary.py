@@ -181,7 +181,7 @@ class Boundary(Operator):
         return torch.empty_like(x), fake_input(x), *fake_maps(x, maps.phi), fake_carrier(x)
 
     def save(self, ctx: Any, inputs: Any, output: Any) -> None:
-        """Save what the gradients need: of x and res nothing under a link."""
+        """Save the inputs, without x and res under a link, and the new maps."""
         x, y, post, res, pre, link, maps, norm, ctx.settings = inputs
         written, _, _, _, new_res, projected, inverse_rms, _ = output
         weight, ctx.input_eps = (None, 0.0) if norm is None else norm

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from manifold_hc.kernels.cpu import rebuild as cpu
 from manifold_hc.kernels.operator import Operator, fake_input, flattened
-from manifold_hc.kernels.values import InputNorm, input_norm
+from manifold_hc.kernels.values import InputNorm, norm_or_none
 
 Rebuilt = tuple[list[Tensor], list[Tensor]]
 
@@ -62,7 +62,7 @@ class Rebuild(Operator):
     ) -> Rebuilt:
         """Run the backend's kernel."""
         writes = list(zip(y, post, res, strict=True))
-        norms = [input_norm(w, e) for w, e in zip(weight, eps, strict=True)]
+        norms = [norm_or_none(pair) for pair in zip(weight, eps, strict=True)]
         if self.backend == "cpu":
             return cpu.rebuild(x, writes, pre, norms)
         from manifold_hc.kernels.triton import rebuild as triton

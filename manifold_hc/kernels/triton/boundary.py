@@ -1,8 +1,8 @@
-"""All that lies between two sublayers: a write, coefficients of what it wrote, and a read.
+"""Boundary between two sublayers: write, coefficients of the written streams, read.
 
-The first launch writes, and while the written streams are still in registers it sums their
-projections and squares; where the weights of the read are known before, it reads too, and nothing
-touches the streams again. The second is `coefficients`'s own. A norm of u is a third.
+The first launch writes, and sums projections and squares of the written streams while they are in
+registers; with known read weights it reads too, and no launch reads the streams again. The second
+is that of `coefficients`. A norm of u is a third.
 """
 
 from typing import no_type_check
@@ -20,7 +20,7 @@ from manifold_hc.kernels.triton.write import streams_of, weights_of, written_str
 from manifold_hc.kernels.values import InputNorm, MapParameters, Maps, Settings, WriteInputs
 
 KEPT = tl.constexpr(4)
-"""Streams up to which a token's matrix stays in registers, at half the cost of its addresses.
+"""Largest n whose matrix of a token stays in registers, at half the cost of its addresses.
 
 Beyond, a loop over the output streams loads a row of it at a time.
 """
@@ -32,7 +32,7 @@ def _write_and_project(
     streams, branch, kept, post, res, pre, phi, written, products, squares, total,
     token, live, mask, start, r, o, C: tl.constexpr, R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Stores stream o, BC channels from `start` on; adds its products, squares and what is read."""
+    """Store stream o of x', BC channels from `start`; add its products, squares and share of u."""
     n: tl.constexpr = len(streams)
     BC: tl.constexpr = branch.shape[1]
     weights = kept[o] if len(kept) > 0 else weights_of(post, res, token, live, o, n)
@@ -42,13 +42,14 @@ def _write_and_project(
     stream = made.to(tl.float32)
     if pre is not None:
         weight = tl.load(pre + token * n + o, mask=live, other=0.0)
-        total = plus(total, weight[:, None], stream)
+        total = plus(total, weight[:, None], stream)  # u += pre[o] x'[o]
     k = start + tl.arange(0, BC)[:, None]
     inside = (k < C) & (r < R)[None, :]
     rows = tl.load(phi + r[None, :] * (n * C) + o * C + k, mask=inside, other=0.0)
-    # Elementwise work right before a product is done twice, in the layout of its operand too,
-    # with all that it needs kept in registers twice. A sum in between stops that.
+    # The compiler repeats elementwise work right before a product in the layout of its operand, and
+    # keeps all inputs in registers twice. A sum in between stops that.
     operand = tl.sum(tl.join(stream, tl.zeros_like(stream)), 2)
+    # x'[o] phi^T and, below, sum x'[o]^2
     products = tl.dot(operand, rows, products, input_precision=PRECISION)
     return products, plus(squares, stream, stream), total
 
@@ -61,9 +62,9 @@ def boundary_kernel(
     n: tl.constexpr, C: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, RB: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """CHUNK channels of one token block: as `project_part`, of streams that it makes itself.
+    """Write and project CHUNK channels of one token block: `project_part` of x'.
 
-    Where phi has more rows than fit, several programs make the same streams, and one stores them.
+    Where phi has more rows than fit, several programs make the same x', and one stores it.
     """
     split = tl.program_id(1)
     row_block = tl.program_id(2)

@@ -1,4 +1,4 @@
-"""Coefficients and read: two launches over the streams, or one where a block of them stays near.
+"""Coefficients and read: two launches over the streams, or one where a block stays in cache.
 
 The first launch projects (`project`). The second turns projections into gates, matrices and u:
 some of its programs run Sinkhorn while the others, which need only the gates, move the streams.
@@ -35,9 +35,9 @@ def gates_and_read(
     n: tl.constexpr, C: tl.constexpr, R: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """One token block's u over one segment; segment 0 stores pre, post, their p and 1 / rms.
+    """Store u of one token block over one segment, unless u is None.
 
-    u may be None.
+    Segment 0 also stores pre, post, their projections p and 1 / rms.
     """
     token = block.to(tl.int64) * BT + tl.arange(0, BT)
     live = token < tokens
@@ -46,8 +46,9 @@ def gates_and_read(
     mask = live[:, None] & (j < 2 * n)
     offsets = token[:, None] * R + j
     total = reduced(partial, offsets, mask, splits, tokens.to(tl.int64) * R)
-    p = total * inverse[:, None]
+    p = total * inverse[:, None]  # p = v phi^T / rms(v)
     is_post = j >= n
+    # pre = sigmoid(alpha p + bias) + hc_eps, post = 2 sigmoid(alpha p + bias)
     logits = p * tl.load(alpha + is_post.to(tl.int32)) + tl.load(
         bias + j, mask=j < 2 * n, other=0.0
     )
@@ -74,7 +75,7 @@ def mixing(
     n: tl.constexpr, C: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, P: tl.constexpr,
     CONSTRAINT: tl.constexpr, TRANSPOSED: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
-    """One token block's res, and the projections it comes from."""
+    """Store res of one token block, and the projections it comes from."""
     a = tl.arange(0, P)[:, None]
     b = tl.arange(0, P)[None, :]
     if CONSTRAINT == "identity":
@@ -89,7 +90,7 @@ def mixing(
         p = total * inverse[:, None, None]
         tl.store(projected + offsets, p, mask=mask)
         shifts = tl.load(bias + 2 * n + a * n + b, mask=(a < n) & (b < n), other=0.0)
-        made = p * tl.load(alpha + 2) + shifts[None, :, :]
+        made = p * tl.load(alpha + 2) + shifts[None, :, :]  # logits alpha p + bias
         if CONSTRAINT == "sinkhorn":
             made = project_onto_doubly_stochastic(made, n, iterations, log2_eps, TRANSPOSED, EPS)
     offsets, mask = matrix_offsets(block, tokens, n * n, n, BT, P, TRANSPOSED)
@@ -141,7 +142,7 @@ def one_launch_kernel(
         x, phi, partial, squares, block, zero, zero, tokens,
         n * C, R, n * C, BT, BK, RB, PRECISION,
     )  # fmt: skip
-    # What one thread stored above, others read below: through memory, in another layout.
+    # Other threads read these stores below, in another layout: through memory.
     tl.debug_barrier()
     gates_and_read(
         x, partial, squares, alpha, bias, u, pre, post, projected, inverse_rms,
@@ -210,7 +211,7 @@ def finish(
     token_blocks = plan.blocks(tokens, tile["BT"])
     segments = 1 if u is None else plan.segments(token_blocks, C, tile["BC"])
     MT = plan.matrix_tokens(n)
-    mix_blocks = plan.blocks(tokens, MT)
+    mix_blocks = plan.blocks(tokens, MT)  # programs that make matrices; the others gates and u
     finish_kernel[(mix_blocks + token_blocks * segments,)](
         x, partial, squares, maps.alpha, maps.bias, u, *made,
         tokens, len(partial), segments, mix_blocks, MT=MT,

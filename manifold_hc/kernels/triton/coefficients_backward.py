@@ -1,8 +1,8 @@
-"""Backward of coefficients and read, and of all that lies between two sublayers.
+"""Backward of coefficients and read, and of a boundary between two sublayers.
 
-The first launch reads the streams for their inner products and undoes the gates; beside it, or
-after it where what comes through the link is a gradient of res too, others undo Sinkhorn. That is
-the gradient of every projection. What follows is in `gradient`.
+The first launch reads the streams for their inner products and goes back through the gates. Other
+programs go back through Sinkhorn: in the same launch, or in the next where the link brings a
+gradient of res. Together they make dp, the gradient of every projection; `gradient` does the rest.
 """
 
 from typing import no_type_check
@@ -40,7 +40,7 @@ def _mixing_backward(
     n: tl.constexpr, R: tl.constexpr, BT: tl.constexpr, P: tl.constexpr,
     CONSTRAINT: tl.constexpr, TRANSPOSED: tl.constexpr, EPS: tl.constexpr, HISTORY: tl.constexpr,
 ):  # fmt: skip
-    """The rows of res: their gradient, and this block's sums for bias and alpha.
+    """Store dp of the rows of res, and this block's sums for bias and alpha.
 
     The gradient of res is `grad_res` plus `mixed`, [N, n, n] each; either may be None.
     """
@@ -62,7 +62,8 @@ def _mixing_backward(
         found = doubly_stochastic_backward(
             found, logits, n, iterations, log2_eps, TRANSPOSED, EPS, HISTORY
         )
-    tl.store(grad + 2 * n + offsets, found * gate, mask=mask)
+    tl.store(grad + 2 * n + offsets, found * gate, mask=mask)  # dp = dlogit alpha
+    # dbias = sum dlogit, dalpha = sum dlogit p
     place = (a * n + b).to(tl.int64) * blocks + block
     tl.store(sums + place, tl.sum(found, 0), mask=real)
     whole = tl.sum(tl.sum(tl.sum(found * p, 0), 0), 0)
@@ -75,10 +76,10 @@ def _gates_backward(
     outer, projected, alpha, bias, grad, sums, added, pre, token, live, block, blocks: int,
     slope, hc_eps: float, n: tl.constexpr, R: tl.constexpr, FIRST: tl.constexpr,
 ):  # fmt: skip
-    """One kind of gate, rows FIRST to FIRST + n: `slope` times a sigmoid.
+    """Store dp of one kind of gate, rows FIRST to FIRST + n: `slope` times a sigmoid.
 
-    The gates' gradient is `outer` [N, n] plus `added`, n vectors; either may be None. Stores
-    the gates in `pre` [N, n] where that is not None.
+    The gates' gradient is `outer` [N, n] plus `added`, n vectors; either may be None. Store the
+    gates in `pre` [N, n] unless that is None.
     """
     KIND: tl.constexpr = FIRST // n
     gate = tl.load(alpha + KIND)
@@ -93,7 +94,8 @@ def _gates_backward(
         s = tl.sigmoid(p * gate + tl.load(bias + FIRST + i))
         if pre is not None:
             tl.store(pre + token * n + i, s + hc_eps, mask=live)
-        found *= slope * s * (1 - s)
+        found *= slope * s * (1 - s)  # dlogit, through the sigmoid
+        # dp = dlogit alpha, dbias = sum dlogit, dalpha = sum dlogit p
         tl.store(grad + token * R + FIRST + i, found * gate, mask=live)
         tl.store(sums + (FIRST + i) * blocks.to(tl.int64) + block, tl.sum(found, 0))
         whole += found * p
@@ -103,7 +105,7 @@ def _gates_backward(
 @triton.jit
 @no_type_check
 def _reading(given, projected, alpha, bias, token, live, hc_eps: float, n: tl.constexpr, R):
-    """What u was read with, n vectors: `given` or, where that is None, the new pre."""
+    """Return the read weights of u, n vectors: `given`, or the new pre where that is None."""
     if given is not None:
         return columns_of(given, token, live, n, 0, n)
     found = ()
@@ -129,10 +131,10 @@ def projections_gradient_kernel(
     MT: tl.constexpr, P: tl.constexpr,
     CONSTRAINT: tl.constexpr, TRANSPOSED: tl.constexpr, EPS: tl.constexpr, HISTORY: tl.constexpr,
 ):  # fmt: skip
-    """Stores the projections' gradient [N, R], pre, and each block's sums of bias and alpha.
+    """Store dp [N, R], the gradient of the projections, pre, and sums for bias and alpha.
 
-    With `link` its products with the streams in `mixed`, with `given` their gradient in `dgiven`,
-    with `weight` what its backward needs in `norms`.
+    With `link` also its products with the streams in `mixed`, with read weights `given` their
+    gradient in `dgiven`, with `weight` the norm's r and k in `norms`.
     """
     mixes, block = role(mix_blocks)
     if mixes:

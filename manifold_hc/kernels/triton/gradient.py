@@ -1,12 +1,12 @@
-"""The second read of the streams in backward: their whole gradient, and phi's, in one pass.
+"""Second read of the streams in backward: their whole gradient and that of phi, in one pass.
 
     dx[i] = dx' + res^T link + pre[i] du + dq phi[i] - scale x[i]      dphi = dq^T x
     dq = dp / rms      scale = <dp, p> / (rms^2 n C)
 
-for the projections p and their gradient dp. A program owns some channels of all streams and a
-range of tokens; phi's sums over the ranges are added by a last launch in a fixed order. Of streams
-that a write has just made, the same pass makes the gradients of that write's y and post, as dx is
-then at hand.
+for the projections p and their gradient dp; the term of `scale` is the rank-one correction of the
+RMS norm. A program owns some channels of all streams and a range of tokens; a last launch adds
+phi's sums over the ranges in a fixed order. Where a write made the streams, the same pass makes the
+gradients of its y and post from dx.
 """
 
 from typing import NamedTuple, no_type_check
@@ -22,11 +22,11 @@ from manifold_hc.kernels.values import BoundaryGradients, MapParameters
 HUGE_INVERSE = tl.constexpr(2.0**-50)
 HUGE_ROOT = tl.constexpr(2.0**63)
 HUGE_SHARE = tl.constexpr(2.0**-126)
-"""Below HUGE_INVERSE the square of 1 / rms is taken of HUGE_ROOT / rms; float would lose it."""
+"""Below HUGE_INVERSE the square of 1 / rms underflows float: HUGE_ROOT / rms is squared instead."""
 
 
 class Mixed(NamedTuple):
-    """What reaches the streams besides the projections, through the read and the next write."""
+    """Gradients that reach the streams through the read and the next write, not the projections."""
 
     grad_u: Tensor | None = None
     reading: Tensor | None = None
@@ -37,7 +37,7 @@ class Mixed(NamedTuple):
 
 
 class Write(NamedTuple):
-    """The write that made the streams, and the gradient that reaches them by no other way."""
+    """The write that made the streams, and the gradient of the written streams themselves."""
 
     grad: Tensor | None
     y: Tensor | None
@@ -45,7 +45,7 @@ class Write(NamedTuple):
 
 
 class Pieces(NamedTuple):
-    """Gradients by the pass over the streams: whole, or partial sums with one dimension more."""
+    """Results of the pass over the streams: gradients, or partial sums with one dimension more."""
 
     x: Tensor
     y: Tensor | None
@@ -57,7 +57,7 @@ class Pieces(NamedTuple):
 @triton.jit
 @no_type_check
 def _phi_tile(phi, r, j, BC: tl.constexpr, c0, n: tl.constexpr, C: tl.constexpr, R: tl.constexpr):
-    """Rows r of phi at the channels [c0, c0 + BC) of all streams: [rows, P BC]."""
+    """Load rows r of phi at the channels [c0, c0 + BC) of all streams: [rows, P BC]."""
     c = c0 + j % BC
     mask = (r < R)[:, None] & ((j // BC < n) & (c < C))[None, :]
     return tl.load(phi + r[:, None] * (n * C) + (j // BC * C + c)[None, :], mask=mask, other=0.0)
@@ -70,7 +70,7 @@ def _through_projections(
     R: tl.constexpr, BC: tl.constexpr, RB: tl.constexpr, ROW_BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`dq phi` [BT, P BC] and `<dp, p>` [BT], all rows in turn."""
+    """Return `dq phi` [BT, P BC] and `<dp, p>` [BT], one block of rows after another."""
     total = tl.zeros([local.shape[0]], tl.float32)
     product = tl.zeros([local.shape[0], j.shape[0]], tl.float32)
     for b in tl.static_range(ROW_BLOCKS):
@@ -89,11 +89,12 @@ def _through_projections(
 def _through_norm(
     dout, reading, streams, weight, norms, dweights, local, live, c, C: tl.constexpr, TYPE
 ):  # fmt: skip
-    """du [BT, BC] before the norm from that after it (see `products`), and dweights added to."""
+    """Return du [BT, BC] before the norm, and dweights with this tile's: see `products`."""
     u = tl.sum(reading[:, :, None] * streams, 1).to(TYPE).to(tl.float32)
     r = tl.load(norms + local * 2, mask=live, other=0.0)[:, None]
     k = tl.load(norms + local * 2 + 1, mask=live, other=0.0)[:, None]
     gate = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
+    # du = r dout weight - k u, the rank-one correction; dweight += dout u r
     return r * gate * dout - k * u, dweights + dout * u * r
 
 
@@ -103,7 +104,7 @@ def _through_read(
     total, streams, dweights, grad_u, pre, weight, norms, local, live, c,
     n: tl.constexpr, C: tl.constexpr, TYPE,
 ):  # fmt: skip
-    """Adds `pre[i] du` to a tile [BT, P, BC]."""
+    """Add `pre[i] du` to a tile [BT, P, BC]."""
     stream = tl.arange(0, total.shape[1])[None, :]
     real = live[:, None] & (stream < n)
     mask = live[:, None] & (c < C)[None, :]
@@ -119,15 +120,15 @@ def _through_read(
 @triton.jit
 @no_type_check
 def _through_link(total, link, res, local, live, c, n: tl.constexpr, C: tl.constexpr):
-    """Adds `res^T link` to a tile [BT, P, BC]."""
+    """Add `res^T link`, sum_o res[o, i] g[o], to a tile [BT, P, BC]."""
     stream = tl.arange(0, total.shape[1])[None, :]
     mask = live[:, None] & (c < C)[None, :]
     real = live[:, None] & (stream < n)
-    # One offset for all o: what differs between them is then part of each load, no register.
+    # One offset for all o: the difference between them is then part of each load, not a register.
     places = local[:, None] * (n * n) + stream
     offsets = local[:, None] * (n * C) + c[None, :]
     for o in tl.static_range(n):
-        # The compiler loads as early as it can; beyond a barrier it would hold too much.
+        # The compiler moves loads up as far as a barrier; without one it would hold too many.
         if n > 7 and o % 4 == 0:
             tl.debug_barrier()
         weights = tl.load(res + o * n + places, mask=real, other=0.0)
@@ -141,16 +142,16 @@ def _through_link(total, link, res, local, live, c, n: tl.constexpr, C: tl.const
 def _store_of_write(
     whole, y, post, dy, dposts, local, live, c, n: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
-    """dy, and dpost's sums over the channels c, from the gradient of the streams [BT, P, BC]."""
+    """Store dy, and dpost's sums over the channels c, from the gradient of the streams."""
     stream = tl.arange(0, whole.shape[1])[None, :]
     real = live[:, None] & (stream < n)
     mask = live[:, None] & (c < C)[None, :]
     place = local[:, None] * C + c[None, :]
     gates = tl.load(post + local[:, None] * n + stream, mask=real, other=0.0)
     branch = tl.load(y + place, mask=mask, other=0.0).to(tl.float32)
-    found = tl.sum(gates[:, :, None] * whole, 1)
+    found = tl.sum(gates[:, :, None] * whole, 1)  # dy = sum_o post[o] dx[o]
     tl.store(dy + place, found.to(dy.dtype.element_ty), mask=mask)
-    found = tl.sum(branch[:, None, :] * whole, 2)
+    found = tl.sum(branch[:, None, :] * whole, 2)  # dpost[o] = <dx[o], y>
     tl.store(dposts + local[:, None] * n + stream, found, mask=real)
 
 
@@ -166,10 +167,10 @@ def streams_gradient_kernel(
     BC: tl.constexpr, RB: tl.constexpr, ROW_BLOCKS: tl.constexpr, OWN: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Matrix products see a tile as [BT, P BC], the rest as [BT, P, BC].
+    """Make dx, and partial sums of dphi, dpost and dweight.
 
-    A program sums OWN of phi's ROW_BLOCKS blocks of RB rows; the first of those that share a tile
-    makes the streams' gradient.
+    Matrix products take a tile as [BT, P BC], the rest as [BT, P, BC]. A program sums OWN of phi's
+    ROW_BLOCKS blocks of RB rows; the first of those that share a tile makes dx.
     """
     split = tl.program_id(1)
     first_row = tl.program_id(2) * (OWN * RB)
@@ -222,8 +223,10 @@ def streams_gradient_kernel(
             offsets = local[:, None] * R + (r + b * RB)[None, :]
             dp = tl.load(grad + offsets, mask=real, other=0.0)
             dq = dp * inverse[:, None]
+            # dphi += dq^T x
             added = added + (tl.dot(tl.trans(dq), streams, sums[b], input_precision=PRECISION),)
             if OWN == ROW_BLOCKS:
+                # dq phi, and <dp, p>
                 product = tl.dot(dq, weights[b], product, input_precision=PRECISION)
                 scale += tl.sum(dp * tl.load(projected + offsets, mask=real, other=0.0), 1)
         sums = added
@@ -235,19 +238,20 @@ def streams_gradient_kernel(
                 )  # fmt: skip
             huge = inverse < HUGE_INVERSE
             root = tl.where(huge, inverse * HUGE_ROOT, inverse)
+            # Rank-one correction of the RMS norm: - <dp, p> / (rms^2 n C) x
             scale *= root * root / (n * C)
             back = streams * tl.where(huge, HUGE_SHARE, 1.0)[:, None]
             total = (product - scale[:, None] * back).reshape(BT, P, BC)
-            if grad_u is not None:
+            if grad_u is not None:  # + pre[i] du
                 total, weight_sums = _through_read(
                     total, streams.reshape(BT, P, BC), weight_sums, grad_u, pre, weight, norms,
                     local, live, c, n, C, x.dtype.element_ty,
                 )  # fmt: skip
-            if link is not None:
+            if link is not None:  # + res^T link
                 total = _through_link(total, link, res, local, live, c, n, C)
             targets = (local[:, None, None] * n + i) * C + c[None, None, :]
             mask = live[:, None, None] & (i < n) & (c < C)[None, None, :]
-            if outer is not None:
+            if outer is not None:  # + dx'
                 total += tl.load(outer + targets, mask=mask, other=0.0).to(tl.float32)
             whole = total.to(dx.dtype.element_ty)
             tl.store(dx + targets, whole, mask=mask)
@@ -287,14 +291,14 @@ def streams_gradient_kernel(
 
 @triton.jit
 @no_type_check
-def _add_up(parts, out, block, count, size, BLOCK: tl.constexpr):
-    """One block of the sum over `parts` [count, size], in their order."""
+def _add_up(partial, out, block, count, size, BLOCK: tl.constexpr):
+    """Store one block of the sum over `partial` [count, size], in its order."""
     offsets = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
-    part = parts + offsets
+    row = partial + offsets
     for _ in range(count):
-        total += tl.load(part, mask=offsets < size, other=0.0)
-        part += size
+        total += tl.load(row, mask=offsets < size, other=0.0)
+        row += size
     tl.store(out + offsets, total.to(out.dtype.element_ty), mask=offsets < size)
 
 
@@ -306,7 +310,7 @@ def summed_kernel(
     splits: int, gate_blocks: int, mix_blocks: int, chunks: int, gates: int,
     n: tl.constexpr, R: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums added up: of phi, each bias and alpha, WIDTH weights, and `gates` posts.
+    """Add up partial sums: of phi, each bias and alpha, WIDTH weights, and `gates` posts.
 
     `sums` holds one row for each of pre | post | alpha_pre, alpha_post over the gate blocks,
     then for res | alpha_res over the mix blocks.
@@ -346,10 +350,9 @@ def of_streams(
     grad: Tensor, projected: Tensor, inverse_rms: Tensor, x: Tensor, phi: Tensor,
     mixed: Mixed, write: Write | None,
 ) -> Pieces:  # fmt: skip
-    """Gradient of x [N, n, C], and as partial sums [splits, R, nC] of phi, [splits, C] of weight.
+    """Return dx [N, n, C], and partial sums of dphi [splits, R, nC] and dweight [splits, C].
 
-    grad [N, R]: gradient of `projected`. With `write` also that of its y and, in partial sums
-    [chunks, N, n], of its post.
+    grad [N, R]: dp. With `write` also dy and the partial sums of dpost [chunks, N, n].
     """
     tokens, n, C = x.shape
     R = phi.shape[0]
@@ -380,7 +383,7 @@ def of_streams(
 
 
 def summed(phi: Tensor, partial: Tensor) -> Tensor:
-    """Gradient of phi from its partial sums."""
+    """Return dphi, the sum of its partial sums."""
     if len(partial) == 1:
         return partial.squeeze(0)
     dphi = torch.empty_like(phi)
@@ -396,7 +399,7 @@ def summed_with_gates(
     pieces: Pieces, sums: Tensor, gate_blocks: int, mix_blocks: int,
     maps: MapParameters, weight: Tensor | None, dpre: Tensor | None,
 ) -> BoundaryGradients:  # fmt: skip
-    """Every gradient, whole, from what the pass over the streams and the gates' blocks left."""
+    """Return all gradients: partial sums of the pass over the streams and the gates added up."""
     phi, alpha, bias = maps
     tokens, n, C = pieces.x.shape
     none = phi.new_empty(0)

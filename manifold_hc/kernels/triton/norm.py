@@ -1,4 +1,4 @@
-"""The RMS norm of what was read."""
+"""RMS norm of a sublayer's input: `out = u weight / sqrt(mean(u^2) + eps)`."""
 
 from typing import no_type_check
 
@@ -25,13 +25,14 @@ def input_norm_kernel(
         c = start + tl.arange(0, BC)[None, :]
         value = tl.load(u + row + c, mask=live[:, None] & (c < C), other=0.0).to(tl.float32)
         squares += value * value
+    # 1 / rms(u)
     inverse = tl.rsqrt(tl.sum(squares, 1) / C + input_eps)
     for start in range(0, C, BC):
         c = start + tl.arange(0, BC)[None, :]
         mask = live[:, None] & (c < C)
         value = tl.load(u + row + c, mask=mask, other=0.0).to(tl.float32)
         gate = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
-        value *= inverse[:, None] * gate
+        value *= inverse[:, None] * gate  # u weight / rms(u)
         tl.store(out + row + c, value.to(out.dtype.element_ty), mask=mask)
 
 

@@ -1,7 +1,7 @@
-"""Every size a launch is made with: one heuristic by streams, channels and dtype, in one place.
+"""Sizes of every launch: one heuristic by streams, channels and dtype, in one place.
 
-Nothing here depends on the number of tokens except how many programs share the work, so a token's
-coefficients have the same bits in every batch and no token count ever compiles anything anew.
+The number of tokens decides only how many programs share the work, so that a token's coefficients
+have the same bits in every batch and a new number of tokens compiles no kernel again.
 """
 
 import os
@@ -33,12 +33,12 @@ WIDEST_ROWS = 128
 
 
 def interpreted() -> bool:
-    """Whether kernels run under Triton's interpreter, on any device."""
+    """Return True if kernels run under Triton's interpreter, on any device."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def launching(x: Tensor) -> AbstractContextManager[object]:
-    """Makes x's device the current one, as a launch needs."""
+    """Return a context in which x's device is the current one, as a launch needs."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
@@ -48,7 +48,7 @@ def power_of_two(size: int) -> int:
 
 
 def blocks(size: int, block: int) -> int:
-    """How many blocks cover `size`."""
+    """Return the number of blocks that cover `size`."""
     return -(-size // block)
 
 
@@ -58,7 +58,7 @@ def padded(n: int) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Of products with float32 operands. Half-width streams are exact in tf32, as phi may be."""
+    """Return the precision of products with float32 operands; half-width streams fit in tf32."""
     if torch.version.hip:
         return "ieee"
     return "tf32x3" if dtype == torch.float32 else "tf32"
@@ -90,13 +90,13 @@ def stream_tile(n: int, channels: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 def product_tile(n: int, channels: int, dtype: torch.dtype, normed: bool = False) -> dict[str, int]:
-    """As `stream_tile`, with the channels of one thread (V) apart from its lanes (L).
+    """Return `stream_tile` with its channels split into lanes (L) and channels of a thread (V).
 
-    `normed`: there are two tiles more, of what was read and its gradient.
+    `normed`: two tiles more are in registers, those of u and its gradient.
     """
     tile = stream_tile(n, channels, dtype)
     width = tile.pop("BC")
-    # Two tiles of n streams meet in registers; rows that wide loads do not divide cost addresses.
+    # Registers hold two tiles of n streams; rows that wide loads do not divide cost addresses.
     odd = channels % vector(dtype) != 0
     many = n > (2 if normed else 4 if odd else 6)
     V = min(2 if many and (odd or (normed and n > 6)) else 4 if many else vector(dtype), width)
@@ -111,7 +111,7 @@ def product_rows(n: int) -> int:
 
 
 def segments(token_blocks: int, channels: int, width: int) -> int:
-    """Into how many programs the channels of one token block go."""
+    """Return the number of programs that share the channels of one token block."""
     return max(1, min(PROGRAMS // max(1, token_blocks), blocks(channels, width)))
 
 
@@ -126,7 +126,7 @@ def matrix_tile(n: int) -> dict[str, int]:
 
 
 def rows_tile(rows: int) -> int:
-    """Rows of phi in one tile, at least what a matrix unit takes."""
+    """Rows of phi in one tile, at least the 16 of a matrix unit."""
     return min(WIDEST_ROWS, max(16, power_of_two(rows)))
 
 
@@ -147,7 +147,7 @@ def projection_tile(rows: int, width: int, dtype: torch.dtype) -> dict[str, int]
 
 
 def boundary_tile(n: int, channels: int, rows: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile of the write that projects what it writes, and the channels that one program sums.
+    """Tile of the write that projects its result, and the channels (CHUNK) that one program sums.
 
     A thread holds a piece of one token's streams: as wide as one load, and no second token, whose
     matrix would have to be held too.
@@ -166,7 +166,7 @@ def boundary_tile(n: int, channels: int, rows: int, dtype: torch.dtype) -> dict[
 
 
 def writes_at_once(n: int) -> int:
-    """Writes that one launch walks over, unrolled; none where even one compiles for too long."""
+    """Unrolled writes of one launch; 0 where even one compiles for too long."""
     return min(8, 128 // (n * n)) if n <= 8 else 0
 
 
@@ -177,9 +177,9 @@ def normalise_tile(rows: int) -> dict[str, int]:
 
 
 def one_launch(n: int, channels: int, rows: int, dtype: torch.dtype) -> bool:
-    """Whether coefficients and read share a launch.
+    """Return True if coefficients and read share a launch.
 
-    Not on ROCm: there a barrier does not wait for what its threads have stored to memory.
+    Not on ROCm: there a barrier does not wait for the stores of its threads to memory.
     """
     if torch.version.hip:
         return False
@@ -203,9 +203,8 @@ def gradient_tile(
 ) -> dict[str, int]:
     """Tile of the pass that makes the streams' gradient and sums phi's over tokens.
 
-    A program sums OWN of ROW_BLOCKS blocks of rows. What it holds is bounded twice, by the sums
-    and by one tile of all streams, so that both stay in registers. What was read and `normed` is
-    read again there, for which there must be room.
+    A program sums OWN of ROW_BLOCKS blocks of rows. Two bounds, on the sums and on one tile of all
+    streams, keep both in registers. With `normed` u is read again, which needs registers too.
     """
     aligned = channels % vector(dtype) == 0
     half = dtype != torch.float32 and aligned and not torch.version.hip
@@ -232,5 +231,5 @@ def gradient_tile(
 
 
 def token_splits(tokens: int, tile: int, programs: int) -> int:
-    """Into how many ranges the tokens go where `programs` share each of them."""
+    """Return the number of ranges of tokens, where `programs` share each of them."""
     return max(1, min(PROGRAMS // programs, blocks(tokens, tile)))

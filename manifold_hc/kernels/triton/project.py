@@ -1,7 +1,7 @@
 """`v phi^T / rms(v)`: product and sum of squares in one read of v, the division afterwards.
 
-A row of v is cut where `plan` says, always at the same places; a second launch adds the pieces
-in their order.
+`plan` cuts a row of v into splits that depend on its length alone; a second launch adds their sums
+in order.
 """
 
 from typing import no_type_check
@@ -13,7 +13,7 @@ from torch import Tensor
 from manifold_hc.kernels.triton import gradient, plan
 
 HUGE_SCALE = tl.constexpr(2.0**-80)
-"""By which values are multiplied whose squares sum to more than float can hold."""
+"""Scale of values whose sum of squares overflows float."""
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def project_part(
     K: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr,
     BT: tl.constexpr, BK: tl.constexpr, RB: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Stores one block of `partial[split]` [N, R] and, from row block 0, `squares[split]` [N]."""
+    """Store one block of `partial[split]` [N, R] and, from row block 0, `squares[split]` [N]."""
     token = block.to(tl.int64) * BT + tl.arange(0, BT)
     live = token < tokens
     r = row_block * RB + tl.arange(0, RB)
@@ -36,8 +36,8 @@ def project_part(
         values = tl.load(v + token[:, None] * K + k[None, :], mask=mask, other=0.0).to(tl.float32)
         mask = inside[:, None] & (r < R)[None, :]
         weights = tl.load(phi + r[None, :] * K + k[:, None], mask=mask, other=0.0)
-        products = tl.dot(values, weights, products, input_precision=PRECISION)
-        norms += tl.sum(values * values, 1)
+        products = tl.dot(values, weights, products, input_precision=PRECISION)  # v phi^T
+        norms += tl.sum(values * values, 1)  # sum v^2
     first = split.to(tl.int64) * tokens
     mask = live[:, None] & (r < R)[None, :]
     tl.store(partial + (first + token[:, None]) * R + r[None, :], products, mask=mask)
@@ -47,7 +47,7 @@ def project_part(
 @triton.jit
 @no_type_check
 def reduced(partial, offsets, mask, splits: int, stride):
-    """The sum over the splits, in their order, of what lies `stride` apart."""
+    """Return the sum over the splits, in order, of values at distance `stride`."""
     total = tl.load(partial + offsets, mask=mask, other=0.0)
     for split in range(1, splits):
         total += tl.load(partial + split * stride + offsets, mask=mask, other=0.0)
@@ -59,9 +59,9 @@ def reduced(partial, offsets, mask, splits: int, stride):
 def inverse_root_mean_square(
     v, squares, token, live, tokens: int, splits: int, norm_eps: float, K: tl.constexpr
 ):
-    """1 / rms of the tokens [BT] of v [N, K], from the partial sums of squares.
+    """Return 1 / rms of the tokens [BT] of v [N, K], from the partial sums of squares.
 
-    Where those are too large for float, from v once more.
+    Where these overflow float, from v once more.
     """
     total = reduced(squares, token, live, splits, tokens.to(tl.int64))
     inverse = tl.rsqrt(total / K + norm_eps)
@@ -73,7 +73,7 @@ def inverse_root_mean_square(
 @triton.jit
 @no_type_check
 def _inverse_of_huge(v, token, live, K: tl.constexpr):
-    """1 / rms of the tokens [BT], their values scaled; any epsilon is lost beside them."""
+    """Return 1 / rms of the tokens [BT] from scaled values, next to which any epsilon vanishes."""
     BK: tl.constexpr = 16
     total = tl.zeros([token.shape[0]], tl.float32)
     for start in range(0, K, BK):
@@ -118,7 +118,7 @@ def normalise_kernel(
 
 
 def partial_projections(v: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
-    """v [N, K], phi [R, K] -> pieces of `v phi^T` [splits, N, R] and of `sum v^2` [splits, N]."""
+    """Return partial sums of `v phi^T` [splits, N, R] and `sum v^2` [splits, N]."""
     tokens, K = v.shape
     R = phi.shape[0]
     tile = plan.projection_tile(R, K, v.dtype)
@@ -135,7 +135,7 @@ def partial_projections(v: Tensor, phi: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def project(v: Tensor, phi: Tensor, norm_eps: float) -> tuple[Tensor, Tensor]:
-    """v [N, K], phi [R, K] -> `v phi^T / rms(v)` [N, R] and 1 / rms [N]."""
+    """Return `v phi^T / rms(v)` [N, R] and 1 / rms(v) [N] of v [N, K] and phi [R, K]."""
     tokens, K = v.shape
     R = phi.shape[0]
     partial, squares = partial_projections(v, phi)
@@ -153,7 +153,7 @@ def project(v: Tensor, phi: Tensor, norm_eps: float) -> tuple[Tensor, Tensor]:
 def project_backward(
     grad: Tensor, v: Tensor, phi: Tensor, projected: Tensor, inverse_rms: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of v (in v's dtype) and phi."""
+    """Return the gradients of v, in v's dtype, and of phi."""
     found = gradient.of_streams(
         grad, projected, inverse_rms, v.unsqueeze(1), phi, gradient.Mixed(), None
     )

@@ -16,7 +16,7 @@ from manifold_hc.kernels.triton import plan
 @triton.jit
 @no_type_check
 def columns_of(table, token, live, count: tl.constexpr, first: tl.constexpr, stride: tl.constexpr):
-    """A tuple of `count` vectors: entries `first`, `first + 1`, ... of every token's row."""
+    """Load a tuple of `count` vectors: entries `first`, `first + 1`, ... of every token's row."""
     found = ()
     for j in tl.static_range(count):
         found = found + (tl.load(table + token * stride + first + j, mask=live, other=0.0),)
@@ -26,7 +26,7 @@ def columns_of(table, token, live, count: tl.constexpr, first: tl.constexpr, str
 @triton.jit
 @no_type_check
 def zeros_of(count: tl.constexpr, BT: tl.constexpr, L: tl.constexpr):
-    """A tuple of `count` sums to begin with, [BT, L] each."""
+    """Return a tuple of `count` sums that are zero, [BT, L] each."""
     found = ()
     for _ in tl.static_range(count):
         found = found + (tl.zeros([BT, L], tl.float32),)
@@ -36,10 +36,10 @@ def zeros_of(count: tl.constexpr, BT: tl.constexpr, L: tl.constexpr):
 @triton.jit
 @no_type_check
 def plus(total, weight, stream):
-    """`total + weight stream`, rounded once.
+    """Return `total + weight stream`, rounded once.
 
-    Left to the compiler, which of two products it fuses with their sum may differ from kernel to
-    kernel, and with it the bits of what is read and written.
+    An explicit fma: the compiler may fuse another of two products in another kernel, and u and x'
+    would have other bits there.
     """
     return tl.fma(weight, stream.to(tl.float32), total)
 
@@ -47,7 +47,7 @@ def plus(total, weight, stream):
 @triton.jit
 @no_type_check
 def products(sums, lefts, rights):
-    """Adds `<lefts[k], rights[i]>` to `sums[k len(rights) + i]`, over a lane's own channels."""
+    """Add `<lefts[k], rights[i]>` over a lane's own channels to `sums[k len(rights) + i]`."""
     COUNT: tl.constexpr = len(rights)
     added = ()
     for k in tl.static_range(len(lefts)):
@@ -59,7 +59,7 @@ def products(sums, lefts, rights):
 @triton.jit
 @no_type_check
 def segment_of(segment, segments: int, C: tl.constexpr, BC: tl.constexpr):
-    """First and last channel of one of `segments` near-equal parts."""
+    """Return first and last channel of one of `segments` segments of near-equal length."""
     span = tl.cdiv(tl.cdiv(C, BC), segments) * BC
     return segment * span, tl.minimum(segment * span + span, C)
 
@@ -70,11 +70,12 @@ def weighted_sum(
     x, u, weights, token, live, first, last,
     n: tl.constexpr, C: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Stores u for channels [first, last); weights: n vectors [BT]."""
+    """Store u for channels [first, last); weights: n vectors [BT]."""
     for start in range(first, last, BC):
         c = start + tl.arange(0, BC)[None, :]
         mask = live[:, None] & (c < C)
         total = tl.zeros([token.shape[0], BC], tl.float32)
+        # u = sum_i pre[i] x[i]
         for i in tl.static_range(n):
             stream = tl.load(x + (token[:, None] * n + i) * C + c, mask=mask, other=0.0)
             total = plus(total, weights[i][:, None], stream)
@@ -115,15 +116,15 @@ def read_backward_kernel(
         for i in tl.static_range(n):
             place = (row * n + i) * C + c
             streams = streams + (tl.load(x + place, mask=mask, other=0.0).to(tl.float32),)
-            scaled = weights[i][:, None, None] * g
+            scaled = weights[i][:, None, None] * g  # dx[i] = pre[i] du
             tl.store(dx + place, scaled.to(dx.dtype.element_ty), mask=mask)
-        sums = products(sums, (g,), streams)
+        sums = products(sums, (g,), streams)  # dpre[i] = <du, x[i]>
     for i in tl.static_range(n):
         tl.store(dpre + token * n + i, tl.sum(sums[i], 1), mask=live)
 
 
 def read(x: Tensor, pre: Tensor) -> Tensor:
-    """x [N, n, C], pre [N, n] -> u [N, C] in x's dtype."""
+    """Return u [N, C], in x's dtype, of x [N, n, C] and pre [N, n]."""
     tokens, n, C = x.shape
     u = x.new_empty(tokens, C)
     tile = plan.stream_tile(n, C, x.dtype)
@@ -136,7 +137,7 @@ def read(x: Tensor, pre: Tensor) -> Tensor:
 
 
 def read_backward(grad: Tensor, x: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and pre."""
+    """Return the gradients of x and pre."""
     tokens, n, C = x.shape
     dx, dpre = torch.empty_like(x), torch.empty_like(pre)
     tile = plan.product_tile(n, C, x.dtype)

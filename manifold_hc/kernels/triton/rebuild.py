@@ -1,7 +1,7 @@
-"""The streams of a block of sublayers and what was read of them, from the first streams alone.
+"""Streams and inputs of a recompute block, from its first streams and its branches' outputs.
 
-A program keeps some channels of all streams in registers and walks over the writes, rounding as
-if each had gone through memory, so that every value has the bits it had the first time.
+A program keeps some channels of all streams in registers from one write to the next, and rounds
+each as memory would, so that every value has the bits it had in the forward pass.
 """
 
 from collections.abc import Sequence
@@ -23,6 +23,7 @@ from manifold_hc.kernels.values import InputNorm
 @no_type_check
 def _store_read(streams, pre, u, token, live, mask, c, C: tl.constexpr):
     n: tl.constexpr = len(streams)
+    # u = sum_i pre[i] x[i]
     total = tl.zeros(streams[0].shape, tl.float32)
     for i in tl.static_range(n):
         weight = tl.load(pre + token * n + i, mask=live, other=0.0)
@@ -37,7 +38,7 @@ def rebuild_kernel(
     streams: tl.tuple, inputs: tl.tuple, tokens: int,
     n: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Reads after each write, and x first where there is one read more than writes."""
+    """Read after each write, and from x first where there is one read more than writes."""
     WRITES: tl.constexpr = len(ys)
     BEFORE: tl.constexpr = len(pres) - len(ys)
     CHUNKS: tl.constexpr = (C + BC - 1) // BC
@@ -56,6 +57,7 @@ def rebuild_kernel(
         branch = branches[k].to(tl.float32)
         made = ()
         for o in tl.static_range(n):
+            # x'[o] = post[o] y + sum_i res[o, i] x[i]
             weights = weights_of(posts[k], ress[k], token, live, o, n)
             stream = written_stream(held, branch, weights).to(x.dtype.element_ty)
             tl.store(streams[k] + (token[:, None] * n + o) * C + c, stream, mask=mask)
@@ -82,7 +84,7 @@ def rebuild(
 def _in_steps(
     x: Tensor, writes: Sequence[tuple[Tensor, Tensor, Tensor]], reads: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """As many writes at once as are worth compiling."""
+    """Rebuild several writes in one launch, as many as compile in reasonable time."""
     step = plan.writes_at_once(x.shape[1])
     streams = [torch.empty_like(x) for _ in writes]
     inputs = [x.new_empty(len(x), x.shape[2]) for _ in reads]
@@ -112,7 +114,7 @@ def _walk(
     x: Tensor, writes: Sequence[tuple[Tensor, Tensor, Tensor]], reads: Sequence[Tensor],
     streams: Sequence[Tensor], inputs: Sequence[Tensor],
 ) -> None:  # fmt: skip
-    """Fills `streams` and `inputs` in one launch."""
+    """Fill `streams` and `inputs` in one launch."""
     tokens, n, C = x.shape
     tile = plan.stream_tile(n, C, x.dtype)
     programs = plan.blocks(tokens, tile["BT"]) * plan.blocks(C, tile["BC"])

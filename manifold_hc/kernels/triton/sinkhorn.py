@@ -5,10 +5,10 @@ potential r and a column potential c. A step replaces one of them,
 
     c'[b] = -log2(sum_a 2^(z[a, b] + r[a]) + eps 2^-c[b])
 
-and nothing underflows to 0/0. Two vectors stand for an iterate, so the backward keeps the
-potentials of all iterations on chip and rebuilds each matrix from them. In terms of
-`G = dM * M`, the gradient for log M, undoing the step that made M is `G - M sum(G)` over the
-normalised axis, with and without eps. Both presets take columns first (METHOD 2.3, 2.4).
+and no sum underflows to 0/0. Two vectors represent an iterate, so the backward keeps the potentials
+of all iterations on chip and rebuilds each matrix from them. In terms of `G = dM * M`, the gradient
+of log M, the reverse of the step that made M is `G - M sum(G)` over the normalised axis, with and
+without eps. Both presets take columns first (METHOD 2.3, 2.4).
 """
 
 import math
@@ -23,13 +23,14 @@ from manifold_hc.kernels.triton import plan
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 MINUS_INFINITY = tl.constexpr(-1e30)
-"""Logarithm of an entry beyond n: finite, so that no difference of two of them is NaN."""
+"""Logarithm of an entry beyond n: finite, so that the difference of two is not NaN."""
 
 
 @triton.jit
 @no_type_check
 def _potential(a, old, valid, axis: tl.constexpr, log2_eps: float, EPS: tl.constexpr):
-    """The potential of `axis`'s other side from `a = z + the potential along axis`."""
+    """Return the new potential of one side from `a = z + the other side's potential`."""
+    # -log2(sum 2^a + eps 2^-old), relative to the largest term
     top = tl.max(a, axis)
     if EPS:
         top = tl.maximum(top, log2_eps - old)
@@ -42,7 +43,7 @@ def _potential(a, old, valid, axis: tl.constexpr, log2_eps: float, EPS: tl.const
 @triton.jit
 @no_type_check
 def _logarithms(logits, valid, log2_eps: float, TRANSPOSED: tl.constexpr, EPS: tl.constexpr):
-    """z, and for DeepSeek-V4 the softmax in it (else what the logits are)."""
+    """Return z and, for DeepSeek-V4, the softmax inside it (else z again)."""
     z = tl.where(valid, logits * LOG2_E, MINUS_INFINITY)
     softmax = z
     if TRANSPOSED:
@@ -61,7 +62,7 @@ def project_onto_doubly_stochastic(
     logits, n: tl.constexpr, iterations: int, log2_eps: float,
     TRANSPOSED: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
-    """logits [tokens, P, P], zero beyond n -> the last iterate, in the logits' orientation."""
+    """Return the last iterate of logits [tokens, P, P], zero beyond n, in their orientation."""
     P: tl.constexpr = logits.shape[1]
     real = tl.arange(0, P) < n
     vector = real[None, :]
@@ -83,13 +84,14 @@ def project_onto_doubly_stochastic(
 @triton.jit
 @no_type_check
 def _kept(history, steps, step):
-    """The potential [tokens, P] of one step; zeros for step -1."""
+    """Return the potential [tokens, P] of one step; zeros for step -1."""
     return tl.sum(tl.where(steps == step, history, 0.0), 0)
 
 
 @triton.jit
 @no_type_check
 def _undone(G, z, r, c, axis: tl.constexpr):
+    # G - M sum(G): through the normalisation that made M
     M = tl.exp2(z + r[:, :, None] + c[:, None, :])
     return G - M * tl.expand_dims(tl.sum(G, axis), axis)
 
@@ -100,14 +102,14 @@ def doubly_stochastic_backward(
     grad, logits, n: tl.constexpr, iterations: int, log2_eps: float,
     TRANSPOSED: tl.constexpr, EPS: tl.constexpr, HISTORY: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the logits; grad [tokens, P, P] zero beyond n. HISTORY >= iterations."""
+    """Return the logits' gradient; grad [tokens, P, P] is zero beyond n, HISTORY >= iterations."""
     BT: tl.constexpr = logits.shape[0]
     P: tl.constexpr = logits.shape[1]
     real = tl.arange(0, P) < n
     vector = real[None, :]
     valid = real[None, :, None] & real[None, None, :]
     z, softmax = _logarithms(logits, valid, log2_eps, TRANSPOSED, EPS)
-    # Steps on the first axis, which stays within a thread: finding one shuffles nothing.
+    # Steps on the first axis, which stays within a thread: selecting one needs no shuffle.
     steps = tl.arange(0, HISTORY)[:, None, None]
     rows = tl.zeros([HISTORY, BT, P], tl.float32)
     columns = tl.zeros([HISTORY, BT, P], tl.float32)
@@ -118,6 +120,7 @@ def doubly_stochastic_backward(
         columns = tl.where(steps == step, c[None, :, :], columns)
         r = _potential(z + c[:, None, :], r, vector, 2, log2_eps, EPS)
         rows = tl.where(steps == step, r[None, :, :], rows)
+    # Reverse sweep, from G = dM * M of the last iterate
     last = iterations - 1
     if TRANSPOSED:  # ends with columns
         r = _kept(rows, steps, last - 1)
@@ -131,7 +134,7 @@ def doubly_stochastic_backward(
         G = _undone(G, z, r, c, 2)
         r = _kept(rows, steps, last - back - 1)
         G = _undone(G, z, r, c, 1)
-    if TRANSPOSED:
+    if TRANSPOSED:  # through comb = softmax + eps, then the softmax
         if EPS:
             G *= softmax / (softmax + tl.exp2(log2_eps))
         G -= softmax * tl.sum(G, 2)[:, :, None]
@@ -144,7 +147,7 @@ def matrix_offsets(
     block, tokens: int, stride: tl.constexpr, n: tl.constexpr,
     BT: tl.constexpr, P: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """Offsets and mask of [a, b] in the n x n matrices of one token block, `stride` apart."""
+    """Return offsets and mask of [a, b] in the matrices of a token block, at distance `stride`."""
     token = block.to(tl.int64) * BT + tl.arange(0, BT)[:, None, None]
     a = tl.arange(0, P)[None, :, None]
     b = tl.arange(0, P)[None, None, :]
@@ -155,9 +158,9 @@ def matrix_offsets(
 @triton.jit
 @no_type_check
 def role(mix_blocks: int):
-    """Whether this program works on matrices, and which of its kind it is.
+    """Return True for a program that works on matrices, and its index among its kind.
 
-    Spread evenly: matrices take long and move little, so others should run beside them.
+    The kinds alternate evenly: matrices compute much and move little, the others the reverse.
     """
     program = tl.program_id(0)
     stride = tl.num_programs(0) // tl.maximum(mix_blocks, 1)
@@ -201,7 +204,7 @@ def sinkhorn_backward_kernel(
 
 
 def epsilon(transposed: bool, hc_eps: float) -> dict[str, float | bool]:
-    """The kernels' arguments that say which denominators have an epsilon, and which."""
+    """Return the kernels' arguments for the order of steps and the epsilon of denominators."""
     has_one = transposed and hc_eps > 0
     return {
         "log2_eps": math.log2(hc_eps) if has_one else 0.0,
@@ -211,12 +214,12 @@ def epsilon(transposed: bool, hc_eps: float) -> dict[str, float | bool]:
 
 
 def history(iterations: int) -> int:
-    """Steps whose potentials the backward has room for."""
+    """Return the number of steps whose potentials the backward can hold."""
     return max(2, plan.power_of_two(iterations))
 
 
 def sinkhorn(logits: Tensor, iterations: int, transposed: bool, hc_eps: float) -> Tensor:
-    """logits [N, n, n] -> res [N, o, i]."""
+    """Return res [N, o, i] of logits [N, n, n]."""
     tokens, n, _ = logits.shape
     res = torch.empty_like(logits)
     tile = plan.matrix_tile(n)
@@ -232,7 +235,7 @@ def sinkhorn(logits: Tensor, iterations: int, transposed: bool, hc_eps: float) -
 def sinkhorn_backward(
     grad: Tensor, logits: Tensor, iterations: int, transposed: bool, hc_eps: float
 ) -> Tensor:
-    """Gradient of the finite iteration: [N, n, n]."""
+    """Return the gradient of logits [N, n, n], that of the finite iteration."""
     tokens, n, _ = logits.shape
     out = torch.empty_like(logits)
     tile = plan.matrix_tile(n)

@@ -11,13 +11,13 @@ from manifold_hc.kernels.triton import plan
 from manifold_hc.kernels.triton.read import columns_of, plus, products, segment_of, zeros_of
 
 UNROLLED = tl.constexpr(8)
-"""Streams up to which loops over output streams are unrolled; beyond, compiling takes too long."""
+"""Largest n whose loops over output streams are unrolled; beyond it, compiling takes too long."""
 
 
 @triton.jit
 @no_type_check
 def weights_of(post, res, token, live, o, n: tl.constexpr):
-    """What stream o of x' is made with: n + 1 vectors, that of the branch first."""
+    """Load the weights of stream o of x': n + 1 vectors, post[o] and then res[o, i]."""
     found = (tl.load(post + token * n + o, mask=live, other=0.0),)
     for i in tl.static_range(n):
         found = found + (tl.load(res + token * (n * n) + o * n + i, mask=live, other=0.0),)
@@ -27,8 +27,9 @@ def weights_of(post, res, token, live, o, n: tl.constexpr):
 @triton.jit
 @no_type_check
 def written_stream(streams, branch, weights):
-    """A stream of x' [BT, BC] in float32, with `weights_of` it."""
-    total = weights[0][:, None] * branch
+    """Return stream o of x' [BT, BC] in float32; weights: its `weights_of`."""
+    total = weights[0][:, None] * branch  # post[o] y
+    # sum_i res[o, i] x[i]
     for i in tl.static_range(len(streams)):
         total = plus(total, weights[1 + i][:, None], streams[i])
     return total
@@ -37,7 +38,7 @@ def written_stream(streams, branch, weights):
 @triton.jit
 @no_type_check
 def streams_of(x, token, mask, c, n: tl.constexpr, C: tl.constexpr):
-    """A tuple of the n streams at the channels c [1, BC], as they lie in memory."""
+    """Load a tuple of the n streams at the channels c [1, BC], in their own dtype."""
     found = ()
     for i in tl.static_range(n):
         place = x + (token[:, None] * n + i) * C + c
@@ -50,7 +51,7 @@ def streams_of(x, token, mask, c, n: tl.constexpr, C: tl.constexpr):
 def _store_written(
     streams, branch, post, res, out, token, live, mask, c, o, C: tl.constexpr
 ):  # fmt: skip
-    """Stream o of x' at the channels c."""
+    """Store stream o of x' at the channels c."""
     n: tl.constexpr = len(streams)
     total = written_stream(streams, branch, weights_of(post, res, token, live, o, n))
     place = out + (token[:, None] * n + o) * C + c
@@ -85,7 +86,7 @@ def write_kernel(
 @triton.jit
 @no_type_check
 def _store_mixed_back(grads, res, dx, token, live, mask, c, i, C: tl.constexpr):
-    """Stream i of `res^T grads` at the channels c."""
+    """Store stream i of `res^T grads`, dx[i] = sum_o res[o, i] g[o], at the channels c."""
     n: tl.constexpr = len(grads)
     total = tl.zeros(grads[0].shape, tl.float32)
     for o in tl.static_range(n):
@@ -102,9 +103,9 @@ def _pass_over_channels(
     n: tl.constexpr, C: tl.constexpr, L: tl.constexpr, V: tl.constexpr,
     ROWS: tl.constexpr, STORES: tl.constexpr,
 ):  # fmt: skip
-    """Inner products of ROWS output streams from `first` on.
+    """Store the inner products of ROWS output streams from `first` on: dpost, and dres with x.
 
-    With STORES also dy and dx; `first` is 0 then. Without x neither dx nor dres.
+    With STORES, where `first` is 0, also dy, and dx with x.
     """
     BT: tl.constexpr = token.shape[0]
     COUNT: tl.constexpr = n if STORES else ROWS
@@ -126,8 +127,9 @@ def _pass_over_channels(
             for i in tl.static_range(n):
                 place = x + (row * n + i) * C + c
                 rights = rights + (tl.load(place, mask=mask, other=0.0).to(tl.float32),)
-        sums = products(sums, grads[:ROWS], rights)
+        sums = products(sums, grads[:ROWS], rights)  # <g[o], y> and <g[o], x[i]>
         if STORES:
+            # dy = sum_o post[o] g[o]
             total = tl.zeros([BT, L, V], tl.float32)
             for o in tl.static_range(n):
                 total += gates[o][:, None, None] * grads[o]
@@ -141,9 +143,10 @@ def _pass_over_channels(
                         _store_mixed_back(grads, res, dx, token, live, mask, c, i, C)
     for k in tl.static_range(ROWS):
         o = first + k
+        # dpost[o] = <g[o], y>
         tl.store(dpost + token * n + o, tl.sum(sums[k * RIGHTS], 1), mask=live)
         for i in tl.static_range(RIGHTS - 1):
-            product = tl.sum(sums[k * RIGHTS + 1 + i], 1)
+            product = tl.sum(sums[k * RIGHTS + 1 + i], 1)  # dres[o, i] = <g[o], x[i]>
             tl.store(dres + token * (n * n) + o * n + i, product, mask=live)
 
 
@@ -155,9 +158,10 @@ def write_backward_kernel(
     n: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, L: tl.constexpr, V: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One pass over the channels where all inner products fit in registers (ROWS = n).
+    """Make all gradients of a write; without x, dy and dpost alone.
 
-    Without x, which then needs no reading, dy and dpost alone.
+    One pass over the channels where all inner products fit in registers (ROWS = n), else one for
+    each ROWS output streams.
     """
     token = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     live = token < tokens
@@ -171,7 +175,7 @@ def write_backward_kernel(
 
 
 def write(x: Tensor, y: Tensor, post: Tensor, res: Tensor) -> Tensor:
-    """x [N, n, C], y [N, C] of any dtype, post [N, n], res [N, o, i] -> x' in x's dtype."""
+    """Return x' [N, n, C], in x's dtype, of x, y [N, C], post [N, n] and res [N, o, i]."""
     tokens, n, C = x.shape
     out = torch.empty_like(x)
     tile = plan.stream_tile(n, C, x.dtype)
@@ -188,14 +192,14 @@ def write(x: Tensor, y: Tensor, post: Tensor, res: Tensor) -> Tensor:
 def write_backward(
     grad: Tensor, x: Tensor, y: Tensor, post: Tensor, res: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, y, post and res."""
+    """Return the gradients of x, y, post and res."""
     dx, dy, dpost, dres = map(torch.empty_like, (x, y, post, res))
     _launch_backward(grad, x, y, post, res, dx, dy, dpost, dres)
     return dx, dy, dpost, dres
 
 
 def branch_backward(grad: Tensor, y: Tensor, post: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of a write's y and post alone."""
+    """Return the gradients of a write's y and post alone."""
     dy, dpost = torch.empty_like(y), torch.empty_like(post)
     _launch_backward(grad, None, y, post, None, None, dy, dpost, None)
     return dy, dpost

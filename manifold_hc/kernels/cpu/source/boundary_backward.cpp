@@ -310,8 +310,8 @@ int mhc_boundary_backward(
                                     : y_is_bfloat16 ? &branch_piece<X, bfloat16, N>
                                                     : &branch_piece<X, float, N>};
                 boundary_backward(grad, read, before, (const X*)x, phi, alpha, bias, res, projected,
-                                  inverse_rms, (X*)dx, partial_dphi, partial_dbias_dalpha, tokens, n,
-                                  C, rows, settings, learns, threads);
+                                  inverse_rms, (X*)dx, partial_dphi, partial_dbias_dalpha, tokens,
+                                  n, C, rows, settings, learns, threads);
             });
         });
         sum_packed_slices(partial_dphi, slices(tokens), rows, Chunks(n, C), dphi, threads);

@@ -241,8 +241,8 @@ INLINE void norm_backward(int rows, int tokens, int64_t size, const float* proje
 }
 
 // Tokens of a slice, a range of tokens whose gradient of phi has a sum of its own; the sums are
-// added in order. The length depends on the number of tokens alone, so that any number of threads rounds
-// alike.
+// added in order. The length depends on the number of tokens alone, so that any number of threads
+// rounds alike.
 inline int64_t slice_length(int64_t tokens) {
     const int64_t count = std::max<int64_t>(1, std::min<int64_t>((tokens + 127) / 128, 32));
     const int64_t blocks = (tokens + BLOCK - 1) / BLOCK;

@@ -23,7 +23,8 @@ INLINE void read_token(N n, int64_t C, const X* x, const float* pre, X* u) {
 }
 
 // put(o, x'[o]) of x'[o] = sum_i res[o][i] x[i] + post[o] y, one vector of channels. A sum that
-// starts from zero leaves the compiler one way to fuse products and sums: all callers get equal bits.
+// starts from zero leaves the compiler one way to fuse products and sums, so that all callers get
+// the same bits.
 template <class N, class Put>
 INLINE void write_vector(N n, const Vec* x, Vec y, const float* post, const float* res, Put put) {
     for (int o = 0; o < n; o++) {
