@@ -19,7 +19,7 @@ def parameters(n, C, k=None, dtype=DOUBLE, std=0.3):
 
 
 def sublayer(x, phi, alpha, bias, y, **options):
-    """Read and write with the coefficients of x: what a Connection does."""
+    """Read and write with the coefficients of x, as a Connection does."""
     pre, post, res = functional.coefficients(x, phi, alpha, bias, **options)
     return functional.read(x, pre), functional.write(x, y, post, res)
 

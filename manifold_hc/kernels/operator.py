@@ -47,6 +47,7 @@ class Operator:
         ]
         self._groups = _groups(typed)
         qualified = f"{NAMESPACE}::{name}"
+        # The tag promises torch.compile a fake that is true to `run`.
         _library.define(f"{backend}_{self.schema}", tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(name, self._checked_run, "CompositeExplicitAutograd")
         library.register_fake(qualified, self._checked_fake, lib=_library)
@@ -92,6 +93,7 @@ class Operator:
         self.save(ctx, self._grouped(inputs), output)
 
     def _whole_backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        # PyTorch wants a gradient of every argument: None for the numbers after the last tensor.
         found = self.backward(ctx, *grads)
         return (*found, *[None] * (self._count - len(found)))
 

@@ -49,6 +49,7 @@ def unsupported_reason(
     check, define = (_triton, _define_triton) if backend == "triton" else (_cpu, _define_cpu)
     if reason := check(n, device, *dtypes):
         return reason
+    # An operator is defined once in a process, whichever thread is first.
     with _defining:
         return define()
 

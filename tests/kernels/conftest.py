@@ -20,13 +20,13 @@ cp "$kept" "$out"
 
 @pytest.fixture(scope="session")
 def objects(tmp_path_factory):
-    """Where the compiler below keeps what it has compiled: every source once in a session."""
+    """Folder where the compiler below keeps its objects: it compiles a source once a session."""
     return tmp_path_factory.mktemp("objects")
 
 
 @pytest.fixture
 def compiler(tmp_path, objects):
-    """A C++ compiler that notes every file it compiles, for this processor and without haste."""
+    """A C++ compiler that records every file it compiles, for this processor at -O0."""
     real = shutil.which(find_compiler()[0])
     script = tmp_path / "counting-compiler"
     script.write_text(SCRIPT.format(calls=tmp_path / "calls", kept=objects, real=real))

@@ -1,4 +1,4 @@
-"""Operators called by anybody: what a kernel would misread is refused, whichever argument it is."""
+"""Operators refuse every argument that a kernel would misread."""
 
 import math
 from contextlib import nullcontext
@@ -30,7 +30,7 @@ def call_of(backend, name):
 
 
 def wrong_tensors(tensor, kind):
-    """Whatever may be given instead of a tensor, by accident."""
+    """(description, tensor) of wrong tensors in index of a right one."""
     for dimension, size in enumerate(tensor.shape):
         yield (
             f"{size} + 1 at {dimension}",
@@ -51,24 +51,24 @@ def wrong_tensors(tensor, kind):
 def wrong_calls(name, given):
     """Calls with one argument, or every n, changed."""
     names = [argument.name for argument in name._schema.arguments]
-    for place, argument in enumerate(given):
-        kind = TENSORS[names[place]][0] if names[place] in TENSORS else None
+    for index, argument in enumerate(given):
+        kind = TENSORS[names[index]][0] if names[index] in TENSORS else None
         if isinstance(argument, torch.Tensor):
-            for what, wrong in wrong_tensors(argument, kind):
-                yield f"{names[place]}: {what}", [*given[:place], wrong, *given[place + 1 :]]
+            for case, wrong in wrong_tensors(argument, kind):
+                yield f"{names[index]}: {case}", [*given[:index], wrong, *given[index + 1 :]]
         elif isinstance(argument, list):
-            yield f"{names[place]}: shorter", [*given[:place], argument[1:], *given[place + 1 :]]
+            yield f"{names[index]}: shorter", [*given[:index], argument[1:], *given[index + 1 :]]
             for at, own in enumerate(argument):
                 if isinstance(own, torch.Tensor):
-                    for what, wrong in wrong_tensors(own, kind):
+                    for case, wrong in wrong_tensors(own, kind):
                         changed = [*argument[:at], wrong, *argument[at + 1 :]]
                         yield (
-                            f"{names[place]}[{at}]: {what}",
-                            [*given[:place], changed, *given[place + 1 :]],
+                            f"{names[index]}[{at}]: {case}",
+                            [*given[:index], changed, *given[index + 1 :]],
                         )
-        elif names[place] in WRONG_NUMBERS:
-            for wrong in WRONG_NUMBERS[names[place]]:
-                yield f"{names[place]} = {wrong}", [*given[:place], wrong, *given[place + 1 :]]
+        elif names[index] in WRONG_NUMBERS:
+            for wrong in WRONG_NUMBERS[names[index]]:
+                yield f"{names[index]} = {wrong}", [*given[:index], wrong, *given[index + 1 :]]
 
 
 # C takes a float: 1e39 would be infinity there.
@@ -109,7 +109,7 @@ def test_wrong_arguments_are_refused(backend, name):
     operator(*given)
     wrong = dict(wrong_calls(operator, given))
     assert len(wrong) > 10
-    assert [what for what, call in wrong.items() if accepts(operator, call)] == FREE.get(name, [])
+    assert [case for case, call in wrong.items() if accepts(operator, call)] == FREE.get(name, [])
 
 
 @pytest.mark.parametrize("name", arguments())
@@ -117,9 +117,9 @@ def test_wrong_shapes_are_refused_where_nothing_is_computed(backend, name):
     """On meta tensors, and on those by which torch.compile asks for shapes."""
     operator, given = call_of(backend, name)
     wrong = {
-        what: call
-        for what, call in wrong_calls(operator, given)
-        if "+ 1" in what or "dimension" in what or "float64" in what
+        case: call
+        for case, call in wrong_calls(operator, given)
+        if "+ 1" in case or "dimension" in case or "float64" in case
     }
 
     def moved(call, change):
@@ -130,8 +130,8 @@ def test_wrong_shapes_are_refused_where_nothing_is_computed(backend, name):
         change = mode.from_tensor if where == "fake" else (lambda tensor: tensor.to("meta"))
         with mode if where == "fake" else nullcontext():
             operator(*moved(given, change))
-            taken = [what for what, call in wrong.items() if accepts(operator, moved(call, change))]
-        assert taken == [what for what in FREE.get(name, []) if what in wrong], where
+            taken = [case for case, call in wrong.items() if accepts(operator, moved(call, change))]
+        assert taken == [case for case in FREE.get(name, []) if case in wrong], where
 
 
 @pytest.mark.parametrize("n", [0, 17, 33])
@@ -146,7 +146,7 @@ def test_numbers_of_streams_that_no_kernel_has(backend, name, n):
 
 
 def test_no_channels(backend):
-    """A division by their number is what a kernel starts with."""
+    """A kernel divides by the number of channels."""
     for name in arguments():
         if "sinkhorn" in name:
             continue
@@ -184,7 +184,7 @@ def test_a_refusal_says_which_argument(backend):
 
 @pytest.mark.parametrize("backend", ["reference", *COMPILED])
 @pytest.mark.parametrize("iterations", [1001, 10**7, 2**31, 2**32, 2**64])
-def test_more_iterations_than_anybody_needs(backend, iterations):
+def test_too_many_iterations(backend, iterations):
     with pytest.raises(ConfigError, match=f"from 1 to 1000 but is {iterations}; constraint="):
         functional.sinkhorn(torch.zeros(1, 2, 2), iterations, backend=backend)
     with pytest.raises(ConfigError, match=f"iterations: must be at most 1000 but is {iterations}"):

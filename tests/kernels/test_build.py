@@ -1,4 +1,4 @@
-"""How the CPU kernels come to be: once, for everybody, or with a reason why not."""
+"""Building the CPU kernels: once for all processes, or an error with the reason."""
 
 import os
 import platform
@@ -177,7 +177,7 @@ def test_what_makes_another_library(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86-64 processor")
-@pytest.mark.wide  # beside it, the libraries of a wheel have the contract tested too
+@pytest.mark.wide  # test_prebuilt runs the contract for the libraries of a wheel
 @pytest.mark.parametrize("processor", ["x86-64-v3", "x86-64"])
 def test_the_contract_with_narrower_vectors(tmp_path, processor):
     """Every width of vector is another program; this processor may have a wider one."""

@@ -11,7 +11,7 @@ from manifold_hc.kernels import backends, unsupported_reason
 
 
 def device_of(backend):
-    """Where the backend is tested: Triton on a GPU, or interpreted."""
+    """Device that the backend is tested on: a GPU for Triton, or the CPU with its interpreter."""
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
 
 
@@ -37,7 +37,7 @@ TF32 = 2.0**-10
 
 @pytest.fixture(autouse=True)
 def poisoned():
-    """Memory that nobody has written holds NaN."""
+    """New memory holds NaN until it is written."""
     torch.use_deterministic_algorithms(True)  # fills it
     yield
     torch.use_deterministic_algorithms(False)
@@ -67,7 +67,7 @@ def sublayer(x, phi, alpha, bias, y, *, backend, **options):
 
 
 def boundary(x, y, *rest, backend, single_pass=False, norm=False, linked=True, **options):
-    """Two sublayers, and what lies between them: the fused operator and both of its neighbours."""
+    """Two sublayers and the boundary between them: the fused operator and both neighbours."""
     first, second, z, weight = rest[:3], rest[3:6], *rest[6:]
     before = functional.coefficients_and_read(x, *first, backend=backend, **options)
     after = functional.boundary(
@@ -92,14 +92,14 @@ def neighbours(shape, n, C, dtype, k):
 def compare(function, inputs, backend, factor=1.0, **options):
     """Outputs and all gradients of `function` against the float64 reference.
 
-    What the reference itself loses in the inputs' own dtype is what they leave open: a sum that
-    cancels, a matrix that is nearly singular.
+    The error of the reference itself in the inputs' own dtype is allowed: a sum that cancels, a
+    matrix that is nearly singular.
     """
     in_tf32 = device_of(backend) == "cuda" and inputs[0].dtype != torch.float32
     products = TF32 if in_tf32 else COEFFICIENTS
     if function is boundary:
-        # What passes from one sublayer to the other was rounded to the streams' dtype on its way,
-        # both times, and is then summed over tokens, where it may cancel.
+        # Values between two sublayers are rounded to the streams' dtype, forward and backward, and
+        # then summed over tokens, where they may cancel.
         products, factor = max(products, ROUNDING[inputs[0].dtype]), 3 * factor
     exact = [tensor.double() for tensor in inputs]
     got, ours = run(function, inputs, backend, **options)
@@ -131,11 +131,11 @@ def as_tuple(outputs):
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def assert_close(ours, plain, wanted, factor, products, what):
+def assert_close(ours, plain, wanted, factor, products, name):
     assert (ours.shape, ours.dtype) == (plain.shape, plain.dtype)
     error, open_ = ((tensor.double() - wanted).norm() for tensor in (ours, plain))
     tolerance = factor * (ROUNDING[ours.dtype] + products) * wanted.norm() + 4 * open_
-    assert error <= tolerance + 1e-30, f"{what}: {error / wanted.norm():.1e}"
+    assert error <= tolerance + 1e-30, f"{name}: {error / wanted.norm():.1e}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -317,8 +317,8 @@ def test_sinkhorn_by_matrix(backend, n, std, numerics):
     cotangent = torch.randn(200, n, n)
     got.backward(cotangent)
     wanted.backward(cotangent.double())
-    # A logit's rounding is 6e-8 of its size, and 40 normalisations pass it on: at 16 it is what
-    # the input itself leaves open, measured by moving the exact input by as much.
+    # A logit's rounding is 6e-8 of its size, and 40 normalisations pass it on: at 16 the input
+    # itself leaves that open, measured by moving the exact input by as much.
     moved = logits.double() * (1 + 6e-8 * torch.randn(200, n, n, dtype=torch.float64))
     moved = moved.requires_grad_()
     shifted = functional.sinkhorn(moved, 20, numerics, "reference")
@@ -384,7 +384,7 @@ def test_the_same_bits_with_any_number_of_threads(backend, dtype):
 
 
 @pytest.mark.parametrize("missing", ["u", "pre", "post", "res", "written"])
-def test_outputs_that_nobody_uses(backend, missing):
+def test_unused_outputs(backend, missing):
     """A gradient that does not arrive counts as zero, and the link's too."""
     require_support(backend, 4, torch.float32)
     keep = [name for name in ("pre", "post", "res", "u", "written") if name != missing]

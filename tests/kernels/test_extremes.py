@@ -154,7 +154,7 @@ def test_widths_beside_powers_of_two(backend, C, dtype):
 
 
 def test_more_tokens_than_16_bits_count(backend):
-    """The last of 65,537, and what is summed over all of them."""
+    """The last of 65,537 tokens, and the sums over all of them."""
     n, C, tokens = 2, 65, 65537
     require_support(backend, n, torch.float32)
     if backend == "triton" and device_of(backend) == "cpu":
@@ -177,12 +177,12 @@ def test_extreme_inputs(backend, case, numerics):
         inputs[4] *= 100
     else:
         inputs[2].fill_(10)
-    # Logits of 10 leave open what float32 loses of them.
+    # The tolerance allows for the rounding of logits of 10 in float32.
     compare(sublayer, inputs, backend, 3 if case == "alpha 10" else 1, numerics=numerics)
 
 
 def test_saved_storages_are_freed_and_filled_again(backend):
-    """As by whoever shards parameters or offloads activations between forward and backward."""
+    """As sharded parameters and offloaded activations are, between forward and backward."""
     n, C = 4, 24
     require_support(backend, n, torch.float32)
     given = [torch.randn(9, n, C), *maps(n, C, n * n), torch.randn(9, C)]

@@ -103,7 +103,7 @@ def test_numbers_beyond_64_bits_are_not_cut():
         sinkhorn(logits=None, res=None, **numbers)
 
 
-# A team of two threads, whose room for the iterates does not fit into what is left.
+# A team of two threads, whose memory for the iterates exceeds the limit.
 HUNGRY = """
 import resource
 import torch
@@ -150,7 +150,7 @@ def test_out_of_memory_is_an_error_not_the_end(use):
     ("wanted", "printed"), [(64, "found no memory for a result of 18 MiB"), (48, "[65536, 48]")]
 )
 def test_a_result_without_memory_is_named(wanted, printed):
-    """What earlier results have left is given back before that: 16 MiB, here of another size."""
+    """Memory kept of earlier results, 16 MiB of another size, is released before the error."""
     code = """
 import resource, torch
 from manifold_hc import functional

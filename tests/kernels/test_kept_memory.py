@@ -97,7 +97,7 @@ def test_threads_do_not_share_a_block(blocks):
 @NEEDS_KERNELS
 @pytest.mark.parametrize("tokens", [64, 2100])
 def test_results_may_be_changed_in_place(tokens):
-    """Large ones too: what a branch does to u, and a model to the streams."""
+    """Large ones too: a branch changes u, a model the streams."""
     connection = mhc.Connection(512, mhc.ConnectionConfig(streams=4, backend="cpu"))
 
     def gradient(branch, change):

@@ -1,4 +1,4 @@
-"""A wheel's libraries: which one a processor gets, what it needs, and what if it is damaged."""
+"""A wheel's libraries: choice by processor, required symbols, and damaged files."""
 
 import hashlib
 import logging
@@ -73,7 +73,7 @@ def test_features_are_those_of_all_processors():
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="needs a compiler for x86-64")
 @pytest.mark.parametrize("variant", [v for v in prebuilt.VARIANTS if v.machine == "x86_64"])
 def test_features_are_all_that_the_compiler_may_use(variant):
-    """An instruction that the table does not ask for would end somebody's process."""
+    """An instruction missing from the table would kill the process."""
 
     def macros(*flags):
         command = [*find_compiler(), *flags, "-dM", "-E", "-x", "c++", "/dev/null"]

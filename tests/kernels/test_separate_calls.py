@@ -1,6 +1,6 @@
-"""The same bits whether coefficients, read and write are computed together or one by one.
+"""Fused and separate calls of coefficients, read and write have the same bits.
 
-So what a Stack has trained can run by functions of one's own.
+So a model that a Stack has trained can run by the functions alone.
 """
 
 import pytest
@@ -21,7 +21,7 @@ def backend(request):
 
 
 def small(backend, sizes):
-    """What Triton's interpreter has time for."""
+    """Sizes, smaller ones for Triton's slow interpreter."""
     n, C, tokens = sizes
     stepwise = backend == "triton" and device_of(backend) == "cpu"
     return (min(n, 4), min(C, 24), 3) if stepwise else (n, C, tokens)
@@ -33,13 +33,13 @@ def inputs_of(backend, n, C, tokens, dtype, constraint="sinkhorn"):
     return [tensor.to(device_of(backend)).requires_grad_() for tensor in given]
 
 
-def together(x, phi, alpha, bias, y, backend, **options):
+def fused_calls(x, phi, alpha, bias, y, backend, **options):
     reading = functional.coefficients_and_read(x, phi, alpha, bias, backend=backend, **options)
     written = functional.write(x, y, reading.post, reading.res, backend, link=reading.link)
     return *reading[:3], reading.u, written
 
 
-def apart(x, phi, alpha, bias, y, backend, **options):
+def separate_calls(x, phi, alpha, bias, y, backend, **options):
     pre, post, res = functional.coefficients(x, phi, alpha, bias, backend=backend, **options)
     return (
         pre,
@@ -69,27 +69,29 @@ def test_separate_calls_have_the_same_bits(backend, sizes, dtype, constraint, nu
     inputs = inputs_of(backend, n, C, tokens, dtype, constraint)
     options = {"constraint": constraint, "numerics": numerics, "backend": backend}
     options["iterations"] = 3
-    one, other = together(*inputs, **options), apart(*inputs, **options)
+    one, other = fused_calls(*inputs, **options), separate_calls(*inputs, **options)
     for name, a, b in zip(("pre", "post", "res", "u", "written"), one, other, strict=True):
         assert torch.equal(a, b), name
     dx, *maps_and_y = gradients(one, inputs)
-    dx_apart, *maps_and_y_apart = gradients(other, inputs)
-    for name, a, b in zip(("phi", "alpha", "bias", "y"), maps_and_y, maps_and_y_apart, strict=True):
+    dx_separate, *maps_and_y_separate = gradients(other, inputs)
+    for name, a, b in zip(
+        ("phi", "alpha", "bias", "y"), maps_and_y, maps_and_y_separate, strict=True
+    ):
         assert torch.equal(a, b), name
     # Three ways lead to x, whose gradients are rounded before they are summed, or afterwards.
     rounding = 2**-20 if dtype == torch.float32 else 2**-7
-    error = float((dx.float() - dx_apart.float()).norm() / dx.float().norm())
+    error = float((dx.float() - dx_separate.float()).norm() / dx.float().norm())
     assert error <= rounding
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_separate_coefficients_alone_have_the_same_gradients(backend, sizes, dtype):
-    """Of x too, where what is read is of no use."""
+    """Gradients of x too, where u is not used."""
     n, C, tokens = small(backend, sizes)
     require_support(backend, n, dtype)
     *inputs, y = inputs_of(backend, n, C, tokens, dtype)
-    one = together(*inputs, y, backend, iterations=3)[:3]
+    one = fused_calls(*inputs, y, backend, iterations=3)[:3]
     other = functional.coefficients(*inputs, backend=backend, iterations=3)
     assert all(map(torch.equal, one, other))
     assert all(map(torch.equal, gradients(one, inputs), gradients(other, inputs)))

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 COMPILER = Path(__file__).with_name("triton_compiler.py")
 WORKERS = 2
 ARCHITECTURES = (80, 90, 100, "gfx942")
-# What one program may hold of the memory its threads share, in bytes.
+# Largest shared memory of one program, in bytes.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, "gfx942": 64 * 1024}
 STREAMS = ("bfloat16", "float32", "float16")
 
@@ -37,7 +37,7 @@ def job(arch, n, dtype, C=2560, constraint="sinkhorn", transposed=False, tiles=N
 
 
 def some_jobs():
-    """One for each maker of GPUs: what a test run has time for."""
+    """One target for each maker of GPUs, to save time."""
     yield job(90, 4, "bfloat16")
     yield job("gfx942", 3, "float16", transposed=True)
 

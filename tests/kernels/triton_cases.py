@@ -1,7 +1,7 @@
 """Every Triton kernel against the float64 reference: outputs and all gradients, token by token.
 
 Run by `test_triton_interpreted.py`, in a process of its own: under the interpreter on a CPU, for
-real where a GPU is. New memory is filled with NaN, so that whatever is not written shows.
+real where a GPU is. New memory is filled with NaN, so that an unwritten value fails.
 """
 
 import pytest
@@ -36,11 +36,11 @@ DEVICE = "cpu" if plan.interpreted() else "cuda"
 STREAMS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # One rounding of the result; the interpreter truncates bfloat16, which is a whole ulp.
 ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 1 / 128, torch.float16: 1 / 1024}
-# Half-width streams meet phi in tf32, which the interpreter does not imitate.
+# Half-width streams are multiplied by phi in tf32, which the interpreter does not imitate.
 PROJECTED = {dtype: 2e-5 if DEVICE == "cpu" else 2e-3 for dtype in STREAMS.values()}
 PROJECTED[torch.float32] = 2e-5
 NAMES = ("paper", "deepseek_v4")
-# numpy, under the interpreter, speaks up where a test puts a NaN in on purpose.
+# Under the interpreter numpy warns of the NaN that a test puts in on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")
 
 
@@ -103,9 +103,9 @@ def test_sinkhorn(n, name):
         sinkhorn.sinkhorn(logits, *numbers),
         sinkhorn.sinkhorn_backward(grad, logits, *numbers),
     )
-    for what, a, b in (("res", got, wanted), ("dlogits", found, dlogits)):
+    for key, a, b in (("res", got, wanted), ("dlogits", found, dlogits)):
         error = (a.cpu().double() - b.detach()).flatten(1).norm(dim=1)
-        assert (error <= tolerance * n**0.5).all(), f"{what}: {error}"
+        assert (error <= tolerance * n**0.5).all(), f"{key}: {error}"
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 7])
@@ -208,7 +208,7 @@ def test_write(tokens, n, C, key, widens):
 )  # fmt: skip
 @pytest.mark.parametrize("widens", [True, False])
 def test_rebuild(tokens, n, C, key, writes, widens):
-    """Bit for bit what the writes and reads made."""
+    """The bits of separate writes and reads."""
     dtype = STREAMS[key]
     branch = torch.float32 if widens else dtype
     streams = [draw(tokens, n, C, dtype=dtype)]
@@ -274,7 +274,7 @@ def derived(outputs, cotangents, leaves):
 
 
 def next_streams(res, x, settings):
-    """What the next write mixes, as far as its gradient comes through the link."""
+    """Mixed streams of the next write, whose gradient comes through the link."""
     return (res if settings.learns else res.detach()) @ x
 
 
@@ -372,7 +372,7 @@ def check_boundary(
     )._asdict()  # fmt: skip
     whole, dy, dpost = found["written"], found.pop("y"), found.pop("post")
     tolerances = dict.fromkeys(("phi", "alpha", "bias", "pre"), 4 * loose)
-    if normed:  # what is read again may round otherwise
+    if normed:  # u, read again, may round otherwise
         tolerances = {key: max(4 * loose, ROUNDING[dtype]) for key in tolerances}
     for key, want in zip(leaves, wants, strict=True):
         got = found.pop(key)

@@ -1,4 +1,4 @@
-"""Compiles ahead of time, for a target that need not be there, what a run would launch.
+"""Compiles the launches of a run ahead of time, for a target that need not be present.
 
     python triton_compiler.py WORKER WORKERS < jobs.json
 
@@ -117,7 +117,7 @@ def launches_of(n, C, dtype, constraint, transposed, *, tokens=256, tiles=None):
 
 
 def source(kernel, bound):
-    """What the compiler takes, specialised as a launch on aligned tensors would be."""
+    """The compiler's input, specialised as for a launch on aligned tensors."""
     signature, constants, attributes = {}, {}, {}
     short = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
     for place, parameter in enumerate(kernel.params):

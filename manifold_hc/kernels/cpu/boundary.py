@@ -125,6 +125,7 @@ def boundary(
 
     pre: read weights [N, n]; None to read with the new ones.
     """
+    # The kernel writes into `written`, then reads it while it is in cache.
     x = write.x
     written, u = empty(x, *x.shape), empty(x, x.shape[0], x.shape[2])
     return written, u, _maps_of(written, write, pre, maps, norm, settings, u)
@@ -203,9 +204,11 @@ def boundary_backward(
     phi = maps.phi
     (N, n, C), R = written.shape, phi.shape[0]
     weight = None if norm is None else norm.weight
+    # Sums over tokens: one partial sum a slice, added in order, so that threads do not change bits.
     partial = partial_dphi(phi, N, n, C)
     dx, dy = empty(written, N, n, C), None if y is None else empty(y, N, C)
     dpost, dpre, dweight = (None if t is None else torch.empty_like(t) for t in (post, pre, weight))
+    # dbias [R] and dalpha [3] in one row
     dphi, dbias_dalpha = torch.empty_like(phi), phi.new_empty(R + 3)
     MHC_BOUNDARY_BACKWARD(
         grad_streams=grad_written,

@@ -65,6 +65,7 @@ def project_backward(
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of v, in v's dtype, and of phi."""
     (N, K), R = v.shape, phi.shape[0]
+    # With dq = dp / rms: dv = dq phi - <dp, p> / (rms^2 K) v, dphi = dq^T v
     dv, dphi = empty(v, N, K), torch.empty_like(phi)
     MHC_PROJECT_BACKWARD(
         grad=grad,

@@ -42,6 +42,7 @@ def read(x: Tensor, pre: Tensor) -> Tensor:
 def read_backward(grad: Tensor, x: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of x and pre."""
     N, n, C = x.shape
+    # dx[i] = pre[i] du, dpre[i] = <du, x[i]>
     dx, dpre = empty(x, N, n, C), torch.empty_like(pre)
     MHC_READ_BACKWARD(
         grad=grad,

@@ -41,6 +41,7 @@ def rebuild(
     N, n, C = x.shape
     streams = [empty(x, N, n, C) for _ in writes]
     inputs = [empty(x, N, C) for _ in reads]
+    # Arrays of pointers: the C function takes one pointer a write and a read.
     epsilons = [0.0 if norm is None else norm.eps for norm in norms]
     MHC_REBUILD(
         x=x,

@@ -50,6 +50,7 @@ def sinkhorn_backward(
 ) -> Tensor:
     """Return the gradient of logits [N, n, n], the iterates recomputed."""
     N, n, _ = logits.shape
+    # M_1, M_2, ... again, then G <- G - M sum(G) from the last to the first
     dlogits = torch.empty_like(logits)
     MHC_SINKHORN_BACKWARD(
         grad=grad,

@@ -56,6 +56,7 @@ MHC_BRANCH_BACKWARD = kernel(
 def write(x: Tensor, y: Tensor, post: Tensor, res: Tensor) -> Tensor:
     """Return x' [N, n, C], in x's dtype, of x, y [N, C], post [N, n] and res [N, o, i]."""
     N, n, C = x.shape
+    # Each token's streams are read once and written once.
     out = empty(x, N, n, C)
     MHC_WRITE(
         x=x,
@@ -77,7 +78,9 @@ def write_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, y, post and res."""
     N, n, C = x.shape
+    # dx[i] = sum_o res[o, i] g[o], dy = sum_o post[o] g[o]
     dx, dy = empty(x, N, n, C), empty(y, N, C)
+    # dpost[o] = <g[o], y>, dres[o, i] = <g[o], x[i]>
     dpost, dres = torch.empty_like(post), torch.empty_like(res)
     MHC_WRITE_BACKWARD(
         grad=grad,
@@ -101,6 +104,7 @@ def write_backward(
 def branch_backward(grad: Tensor, y: Tensor, post: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of a write's y and post alone."""
     N, n, C = grad.shape
+    # dy = sum_o post[o] g[o], dpost[o] = <g[o], y>
     dy, dpost = empty(y, N, C), torch.empty_like(post)
     MHC_BRANCH_BACKWARD(
         grad=grad,

@@ -185,6 +185,7 @@ class Boundary(Operator):
         x, y, post, res, pre, link, maps, norm, ctx.settings = inputs
         written, _, _, _, new_res, projected, inverse_rms, _ = output
         weight, ctx.input_eps = (None, 0.0) if norm is None else norm
+        # Under a link the backward of the coefficients makes dx and dres.
         if link is not None:
             x = res = None
         saved = SavedMaps(new_res, projected, inverse_rms)
@@ -206,18 +207,23 @@ class Boundary(Operator):
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, y, post, res, pre, link, phi, alpha, bias and weight."""
         grads = ReadingGradients(u, pre, post, res, link)
-        x, mixing, written, y, gates, reads, phi, alpha, bias, weight, *saved = ctx.saved_tensors
+        x, write_res, written, y, write_post, read_pre, phi, alpha, bias, weight, *saved = (
+            ctx.saved_tensors
+        )
         found = BoundaryGradients(
             *self.differentiate.op(
-                grad_written, *grads, written, y, gates, reads, phi, alpha, bias,
+                grad_written, *grads, written, y, write_post, read_pre, phi, alpha, bias,
                 weight, ctx.input_eps, *saved, *ctx.settings,
             )
         )  # fmt: skip
         dx, dy, dpost, dres, dlink = None, found.y, found.post, None, None
         if x is None:
-            dlink = found.written  # the coefficients before the write do the rest
+            dlink = found.written  # g: the coefficients before the write make res^T g and <g, x>
         else:
-            dx, dy, dpost, dres = self.differentiate_write.op(found.written, x, y, gates, mixing)
-        dpre = None if reads is None else found.pre
+            # dx = res^T g, dy = <post, g>, dpost = <g, y>, dres = <g, x>
+            dx, dy, dpost, dres = self.differentiate_write.op(
+                found.written, x, y, write_post, write_res
+            )
+        dpre = None if read_pre is None else found.pre
         dweight = None if weight is None else found.weight
         return dx, dy, dpost, dres, dpre, dlink, found.phi, found.alpha, found.bias, dweight

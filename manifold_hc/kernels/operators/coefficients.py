@@ -83,6 +83,7 @@ class CoefficientsAndRead(Operator):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return (pre, post, res, u, grad_carrier) of x [*batch, n, C]."""
         *batch, n, C = x.shape
+        # Projections and 1 / rms are results for the backward pass alone.
         u, pre, post, res, _, _, link = self.op(x.reshape(prod(batch), n, C), *maps, *settings)
         pre, post, res, u = unflattened(batch, (pre, post, res, u))
         return pre, post, res, u, link
@@ -106,6 +107,7 @@ class CoefficientsAndRead(Operator):
         x, maps, ctx.settings = inputs
         _, _, _, res, projected, inverse_rms, _ = output
         ctx.mark_non_differentiable(projected, inverse_rms)
+        # None instead of zeros for results without a gradient: kernels skip them.
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, *maps, res, projected, inverse_rms)
 
@@ -178,6 +180,7 @@ class Coefficients(Operator):
         _inverse_rms: Tensor | None,
     ) -> FourGradients:
         """Return the gradients of x, phi, alpha and bias."""
+        # No u and no link: the kernel leaves their terms of dx and dres out.
         grads = ReadingGradients(u=None, pre=pre, post=post, res=res, link=None)
         found: FourGradients = self.differentiate.op(*grads, *ctx.saved_tensors, *ctx.settings)
         return found

@@ -47,6 +47,7 @@ class Project(Operator):
 
     def __call__(self, x: Tensor, phi: Tensor, norm_eps: float) -> Tensor:
         """Return the projections [*batch, R] of x [*batch, n, C], v = vec(x)."""
+        # v = vec(x): all streams of a token in one row
         v = x.reshape(prod(x.shape[:-2]), phi.shape[-1])
         projected, _ = self.op(v, phi, norm_eps)
         result: Tensor = projected.view(*x.shape[:-2], phi.shape[0])

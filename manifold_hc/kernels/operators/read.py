@@ -41,6 +41,7 @@ class Read(Operator):
     def __call__(self, x: Tensor, pre: Tensor) -> Tensor:
         """Return u [*batch, C] of x [*batch, n, C] and pre [*#batch, n]."""
         *batch, n, C = x.shape
+        # pre may broadcast: one row a token for the kernel
         tokens = prod(batch)
         u: Tensor = self.op(x.reshape(tokens, n, C), flattened(pre, batch, tokens, n))
         return u.view(*batch, C)

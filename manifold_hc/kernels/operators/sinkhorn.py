@@ -65,6 +65,7 @@ class Sinkhorn(Operator):
 
     def save(self, ctx: Any, inputs: Any, output: Tensor) -> None:
         """Save the logits: iterates are recomputed."""
+        # iterations, transposed, hc_eps
         logits, *ctx.numbers = inputs
         ctx.save_for_backward(logits)
 

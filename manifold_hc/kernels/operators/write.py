@@ -109,6 +109,7 @@ class Write(Operator):
         if ctx.is_linked:
             y, post = ctx.saved_tensors
             dy, dpost = self.differentiate_branch.op(grad, y, post)
+            # The link passes g on: the coefficients make dx = res^T g and dres = <g, x>.
             return None, dy, dpost, None, grad
         x, y, post, res = ctx.saved_tensors
         dx, dy, dpost, dres = self.differentiate.op(grad, x, y, post, res)
