@@ -1,5 +1,6 @@
 import itertools
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck, gradgradcheck
 
 from manifold_hc import constraints, functional
-from manifold_hc.constraints import CONSTRAINTS
+from manifold_hc.constraints import CONSTRAINTS, Constraint, ConstraintName, constraint
 from manifold_hc.errors import ConfigError, ManifoldError
 from manifold_hc.numerics import PRESETS, preset
 from tests import oracle
@@ -238,3 +239,26 @@ def test_the_rows_of_res_are_exact_in_both_presets():
         assert (res.sum(-2) - 1).abs().max() > 1e-2
     comb = functional.sinkhorn(logits.mT.contiguous(), numerics="deepseek_v4", hc_eps=0.0)
     torch.testing.assert_close(comb, functional.sinkhorn(logits), rtol=1e-12, atol=1e-14)
+
+
+def test_names_are_those_of_the_table():
+    assert get_args(ConstraintName) == tuple(CONSTRAINTS)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_a_row_is_all_that_a_new_constraint_needs(monkeypatch, backend):
+    """Sizes, bounds, initial values and the reading of a sublayer follow from it."""
+    average = Constraint(
+        size=lambda n: 0,
+        initial=lambda n: [],
+        build=lambda logits, n, *_: logits.new_full((*logits.shape[:-1], n, n), 0.5),
+        problem=lambda n: f"takes n = 2 but n is {n}" if n != 2 else None,
+    )
+    monkeypatch.setitem(CONSTRAINTS, "average", average)
+    x, phi = torch.randn(3, 2, 8), torch.randn(4, 16)
+    reading = functional.coefficients_and_read(
+        x, phi, torch.ones(3), torch.zeros(4), constraint="average", backend=backend
+    )
+    assert torch.equal(reading.res, torch.full((3, 2, 2), 0.5))
+    with pytest.raises(ConfigError, match="constraint: average takes n = 2 but n is 3"):
+        constraint("average", 3)
