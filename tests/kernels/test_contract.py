@@ -66,12 +66,20 @@ def sublayer(x, phi, alpha, bias, y, *, backend, **options):
     return reading.pre, reading.post, reading.res, reading.u, written
 
 
-def boundary(x, y, *rest, backend, single_pass=False, norm=False, linked=True, **options):
+def boundary(
+    x, y, phi, alpha, bias, next_phi, next_alpha, next_bias, z, weight,
+    *, backend, single_pass=False, norm=False, linked=True, **options,
+):  # fmt: skip
     """Two sublayers and the boundary between them: the fused operator and both neighbours."""
-    first, second, z, weight = rest[:3], rest[3:6], *rest[6:]
-    before = functional.coefficients_and_read(x, *first, backend=backend, **options)
+    before = functional.coefficients_and_read(x, phi, alpha, bias, backend=backend, **options)
     after = functional.boundary(
-        *(x, y, before.post, before.res, *second),
+        x,
+        y,
+        before.post,
+        before.res,
+        next_phi,
+        next_alpha,
+        next_bias,
         pre=before.pre if single_pass else None,
         input_norm=functional.InputNorm(weight, 0.1) if norm else None,
         link=before.link if linked else None,
@@ -185,15 +193,15 @@ def test_sizes_beyond_every_block_chunk_and_slice(backend, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", STREAMS)
-def test_what_is_rebuilt_has_the_same_bits(backend, n, dtype):
-    """However the streams were written and read: one by one, at a boundary, or in a block."""
+def test_rebuild_has_the_same_bits(backend, n, dtype):
+    """The bits of separate calls and of a boundary."""
     require_support(backend, n, dtype)
     for shape, C in [((), 8), ((0,), 8), ((2, 3), 37), ((40,), 530)]:
         moved = [t.to(device_of(backend)) for t in neighbours(shape, n, C, dtype, n * n)]
-        x, y, *rest = moved
-        first, second, z = rest[:3], rest[3:6], rest[6]
+        x, y, phi, alpha, bias, next_phi, next_alpha, next_bias, z, weight = moved
+        second = (next_phi, next_alpha, next_bias)
         for single_pass in (False, True):
-            before = functional.coefficients_and_read(x, *first, backend=backend)
+            before = functional.coefficients_and_read(x, phi, alpha, bias, backend=backend)
             weights = before.pre if single_pass else None
             coefficients = (x, y, before.post, before.res)
             after = functional.boundary(*coefficients, *second, pre=weights, backend=backend)
@@ -207,9 +215,9 @@ def test_what_is_rebuilt_has_the_same_bits(backend, n, dtype):
             assert all(map(torch.equal, inputs, (before.u, after.u, read)))
             ((), (alone,)) = functional.rebuild(x, [], reads[:1], backend=backend)
             assert torch.equal(alone, before.u)
-            norm = functional.InputNorm(rest[7], 0.1)
+            norm = functional.InputNorm(weight, 0.1)
             normed = functional.boundary(
-                *(*coefficients, *second), pre=weights, input_norm=norm, backend=backend
+                *coefficients, *second, pre=weights, input_norm=norm, backend=backend
             )
             _, inputs = functional.rebuild(x, writes[:1], reads[:2], [None, norm], backend)
             assert all(map(torch.equal, inputs, (before.u, normed.u)))
