@@ -133,11 +133,9 @@ def coefficients(
 ) -> Coefficients:
     """Compute mHC's read, write and mixing coefficients of every token.
 
-    Source: arXiv 2512.24880, equations 7 and 8.
-
-    Rows of phi and bias: pre (n) | post (n) | res (k), where k = n*n for "sinkhorn", "exact" and
-    "none", 0 for "identity", n! for "permutation" and 2 log2(n) for "kronecker". The n*n rows are
-    `res[o, i]` row-major for "paper", `comb[source, target]` row-major for "deepseek_v4".
+    Source: arXiv 2512.24880, equations 7 and 8. Rows of phi and bias: pre (n) | post (n) | res (k).
+    k is n*n for "sinkhorn", "exact" and "none", 0 for "identity", n! for "permutation", 2 log2(n)
+    for "kronecker"; n*n rows are row-major, `res[o, i]` or "deepseek_v4"'s `comb[source, target]`.
 
     Args:
         x: Streams [..., n, C], floating point.
@@ -400,9 +398,7 @@ def write(
     *,
     link: BackwardLink | None = None,
 ) -> Float[Tensor, "*batch n C"]:
-    """Compute the next streams `x'[o] = sum_i res[o, i] x[i] + post[o] y`.
-
-    Source: arXiv 2409.19606, section 2, with res transposed to [output, input].
+    """Compute the next streams `x'[o] = sum_i res[o, i] x[i] + post[o] y` (arXiv 2409.19606).
 
     Args:
         x: Streams [..., n, C], floating point.
@@ -410,8 +406,7 @@ def write(
         post: Write weights [..., n], float32 or float64; the leading shape may broadcast.
         res: Mixing matrix [..., o, i], row = output stream; as post.
         backend: See the module.
-        link: From the `coefficients_and_read` of the same x and res: both then share a backward
-            pass. Ignored for other streams.
+        link: From the `coefficients_and_read` of the same x and res, to share a backward pass.
 
     Returns:
         x' [..., n, C] in x's dtype.
