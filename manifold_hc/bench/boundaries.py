@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from manifold_hc import functional
-from manifold_hc.bench.gate import TOLERANCE, judge
-from manifold_hc.bench.measure import measure, thread_counts, timed
+from manifold_hc.bench.correctness import TOLERANCE, judge
+from manifold_hc.bench.measure.timing import measure, thread_counts, timed
 from manifold_hc.bench.problem import Inputs, Problem
 from manifold_hc.bench.task import Task, leaf
 from manifold_hc.errors import ManifoldError

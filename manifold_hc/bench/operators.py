@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from manifold_hc import functional
-from manifold_hc.bench.measure import measure, thread_counts, timed
+from manifold_hc.bench.measure.timing import measure, thread_counts, timed
 from manifold_hc.bench.problem import Problem
 from manifold_hc.bench.task import Task, leaf
 

@@ -7,14 +7,14 @@ from statistics import median
 from typing import Literal
 
 from manifold_hc.bench import peers
-from manifold_hc.bench.bandwidth import bound_bytes, copy_bandwidth
 from manifold_hc.bench.boundaries import BoundaryRow, bench_boundaries
-from manifold_hc.bench.candidates import Candidate, compiled, ours, quiet, serving
-from manifold_hc.bench.gate import check
-from manifold_hc.bench.graphs import graphed
-from manifold_hc.bench.measure import Run, first_call, measure, thread_counts, timed
-from manifold_hc.bench.memory import cost
+from manifold_hc.bench.correctness import check
+from manifold_hc.bench.measure.bandwidth import bound_bytes, copy_bandwidth
+from manifold_hc.bench.measure.graphs import graphed
+from manifold_hc.bench.measure.memory import cost
+from manifold_hc.bench.measure.timing import Run, first_call, measure, thread_counts, timed
 from manifold_hc.bench.operators import OperatorRow, bench_operators
+from manifold_hc.bench.peers.implementations import Candidate, compiled, ours, quiet, serving
 from manifold_hc.bench.problem import Inputs, Problem
 
 State = Literal["timed", "wrong", "missing"]

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from manifold_hc import functional
 from manifold_hc.bench import peers
-from manifold_hc.bench.candidates import Connect
+from manifold_hc.bench.peers.implementations import Connect
 from manifold_hc.bench.problem import Problem
 from manifold_hc.bench.task import Task, leaf
 from manifold_hc.config import ConnectionConfig

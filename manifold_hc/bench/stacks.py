@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-from manifold_hc.bench.held import KINDS, STREAMS, Ledger, Norm, Scaled
-from manifold_hc.bench.measure import alternate, timed
-from manifold_hc.bench.memory import peak_bytes
+from manifold_hc.bench.measure.memory import peak_bytes
+from manifold_hc.bench.measure.memory_ledger import KINDS, STREAMS, Ledger, Norm, Scaled
+from manifold_hc.bench.measure.timing import alternate, timed
 from manifold_hc.bench.problem import Problem
 from manifold_hc.bench.task import Task, leaf
 from manifold_hc.config import Recompute

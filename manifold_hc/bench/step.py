@@ -9,7 +9,7 @@ from statistics import median, quantiles
 import torch
 
 from manifold_hc.bench import parts
-from manifold_hc.bench.measure import Run, Sample, alternate, timed
+from manifold_hc.bench.measure.timing import Run, Sample, alternate, timed
 from manifold_hc.bench.problem import Problem
 from manifold_hc.bench.task import Task
 from manifold_hc.config import ConnectionConfig

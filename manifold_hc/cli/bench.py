@@ -94,8 +94,8 @@ def ops(
     """
     from manifold_hc.bench import peers
     from manifold_hc.bench.ops import bench_ops
+    from manifold_hc.bench.output.tables import ops_table
     from manifold_hc.bench.problem import Problem
-    from manifold_hc.bench.tables import ops_table
 
     chosen = judged_device(device)
     terminal, found = console(), []
@@ -155,9 +155,9 @@ def step(
     about 12 GB of memory and some minutes.
     """
     from manifold_hc.bench import peers
+    from manifold_hc.bench.output.tables import step_table
     from manifold_hc.bench.problem import Problem
     from manifold_hc.bench.step import PEER, bench_step
-    from manifold_hc.bench.tables import step_table
     from manifold_hc.training import preset
 
     chosen, config = judged_device(device), preset(name)
@@ -225,9 +225,9 @@ def memory(
 
     Without recompute the default sizes need about 8 GB in float32.
     """
+    from manifold_hc.bench.output.tables import stack_table
     from manifold_hc.bench.problem import Problem
     from manifold_hc.bench.stacks import bench_stacks
-    from manifold_hc.bench.tables import stack_table
 
     if wrong := [length for length in lengths if length > sublayers]:
         raise ConfigError(
@@ -271,8 +271,8 @@ def page(results: Path, out: Path) -> None:
     \b
     mhc bench page
     """
-    from manifold_hc.bench.chart import chart
-    from manifold_hc.bench.page import page
+    from manifold_hc.bench.output.chart import chart
+    from manifold_hc.bench.output.page import page
 
     write_atomically(out, page(results))
     click.echo(f"page: {out}")
@@ -284,7 +284,7 @@ def page(results: Path, out: Path) -> None:
 
 
 def _write(device: str, save: bool, json_file: Path | None, **tables: Any) -> None:
-    from manifold_hc.bench import results
+    from manifold_hc.bench.output import results
 
     record = results.record(device, _command(), **tables)
     if json_file:

@@ -15,7 +15,7 @@ from manifold_hc.errors import ManifoldError
 from manifold_hc.files import write_atomically
 
 if TYPE_CHECKING:
-    from manifold_hc.bench.verify import Line
+    from manifold_hc.verify import Line
 
 
 @click.command()
@@ -32,8 +32,8 @@ def verify(device: str, json_file: Path | None) -> None:
     dtype. "not served" is a backend's own refusal; the end says how many checks were skipped and
     why. Exit status 1 where anything fails.
     """
-    from manifold_hc.bench import results
-    from manifold_hc.bench.verify import Line, verify
+    from manifold_hc.bench.output import results
+    from manifold_hc.verify import Line, verify
 
     chosen = judged_device(device)
     lines: list[Line] = []

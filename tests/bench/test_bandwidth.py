@@ -2,7 +2,7 @@
 
 import pytest
 
-from manifold_hc.bench.bandwidth import (
+from manifold_hc.bench.measure.bandwidth import (
     backward_elements,
     bound_bytes,
     copy_bandwidth,
@@ -33,7 +33,9 @@ def test_bytes_of_the_common_size():
 
 def test_a_copy_counts_what_it_reads_and_writes(monkeypatch):
     seconds = iter([5.0, 2.0, 1.0])
-    monkeypatch.setattr("manifold_hc.bench.bandwidth._copy_seconds", lambda *_: next(seconds))
+    monkeypatch.setattr(
+        "manifold_hc.bench.measure.bandwidth._copy_seconds", lambda *_: next(seconds)
+    )
     assert copy_bandwidth("cpu", size=1000, repeats=3) == 1000  # 2 x 1000 bytes in the median 2 s
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from manifold_hc.bench import memory
-from manifold_hc.bench.candidates import Candidate, ours, without_branch
+from manifold_hc.bench.measure import memory
+from manifold_hc.bench.peers.implementations import Candidate, ours, without_branch
 from manifold_hc.bench.problem import Problem
 from manifold_hc.kernels import unsupported_reason
 

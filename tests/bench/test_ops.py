@@ -159,7 +159,7 @@ def test_groups_have_help(capfd):
 
 
 def test_a_backend_that_refuses_is_named(capfd, monkeypatch):
-    from manifold_hc.bench import candidates
+    from manifold_hc.bench.peers import implementations
     from manifold_hc.errors import BackendError
 
     def refuse(problem, inputs, backend):
@@ -167,8 +167,8 @@ def test_a_backend_that_refuses_is_named(capfd, monkeypatch):
             raise BackendError("coefficients: backend slow wants a GPU; use another")
         return ops.ours(problem, inputs, backend)
 
-    monkeypatch.setattr(candidates, "backends", lambda: ["reference", "slow"])
-    monkeypatch.setattr(candidates, "ours", refuse)
+    monkeypatch.setattr(implementations, "backends", lambda: ["reference", "slow"])
+    monkeypatch.setattr(implementations, "ours", refuse)
     status, out, _ = mhc(capfd, *ONE)
     assert status == 0
     assert "backend slow: coefficients: backend slow wants a GPU" in out

@@ -6,7 +6,7 @@ import torch
 
 from manifold_hc import functional
 from manifold_hc.bench import peers
-from manifold_hc.bench.candidates import quiet
+from manifold_hc.bench.peers.implementations import quiet
 from manifold_hc.bench.problem import Problem
 
 
@@ -56,7 +56,7 @@ def test_gpu_peers_are_not_imported_on_a_cpu():
     import sys
 
     code = (
-        "import sys, manifold_hc.bench.ops, manifold_hc.bench.verify;"
+        "import sys, manifold_hc.bench.ops, manifold_hc.verify;"
         "print([m for m in ('liger_kernel', 'tile_kernels', 'triton', 'transformers',"
         "'hyper_connections') if m in sys.modules])"
     )

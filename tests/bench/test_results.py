@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from manifold_hc.bench import results
-from manifold_hc.bench.chart import chart
-from manifold_hc.bench.page import page
+from manifold_hc.bench.output import results
+from manifold_hc.bench.output.chart import chart
+from manifold_hc.bench.output.page import page
 from manifold_hc.cli.bench import _command
 from manifold_hc.errors import DataError
 from tests.cli.test_commands import mhc

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from manifold_hc.bench.page import page
-from manifold_hc.bench.results import load, save
+from manifold_hc.bench.output.page import page
+from manifold_hc.bench.output.results import load, save
 from tests.cli.test_commands import mhc
 
 pytestmark = pytest.mark.usefixtures("unchecked")

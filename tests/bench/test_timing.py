@@ -2,7 +2,7 @@
 
 import torch
 
-from manifold_hc.bench import measure as m
+from manifold_hc.bench.measure import timing as m
 from manifold_hc.bench.ops import fastest
 from manifold_hc.bench.task import Task, leaf
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from manifold_hc.bench.candidates import quiet
+from manifold_hc.bench.peers.implementations import quiet
 from manifold_hc.bench.task import Task
 
 WARM_UP = 2

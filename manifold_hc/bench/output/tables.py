@@ -6,7 +6,8 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from manifold_hc.bench.figures import (
+from manifold_hc.bench.ops import OpsTable
+from manifold_hc.bench.output.figures import (
     BOUNDARY_COLUMNS,
     BOUNDARY_LEGEND,
     LAUNCHES,
@@ -27,8 +28,7 @@ from manifold_hc.bench.figures import (
     step_notes,
     step_title,
 )
-from manifold_hc.bench.ops import OpsTable
-from manifold_hc.bench.page import operator_cells
+from manifold_hc.bench.output.page import operator_cells
 from manifold_hc.bench.stacks import StackTable
 from manifold_hc.bench.step import StepTable
 

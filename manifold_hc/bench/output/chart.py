@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from manifold_hc.bench.ops import OpsTable
-from manifold_hc.bench.results import Record, load
+from manifold_hc.bench.output.results import Record, load
 
 OURS, PEER = "#00798c", "#b8bec6"
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from manifold_hc import constraints, functional, reference
 from manifold_hc.bench import peers
-from manifold_hc.bench.candidates import quiet
-from manifold_hc.bench.gate import TOLERANCE, check, relative_error
+from manifold_hc.bench.correctness import TOLERANCE, check, relative_error
+from manifold_hc.bench.peers.implementations import quiet
 from manifold_hc.bench.problem import DTYPES, Problem, reference_step
 from manifold_hc.bench.task import Task, leaf
 from manifold_hc.config import ConnectionConfig

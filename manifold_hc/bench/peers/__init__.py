@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from manifold_hc import constraints, reference
-from manifold_hc.bench import gpu_peers
-from manifold_hc.bench.candidates import Candidate, quiet, without_branch
+from manifold_hc.bench.peers import gpu_adapters
+from manifold_hc.bench.peers.implementations import Candidate, quiet, without_branch
 from manifold_hc.bench.problem import Inputs, Problem, reference_step
 from manifold_hc.connection import Branch
 from manifold_hc.numerics import preset
@@ -173,10 +173,10 @@ def separate_streams(
 PEERS = (
     Peer("transformers", transformers, compiles=True),
     Peer("hyper-connections", hyper_connections, compiles=True),
-    Peer("liger-kernel", gpu_peers.liger, devices=("cuda",), streams=(2, 4, 8, 16)),
+    Peer("liger-kernel", gpu_adapters.liger, devices=("cuda",), streams=(2, 4, 8, 16)),
     Peer(
         "tile-kernels",
-        gpu_peers.tile_kernels,
+        gpu_adapters.tile_kernels,
         devices=("cuda",),
         dtypes=("bfloat16",),
         streams=(4,),

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from manifold_hc.bench.figures import (
+from manifold_hc.bench.operators import OperatorRow
+from manifold_hc.bench.ops import OpsTable
+from manifold_hc.bench.output.figures import (
     BOUNDARY_COLUMNS,
     BOUNDARY_LEGEND,
     LAUNCHES,
@@ -24,9 +26,7 @@ from manifold_hc.bench.figures import (
     step_notes,
     step_title,
 )
-from manifold_hc.bench.operators import OperatorRow
-from manifold_hc.bench.ops import OpsTable
-from manifold_hc.bench.results import Record, load
+from manifold_hc.bench.output.results import Record, load
 from manifold_hc.bench.stacks import StackTable
 from manifold_hc.bench.step import StepTable
 

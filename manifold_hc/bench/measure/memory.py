@@ -11,7 +11,7 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from manifold_hc.bench.candidates import Candidate
+from manifold_hc.bench.peers.implementations import Candidate
 from manifold_hc.bench.problem import Inputs
 from manifold_hc.kernels.cpu.memory import BLOCKS
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from manifold_hc.bench import gate, peers
-from manifold_hc.bench.candidates import ours, quiet, serving
+from manifold_hc.bench import correctness, peers
+from manifold_hc.bench.peers.implementations import ours, quiet, serving
 from manifold_hc.bench.problem import Problem
 
 SMALL = Problem(tokens=64, channels=32)
@@ -21,7 +21,7 @@ def test_our_backends_pass(dtype, numerics):
     backends, _ = serving(problem)
     assert "reference" in backends
     for backend in backends:
-        assert gate.check(ours(problem, inputs, backend), inputs).ok, backend
+        assert correctness.check(ours(problem, inputs, backend), inputs).ok, backend
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -32,7 +32,7 @@ def test_peers_pass(peer, streams, dtype):
     inputs = problem.inputs()
     with quiet():
         candidate = peer.build(problem, inputs)
-        verdict = gate.check(candidate, inputs)
+        verdict = correctness.check(candidate, inputs)
     assert verdict.ok, verdict
 
 
@@ -44,7 +44,7 @@ def test_a_transposed_res_is_red():
         u, _ = right.step(x, y)
         return u, right.step(x.flip(-2), y)[1].flip(-2)
 
-    verdict = gate.check(replace(right, step=step), inputs)
+    verdict = correctness.check(replace(right, step=step), inputs)
     assert not verdict.ok
     assert verdict.error > 0.01
 
@@ -57,13 +57,13 @@ def test_a_wrong_gradient_is_red():
         u, new = right.step(x, y)
         return u.detach() + (u - u.detach()) * 1.001, new
 
-    assert gate.check(replace(right, step=step), inputs).error > 1e-5
-    assert not gate.check(replace(right, step=step), inputs).ok
+    assert correctness.check(replace(right, step=step), inputs).error > 1e-5
+    assert not correctness.check(replace(right, step=step), inputs).ok
 
 
 def test_errors_are_shares_of_the_largest_entry():
     wanted = torch.tensor([4.0, -8.0], dtype=torch.float64)
-    assert gate.relative_error(torch.tensor([4.0, -7.0]), wanted) == 0.125
-    assert gate.relative_error(torch.tensor([4.0, math.nan]), wanted) == math.inf
-    assert gate.relative_error(torch.tensor([4.0]), wanted) == math.inf
-    assert gate.relative_error(torch.zeros(2), torch.zeros(2).double()) == 0
+    assert correctness.relative_error(torch.tensor([4.0, -7.0]), wanted) == 0.125
+    assert correctness.relative_error(torch.tensor([4.0, math.nan]), wanted) == math.inf
+    assert correctness.relative_error(torch.tensor([4.0]), wanted) == math.inf
+    assert correctness.relative_error(torch.zeros(2), torch.zeros(2).double()) == 0

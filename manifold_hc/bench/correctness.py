@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from manifold_hc.bench.candidates import Candidate
+from manifold_hc.bench.peers.implementations import Candidate
 from manifold_hc.bench.problem import Inputs
 
 TOLERANCE = {

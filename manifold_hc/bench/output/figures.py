@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from statistics import median, quantiles
 
 from manifold_hc.bench.boundaries import BASELINES, FUSED, SEPARATE, SINGLE_FUSED
-from manifold_hc.bench.held import KINDS
+from manifold_hc.bench.measure.memory_ledger import KINDS
 from manifold_hc.bench.ops import OpsTable, Row
 from manifold_hc.bench.stacks import StackRow, StackTable
 from manifold_hc.bench.step import ANY, RESIDUAL, STREAMS, Part, StepTable

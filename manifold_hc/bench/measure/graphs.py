@@ -2,7 +2,7 @@
 
 import torch
 
-from manifold_hc.bench.measure import Run, Sample
+from manifold_hc.bench.measure.timing import Run, Sample
 from manifold_hc.bench.task import Task
 
 WARM_UP = 3

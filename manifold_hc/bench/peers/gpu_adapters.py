@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from manifold_hc import reference
-from manifold_hc.bench.candidates import Candidate, quiet, without_branch
+from manifold_hc.bench.peers.implementations import Candidate, quiet, without_branch
 from manifold_hc.bench.problem import Inputs, Problem, reference_step
 from manifold_hc.connection import Branch
 from manifold_hc.numerics import preset

@@ -1,0 +1,1 @@
+"""Time, memory, launches and bandwidth of one pass."""
