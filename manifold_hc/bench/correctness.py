@@ -1,4 +1,4 @@
-"""Correctness before speed: outputs and all gradients against float64."""
+"""Outputs and all gradients of an implementation against float64, before anything is timed."""
 
 import math
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from manifold_hc.bench.peers.implementations import Candidate
+from manifold_hc.bench.peers.implementations import Implementation
 from manifold_hc.bench.problem import Inputs
 
 TOLERANCE = {
@@ -16,39 +16,45 @@ TOLERANCE = {
     torch.bfloat16: 2e-2,
     torch.float16: 3e-3,
 }
-"""Largest error allowed of any tensor, as a share of its largest entry."""
+"""Largest relative error allowed, by dtype of the tensor."""
 
 
-class Verdict(NamedTuple):
-    """What the gate found."""
+class Comparison(NamedTuple):
+    """Result of comparing several tensors with their exact values."""
 
     error: float
-    """Largest over outputs and gradients, as a share of that tensor's largest entry."""
+    """Largest relative error of all tensors."""
     tolerance: float
     worst: str
-    """The tensor it was found in."""
+    """Name of the tensor with that error."""
 
     @property
     def ok(self) -> bool:
-        """Not so for NaN."""
+        """True if the error is within the tolerance; false for NaN."""
         return self.error <= self.tolerance
 
 
-def check(candidate: Candidate, inputs: Inputs) -> Verdict:
-    """Run the candidate and its oracle on the same numbers and compare every tensor."""
-    found, wanted = candidate.task(inputs).tensors(), candidate.judge(inputs).tensors()
+def check(implementation: Implementation, inputs: Inputs) -> Comparison:
+    """Run the implementation and its float64 oracle on the same inputs and compare all tensors."""
+    found, wanted = implementation.task(inputs), implementation.oracle_task(inputs)
+    parameters = enumerate(implementation.parameters)
     names = ["u", "x'", "x.grad", "y.grad", "grad of scalars"]
-    names += [f"grad of parameter {i}" for i, p in enumerate(candidate.parameters) if p.numel() > 1]
-    return judge(_join_scalars(found), _join_scalars(wanted), names, TOLERANCE[inputs.x.dtype])
+    names += [f"grad of parameter {i}" for i, p in parameters if p.numel() > 1]
+    return compare(
+        _join_scalars(found.tensors()),
+        _join_scalars(wanted.tensors()),
+        names,
+        TOLERANCE[inputs.x.dtype],
+    )
 
 
-def judge(
+def compare(
     found: Sequence[Tensor], wanted: Sequence[Tensor], names: Sequence[str], tolerance: float
-) -> Verdict:
-    """The largest relative error of several tensors."""
+) -> Comparison:
+    """Find the tensor with the largest relative error."""
     errors = [relative_error(a, b) for a, b in zip(found, wanted, strict=True)]
     worst = max(range(len(errors)), key=errors.__getitem__)
-    return Verdict(errors[worst], tolerance, names[worst])
+    return Comparison(errors[worst], tolerance, names[worst])
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:
@@ -63,12 +69,12 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 
 def _join_scalars(tensors: list[Tensor]) -> list[Tensor]:
-    """Outputs and gradients of x and y, the gradients of scalars as one vector, the others.
+    """Outputs, gradients of x and y, gradients of scalars as one vector, other gradients.
 
-    A gate's gradient is a sum over all tokens that can cancel to nearly nothing: it is judged by
-    the largest of its kind, as alpha is.
+    The gradient of a gate sums over all tokens and can cancel to nearly zero: its error is relative
+    to the largest scalar gradient, as for the entries of alpha.
     """
-    ahead, parameters = tensors[:4], tensors[4:]
+    first, parameters = tensors[:4], tensors[4:]
     scalars = [p.flatten() for p in parameters if p.numel() == 1]
-    joined = torch.cat(scalars) if scalars else ahead[0].new_zeros(0)
-    return [*ahead, joined, *(p for p in parameters if p.numel() > 1)]
+    joined = torch.cat(scalars) if scalars else first[0].new_zeros(0)
+    return [*first, joined, *(p for p in parameters if p.numel() > 1)]

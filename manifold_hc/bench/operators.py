@@ -1,91 +1,78 @@
-"""The functional operators one by one, a backend against the reference."""
+"""The functional operators one by one: each backend against the reference."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from manifold_hc import functional
-from manifold_hc.bench.measure.timing import measure, thread_counts, timed
+from manifold_hc.bench.measure.timing import Timing, measure, thread_counts, timed
+from manifold_hc.bench.output.sheet import Sheet
 from manifold_hc.bench.problem import Problem
 from manifold_hc.bench.task import Task, leaf
 
 
 @dataclass
-class OperatorRow:
-    """One operator by one backend."""
+class OperatorRow(Timing):
+    """One operator on one backend."""
 
     operator: str
     backend: str
-    forward: list[float]
-    """Seconds of every sample, and so `backward`."""
-    backward: list[float]
-    threads: int
-
-    @property
-    def total(self) -> float:
-        """Median seconds of both."""
-        return median(a + b for a, b in zip(self.forward, self.backward, strict=True))
 
 
 def bench_operators(problem: Problem, backends: Sequence[str], rounds: int) -> list[OperatorRow]:
-    """Every operator by every backend; the backends take turns."""
+    """Time every operator on every backend; the backends take turns."""
     rows = []
-    for operator, build in OPERATORS.items():
-        runs = [timed(build(problem, backend)) for backend in backends]
-        threads = [thread_counts(problem.device)] * len(runs)
-        for backend, timing in zip(backends, measure(runs, threads, rounds), strict=True):
-            forward = [sample.forward for sample in timing.samples]
-            backward = [sample.backward for sample in timing.samples]
-            rows.append(OperatorRow(operator, backend, forward, backward, timing.threads))
+    for operator, (function, tensors) in _calls(problem).items():
+        own = [OperatorRow(operator, backend) for backend in backends]
+        runs = [timed(_task(partial(function, backend=row.backend), tensors)) for row in own]
+        measure(own, runs, rounds, [thread_counts(problem.device)] * len(runs))
+        rows += own
     return rows
 
 
-def _sinkhorn(problem: Problem, backend: str) -> Task:
-    n = problem.streams
-    logits = leaf(torch.randn(problem.tokens, n, n, device=problem.device))
-    return _task(
-        lambda: (functional.sinkhorn(logits, numerics=problem.numerics, backend=backend),), logits
+def operators_sheet(rows: Sequence[OperatorRow]) -> Sheet:
+    """One row for each operator, one column for each backend."""
+    backends = list(dict.fromkeys(row.backend for row in rows))
+    seconds = {(row.operator, row.backend): row.total for row in rows}
+    return Sheet(
+        "Operators, forward and backward",
+        ["operator", *(f"{backend} ms" for backend in backends)],
+        [
+            [operator, *(f"{1e3 * seconds[operator, backend]:.3g}" for backend in backends)]
+            for operator in dict.fromkeys(row.operator for row in rows)
+        ],
     )
 
 
-def _coefficients(problem: Problem, backend: str) -> Task:
-    inputs = problem.inputs()
-    leaves = [leaf(t) for t in (inputs.x, inputs.phi, inputs.alpha, inputs.bias)]
-    return _task(
-        lambda: functional.coefficients(*leaves, numerics=problem.numerics, backend=backend),
-        *leaves,
-    )
-
-
-def _read(problem: Problem, backend: str) -> Task:
-    x, pre = leaf(problem.inputs().x), leaf(_weights(problem, problem.streams))
-    return _task(lambda: (functional.read(x, pre, backend),), x, pre)
-
-
-def _write(problem: Problem, backend: str) -> Task:
+def _calls(problem: Problem) -> dict[str, tuple[Callable[..., Any], list[Tensor]]]:
+    """Each operator with its tensor arguments."""
     n, inputs = problem.streams, problem.inputs()
-    x, y = leaf(inputs.x), leaf(inputs.y)
-    post, res = leaf(_weights(problem, n)), leaf(_weights(problem, n, n))
-    return _task(lambda: (functional.write(x, y, post, res, backend),), x, y, post, res)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(1, problem.tokens, *shape, device=problem.device)
+
+    pre, post, res = random(n).softmax(-1), random(n).softmax(-1), random(n, n).softmax(-1)
+    coefficients = partial(functional.coefficients, numerics=problem.numerics)
+    return {
+        "sinkhorn": (partial(functional.sinkhorn, numerics=problem.numerics), [random(n, n)]),
+        "coefficients": (coefficients, [inputs.x, inputs.phi, inputs.alpha, inputs.bias]),
+        "read": (functional.read, [inputs.x, pre]),
+        "write": (functional.write, [inputs.x, inputs.y, post, res]),
+    }
 
 
-OPERATORS: dict[str, Callable[[Problem, str], Task]] = {
-    "sinkhorn": _sinkhorn,
-    "coefficients": _coefficients,
-    "read": _read,
-    "write": _write,
-}
+def _task(function: Callable[..., Any], tensors: Sequence[Tensor]) -> Task:
+    """One call with random cotangents."""
+    leaves = tuple(map(leaf, tensors))
 
+    def forward() -> tuple[Tensor, ...]:
+        result = function(*leaves)
+        return result if isinstance(result, tuple) else (result,)
 
-def _weights(problem: Problem, *shape: int) -> Tensor:
-    """Coefficients of every token whose rows sum to 1."""
-    return torch.randn(1, problem.tokens, *shape, device=problem.device).softmax(-1)
-
-
-def _task(forward: Callable[[], tuple[Tensor, ...]], *leaves: Tensor) -> Task:
     with torch.no_grad():
         cotangents = tuple(torch.randn_like(output) for output in forward())
     return Task(forward, leaves, cotangents)

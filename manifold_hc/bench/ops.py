@@ -1,47 +1,74 @@
-"""`mhc bench ops`: one connection by every implementation there is."""
+"""`mhc bench ops`: one connection by every implementation that runs on the device."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 from manifold_hc.bench import peers
-from manifold_hc.bench.boundaries import BoundaryRow, bench_boundaries
+from manifold_hc.bench.boundaries import BoundaryRow, bench_boundaries, boundaries_sheet
 from manifold_hc.bench.correctness import check
 from manifold_hc.bench.measure.bandwidth import bound_bytes, copy_bandwidth
 from manifold_hc.bench.measure.graphs import graphed
 from manifold_hc.bench.measure.memory import cost
-from manifold_hc.bench.measure.timing import Run, first_call, measure, thread_counts, timed
-from manifold_hc.bench.operators import OperatorRow, bench_operators
-from manifold_hc.bench.peers.implementations import Candidate, compiled, ours, quiet, serving
+from manifold_hc.bench.measure.timing import Run, Timing, first_call, measure, thread_counts, timed
+from manifold_hc.bench.operators import OperatorRow, bench_operators, operators_sheet
+from manifold_hc.bench.output.sheet import NONE, Sheet, medians, milliseconds, quartiles, samples
+from manifold_hc.bench.peers.implementations import (
+    Implementation,
+    compiled,
+    ours,
+    supported_backends,
+)
 from manifold_hc.bench.problem import Inputs, Problem
+from manifold_hc.bench.task import quiet
 
-State = Literal["timed", "wrong", "missing"]
+COLUMNS = (
+    "implementation",
+    "forward ms",
+    "backward ms",
+    "total ms",
+    "quartiles",
+    "threads",
+    "GB/s",
+    "% of copy",
+    "x bound",
+    "memory",
+    "launches",
+    "first s",
+    "x ours",
+)
+
+LEGEND = (
+    "quartiles: of the total, in ms; GB/s, % of copy (share of the copy bandwidth) and launches: "
+    "forward / backward; x bound: total over the time that the bound's bytes take at copy "
+    "bandwidth; memory: peak of allocations beyond x, y, u, x' and their gradients, in sizes of "
+    "the streams; launches: {launches}; first s: first forward and backward pass; x ours: total "
+    "over that of our fastest backend."
+)
+
+LAUNCHES = {"cpu": "operators run, views left out, unknown inside compiled code", "cuda": "kernels"}
 
 
 @dataclass
-class Row:
-    """One implementation. Without `state` "timed" it has no figures."""
+class Row(Timing):
+    """One implementation. It has figures only in state "timed"."""
 
     implementation: str
     ours: bool
+    """True for our backends, false for peers and compiled code."""
     compiled: bool
     version: str | None = None
     note: str = ""
-    """How its mathematics differs."""
-    state: State = "missing"
+    """How its equations differ from ours."""
+    state: Literal["timed", "wrong", "missing"] = "missing"
     reason: str = ""
     """Why it was not timed."""
     error: float | None = None
     """Largest relative error against float64."""
     tolerance: float | None = None
-    forward: list[float] = field(default_factory=list)
-    """Seconds of every sample, and so `backward`."""
-    backward: list[float] = field(default_factory=list)
-    threads: int | None = None
     graphed: bool = False
-    """Whether CUDA graphs replayed it."""
+    """True if CUDA graphs replay it."""
     first_call: float | None = None
     """Seconds of the first forward and backward pass."""
     extra_bytes: int | None = None
@@ -49,94 +76,166 @@ class Row:
     forward_launches: int | None = None
     backward_launches: int | None = None
 
-    @property
-    def totals(self) -> list[float]:
-        """Seconds of forward and backward, sample by sample."""
-        return [a + b for a, b in zip(self.forward, self.backward, strict=True)]
-
-    @property
-    def total(self) -> float:
-        """Median seconds."""
-        return median(self.totals)
-
 
 @dataclass
-class OpsTable:
-    """Everything measured at one size and dtype."""
+class OpsResult:
+    """Figures of one size and dtype."""
 
     problem: Problem
     copy_bandwidth: float
-    """Bytes a second, read and written."""
+    """Bytes per second, read and written."""
     forward_bytes: int
-    """Bound of METHOD's accounting: (4n + 2) C elements a token."""
+    """Bytes that forward must move: (4n + 2) C elements per token."""
     backward_bytes: int
-    """(5n + 3) C elements a token."""
+    """Bytes that backward must move: (5n + 3) C elements per token."""
     rows: list[Row]
     operators: list[OperatorRow]
     eager_only: bool
-    """Whether nothing was compiled."""
+    """True if nothing was compiled."""
     refused: dict[str, str]
-    """Backends that do not serve this device and dtype, and why."""
+    """Backends that do not support this device and dtype, with the reason."""
     boundaries: list[BoundaryRow] = field(default_factory=list)
-    """Runs of sublayers by our fastest backend."""
+    """Runs of sublayers on our first supported backend."""
 
     @property
     def ours(self) -> Row | None:
-        """The fastest of our own backends."""
+        """The fastest of our backends."""
         return fastest(row for row in self.rows if row.ours)
 
     @property
     def fastest_peer(self) -> Row | None:
-        """Compiled ones included, that of our own reference too."""
+        """The fastest other row, compiled ones included, our compiled reference too."""
         return fastest(row for row in self.rows if not row.ours)
 
     @property
     def fastest_eager_peer(self) -> Row | None:
-        """Without torch.compile."""
+        """The fastest peer without torch.compile."""
         return fastest(row for row in self.rows if not row.ours and not row.compiled)
 
+    @property
+    def bound_seconds(self) -> float:
+        """Seconds that the bound's bytes take at copy bandwidth."""
+        return (self.forward_bytes + self.backward_bytes) / self.copy_bandwidth
 
-def fastest(rows: Iterator[Row]) -> Row | None:
-    """The timed row with the smallest median; None where there is none."""
+    def add_ratios(self, content: dict[str, Any]) -> None:
+        """Add medians and ratios to the JSON content of this result."""
+        for row, entry in zip(self.rows, content["rows"], strict=True):
+            if row.state == "timed":
+                entry["median_seconds"] = row.total
+                entry["times_ours"] = row.total / self.ours.total if self.ours else None
+        for key in ("fastest_peer", "fastest_eager_peer"):
+            row = getattr(self, key)
+            content[key] = row.implementation if row else None
+
+    def sheets(self) -> list[Sheet]:
+        """Return the sheets of implementations, operators and boundaries."""
+        p, peer = self.problem, None if self.eager_only else self.fastest_peer
+        launches = LAUNCHES[p.device.partition(":")[0]]
+        implementations = Sheet(
+            f"{p.dtype}, {p.size}, {p.numerics} numerics, {samples(self.rows)}",
+            COLUMNS,
+            [self._cells(row) for row in self.rows if row.state == "timed"],
+            self._notes(),
+            LEGEND.format(launches=launches),
+            [
+                f"{row.state}: {row.implementation}: {row.reason}"
+                for row in self.rows
+                if row.state != "timed"
+            ],
+        )
+        sheets = [implementations, operators_sheet(self.operators)]
+        if self.boundaries:
+            name = peer.implementation if peer else ""
+            sheets.append(boundaries_sheet(self.boundaries, name, peer))
+        return sheets
+
+    def _cells(self, row: Row) -> list[str]:
+        """Cells of one timed implementation."""
+        forward, backward = row.halves
+        speeds = self.forward_bytes / forward, self.backward_bytes / backward
+        memory, launches = row.extra_bytes, (row.forward_launches, row.backward_launches)
+        return [
+            row.implementation,
+            *medians(row),
+            quartiles(row),
+            "graph" if row.graphed else str(row.threads),
+            " / ".join(f"{speed / 1e9:.1f}" for speed in speeds),
+            " / ".join(f"{100 * speed / self.copy_bandwidth:.0f}" for speed in speeds),
+            f"{row.total / self.bound_seconds:.1f}",
+            NONE if memory is None else f"{memory / self.problem.stream_bytes:.2f}",
+            " / ".join(NONE if count is None else str(count) for count in launches),
+            NONE if row.first_call is None else f"{row.first_call:.2f}",
+            f"{row.total / self.ours.total:.2f}" if self.ours else NONE,
+        ]
+
+    def _notes(self) -> list[str]:
+        """The bound, the fastest peers, differences of the equations, refusing backends."""
+        n = self.problem.streams
+        notes = [
+            f"bound: {self.forward_bytes / 1e6:.1f} MB forward, {4 * n + 2}C a token, "
+            f"{self.backward_bytes / 1e6:.1f} MB backward, {5 * n + 3}C; a large copy moves "
+            f"{self.copy_bandwidth / 1e9:.1f} GB/s: {milliseconds(self.bound_seconds)} ms in all"
+        ]
+        fastest_peers = {"fastest eager peer": self.fastest_eager_peer}
+        if not self.eager_only:
+            compiled_too = {"fastest peer, compiled ones included": self.fastest_peer}
+            fastest_peers = compiled_too | fastest_peers
+        if ours := self.ours:
+            notes += [
+                f"{title}: {row.implementation}, {row.total / ours.total:.2f} times "
+                f"{ours.implementation}"
+                for title, row in fastest_peers.items()
+                if row is not None
+            ]
+        different = [row for row in self.rows if row.note and not row.compiled]
+        notes += [f"{row.implementation}: {row.note}" for row in different]
+        return [*notes, *(f"backend {name}: {reason}" for name, reason in self.refused.items())]
+
+
+def fastest(rows: Iterable[Row]) -> Row | None:
+    """Return the timed row with the smallest median; None without one."""
     return min((row for row in rows if row.state == "timed"), key=lambda r: r.total, default=None)
 
 
 def bench_ops(
-    problem: Problem, rounds: int, eager_only: bool, say: Callable[[str], None]
-) -> OpsTable:
-    """Gate, count and time every implementation; `say` is told what is next.
+    problem: Problem, rounds: int, eager_only: bool, progress: Callable[[str], None]
+) -> OpsResult:
+    """Check, count and time every implementation; `progress` gets the name of each step.
 
-    Rows of peers that are missing or wrong stay in the table, without figures.
+    Peers that are missing or wrong keep their row, without figures.
     """
     bandwidth = copy_bandwidth(problem.device)
     inputs = problem.inputs()
-    backends, refused = serving(problem)
-    rows, runs = [], []
+    backends, refused = supported_backends(problem)
+    rows: list[Row] = []
+    runs: list[tuple[Row, Run]] = []
     for row, build in _contenders(problem, inputs, backends, eager_only):
-        say(f"{problem.dtype}: {row.implementation}")
+        progress(f"{problem.dtype}: {row.implementation}")
         if (run := _prepare(row, build, inputs)) is not None:
             runs.append((row, run))
         rows.append(row)
-    say(f"{problem.dtype}: {rounds} rounds of all")
-    _time(runs, rounds, problem.device)
-    say(f"{problem.dtype}: operators")
+    progress(f"{problem.dtype}: {rounds} rounds of all")
+    threads = [thread_counts(problem.device, row.compiled) for row, _ in runs]
+    measure([row for row, _ in runs], [run for _, run in runs], rounds, threads)
+    progress(f"{problem.dtype}: operators")
     operators = bench_operators(problem, backends, rounds)
-    say(f"{problem.dtype}: boundaries")
+    progress(f"{problem.dtype}: boundaries")
     boundaries = bench_boundaries(problem, backends[0], rounds)
     bound = bound_bytes(problem)
-    return OpsTable(problem, bandwidth, *bound, rows, operators, eager_only, refused, boundaries)
+    return OpsResult(problem, bandwidth, *bound, rows, operators, eager_only, refused, boundaries)
 
 
-Build = Callable[[], Candidate]
+Build = Callable[[], Implementation]
 
 
 def _contenders(
     problem: Problem, inputs: Inputs, backends: Sequence[str], eager_only: bool
 ) -> Iterator[tuple[Row, Build]]:
+    """Rows without figures, each with the function that builds its implementation."""
     for backend in backends:
         yield Row(f"manifold-hc, {backend}", True, False), partial(ours, problem, inputs, backend)
     if not eager_only:
-        build = partial(ours, problem, inputs, "reference")
+        build: Build = partial(ours, problem, inputs, "reference")
         yield Row("manifold-hc, reference, compiled", False, True), partial(_compiled, build)
     for peer in peers.for_problem(problem):
         build = partial(peer.build, problem, inputs)
@@ -146,48 +245,39 @@ def _contenders(
             yield Row(name, False, True, peer.version), partial(_compiled, build)
 
 
-def _compiled(build: Build) -> Candidate:
+def _compiled(build: Build) -> Implementation:
     return compiled(build())
 
 
 def _prepare(row: Row, build: Build, inputs: Inputs) -> Run | None:
-    """Fill in what is known before timing; None where there is nothing to time."""
+    """Fill in all figures but the times; return the run, or None if it is missing or wrong."""
     try:
         with quiet():
-            candidate = build()
-            row.note = candidate.note
-            task = candidate.task(inputs)
+            implementation = build()
+            row.note = implementation.note
+            task = implementation.task(inputs)
             row.first_call = first_call(task.both)
-            verdict = check(candidate, inputs)
-    except Exception as error:  # somebody else's code may fail in any way: a row, not an end
+            comparison = check(implementation, inputs)
+    except Exception as error:  # a peer may fail in any way: it gets a row, and the bench goes on
         if row.ours:
             raise
-        row.reason = _why(error, inputs.x.device.type)
+        row.reason = _reason(error, inputs.x.device.type)
         return None
-    row.error, row.tolerance = verdict.error, verdict.tolerance
-    if not verdict.ok:
-        row.state, row.reason = "wrong", f"{verdict.worst} is off by {verdict.error:.1e}"
+    row.error, row.tolerance = comparison.error, comparison.tolerance
+    if not comparison.ok:
+        row.state = "wrong"
+        row.reason = f"{comparison.worst} is off by {comparison.error:.1e}"
         return None
     with quiet():
-        found = cost(candidate, inputs)
+        counts = cost(implementation, inputs)
         replay = None if task.device.type == "cpu" else graphed(task)
-    row.extra_bytes, row.forward_launches, row.backward_launches = found
+    row.extra_bytes, row.forward_launches, row.backward_launches = counts
     row.state, row.graphed = "timed", replay is not None
     return replay or timed(task)
 
 
-def _why(error: Exception, device: str) -> str:
+def _reason(error: Exception, device: str) -> str:
     if isinstance(error, ImportError):
-        extra = "bench" if device == "cpu" else "bench-gpu"
-        return f"{error}; pip install 'manifold-hc[{extra}]'"
+        return peers.install_hint(error, device)
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
-
-
-def _time(runs: Sequence[tuple[Row, Run]], rounds: int, device: str) -> None:
-    threads = [thread_counts(device, row.compiled) for row, _ in runs]
-    timings = measure([run for _, run in runs], threads, rounds)
-    for (row, _), timing in zip(runs, timings, strict=True):
-        row.threads = timing.threads
-        row.forward = [sample.forward for sample in timing.samples]
-        row.backward = [sample.backward for sample in timing.samples]

@@ -1,4 +1,4 @@
-"""A training step in parts small enough for one machine: every layer's shapes, not every layer."""
+"""Parts of a training step with the shapes of the full model, each small enough for one machine."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from manifold_hc import functional
-from manifold_hc.bench import peers
+from manifold_hc.bench.peers import adapters
 from manifold_hc.bench.peers.implementations import Connect
 from manifold_hc.bench.problem import Problem
-from manifold_hc.bench.task import Task, leaf
+from manifold_hc.bench.task import Task, leaf, quiet
 from manifold_hc.config import ConnectionConfig
 from manifold_hc.connection import Branch, Connection
 from manifold_hc.models import DecoderConfig, Experts, GatedFeedForward, LatentAttention
@@ -21,11 +21,11 @@ from manifold_hc.models.norm import RMSNorm
 Module = TypeVar("Module", bound=nn.Module)
 
 Connected = tuple[list[Connect], list[Tensor]]
-"""The connections of a block's two sublayers, and their parameters."""
+"""Connections of the two sublayers of a transformer block, and their parameters."""
 
 
 def block(config: DecoderConfig, experts: bool, device: str) -> nn.ModuleList:
-    """The branches of one block: attention, then feed-forward, dense or with experts."""
+    """Build the branches of a transformer block: attention, and feed-forward or experts."""
     C, eps = config.channels, config.norm_eps
     feed_forward = (
         Experts(C, config.experts) if experts else GatedFeedForward(C, config.feed_forward)
@@ -39,25 +39,27 @@ def block(config: DecoderConfig, experts: bool, device: str) -> nn.ModuleList:
 
 
 def residual(problem: Problem) -> Connected:
-    """The plain connection, one stream."""
+    """Build residual connections: one stream."""
     return _connections(problem, ConnectionConfig(kind="residual"))
 
 
 def mhc(problem: Problem, backend: str = "auto") -> Connected:
-    """Ours, on streams that differ."""
+    """Build our mHC connections."""
     return _connections(problem, problem.connection(backend))
 
 
 def transformers(problem: Problem) -> Connected:
-    """The peer's, eager. Raises ImportError where it is missing."""
-    built = [peers.transformers(problem, replace(problem, tokens=1).inputs()) for _ in range(2)]
-    return [each.connect for each in built], [p for each in built for p in each.parameters]
+    """Build the connections of transformers, eager. Raises ImportError where it is missing."""
+    inputs = replace(problem, tokens=1).inputs()
+    with quiet():
+        built = [adapters.transformers(problem, inputs) for _ in range(2)]
+    return [connect for connect, _ in built], [p for _, own in built for p in own]
 
 
 def block_task(
     branches: nn.ModuleList, connected: Connected, streams: int, problem: Problem
 ) -> Task:
-    """Both sublayers of a block on random streams."""
+    """Run both sublayers of a transformer block on random streams."""
     connections, parameters = connected
     x = leaf(_random(problem, streams, problem.channels))
 
@@ -72,7 +74,7 @@ def block_task(
 
 
 def embedding_task(config: DecoderConfig, problem: Problem) -> Task:
-    """Rows of the embedding, and their gradient into a table of its size."""
+    """Look up the embeddings; the gradient has the size of the whole table."""
     embedding = _initialised(
         nn.Embedding(config.vocabulary, config.channels), config, problem.device
     )
@@ -85,7 +87,7 @@ def embedding_task(config: DecoderConfig, problem: Problem) -> Task:
 
 
 def head_task(config: DecoderConfig, problem: Problem) -> Task:
-    """Last norm, logits, and the loss in float32."""
+    """Compute the last norm, the logits, and the loss in float32."""
     norm = RMSNorm(config.channels, eps=config.norm_eps)
     linear = nn.Linear(config.channels, config.vocabulary, bias=False)
     head = _initialised(nn.Sequential(norm, linear), config, problem.device)
@@ -99,7 +101,7 @@ def head_task(config: DecoderConfig, problem: Problem) -> Task:
 
 
 def ends_task(problem: Problem) -> Task:
-    """What only several streams have: copied at entry, averaged at exit."""
+    """Copy the embedding to the streams, and average them: entry and exit of several streams."""
     h = leaf(_random(problem, problem.channels))
     return Task(
         lambda: (functional.collapse(functional.expand(h, problem.streams)),),
@@ -116,7 +118,7 @@ def _connections(problem: Problem, config: ConnectionConfig) -> Connected:
 
 
 def _in_precision(branch: Callable[[Tensor], Tensor], problem: Problem) -> Branch:
-    """The branch as training runs it: products in the streams' dtype, weights in float32."""
+    """The branch under autocast, as in training: products in the streams' dtype."""
     narrow = problem.torch_dtype in (torch.bfloat16, torch.float16)
     device = torch.device(problem.device).type
 

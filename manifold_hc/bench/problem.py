@@ -1,4 +1,4 @@
-"""One connection at one size: its numbers, and the float64 reference that judges them."""
+"""Size of one connection, its random inputs, and the reference that gives the right results."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from manifold_hc import reference
 from manifold_hc.config import ConnectionConfig
 from manifold_hc.errors import ConfigError, require_at_least_one
 from manifold_hc.numerics import NumericsName, preset
+from manifold_hc.reference import coefficients, read, write
 
 DTYPES = {
     "float64": torch.float64,
@@ -18,18 +18,18 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-"""Of the streams, by name."""
+"""Dtypes of the streams, by name."""
 
 
 class Inputs(NamedTuple):
-    """What every implementation gets, and the gradients that come back to it.
+    """Inputs of every implementation, and the gradients of its outputs.
 
     R = n*n + 2n rows, N tokens in one sequence.
     """
 
     x: Float[Tensor, "1 N n C"]
     y: Float[Tensor, "1 N C"]
-    """The branch's output: the branch itself is left out, so that only the connection is timed."""
+    """Output of the branch; given, so that only the connection is timed."""
     phi: Float[Tensor, "R nC"]
     alpha: Float[Tensor, "3"]
     bias: Float[Tensor, " R"]
@@ -39,7 +39,7 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes of one connection."""
+    """Size, dtype and device of one connection."""
 
     tokens: int = 2048
     """Tokens N of the one sequence."""
@@ -48,14 +48,14 @@ class Problem:
     channels: int = 1280
     """Channels C."""
     dtype: str = "float32"
-    """Of the streams; coefficients are float32."""
+    """Dtype of the streams; coefficients are float32."""
     numerics: NumericsName = "paper"
-    """Preset of our own connection; a peer keeps its own."""
+    """Preset of our connection; a peer keeps its own."""
     device: str = "cpu"
-    """Where everything lies."""
+    """Device of all tensors."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for sizes and names that there are not."""
+        """Raise ConfigError for a size below 1, or an unknown dtype or preset."""
         require_at_least_one(self, "tokens", "streams", "channels")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype: must be one of {', '.join(DTYPES)} but is {self.dtype!r}")
@@ -63,25 +63,30 @@ class Problem:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of the streams."""
+        """Dtype of the streams."""
         return DTYPES[self.dtype]
 
     @property
     def stream_bytes(self) -> int:
-        """Bytes of all streams of all tokens."""
+        """Bytes of one streams tensor: all tokens, n streams."""
         return self.tokens * self.streams * self.channels * self.torch_dtype.itemsize
 
+    @property
+    def size(self) -> str:
+        """The three sizes as titles show them."""
+        return f"{self.tokens} tokens, n = {self.streams}, C = {self.channels}"
+
     def connection(self, backend: str = "auto", **options: Any) -> ConnectionConfig:
-        """Our own connection at this size; options: further fields."""
+        """Return the configuration of our connection; `options` are further fields."""
         return ConnectionConfig(
             streams=self.streams, numerics=self.numerics, backend=backend, **options
         )
 
     def inputs(self, seed: int = 0) -> Inputs:
-        """Random numbers, the same for every implementation.
+        """Draw random inputs: the same numbers for every implementation.
 
-        Logits of standard deviation near 1 and a random cotangent: Sinkhorn's gradient is far from
-        zero there, which it is not for a cotangent of ones.
+        The logits have a standard deviation near 1 and the cotangents are random: a cotangent of
+        ones would make Sinkhorn's gradient nearly zero.
         """
         generator = torch.Generator().manual_seed(seed)
         n, C, rows = self.streams, self.channels, self.streams * (self.streams + 2)
@@ -103,9 +108,9 @@ class Problem:
 def reference_step(
     x: Tensor, y: Tensor, phi: Tensor, alpha: Tensor, bias: Tensor, *, numerics: NumericsName
 ) -> tuple[Tensor, Tensor]:
-    """(u, x') of one connection by the reference, in the dtype of its input."""
+    """Compute (u, x') of one connection by the reference, in the dtype of the inputs."""
     config = ConnectionConfig(streams=x.shape[-2], numerics=numerics)
-    pre, post, res = reference.coefficients(
+    pre, post, res = coefficients(
         x, phi, alpha, bias, config.iterations, config.constraint, preset(numerics)
     )
-    return reference.read(x, pre), reference.write(x, y, post, res)
+    return read(x, pre), write(x, y, post, res)

@@ -1,57 +1,67 @@
-"""`mhc bench memory`: what a stack holds for its backward pass, and what holding less costs."""
+"""`mhc bench memory`: bytes that a stack holds for its backward pass, and the time of recompute."""
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from statistics import median
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
 
 from manifold_hc.bench.measure.memory import peak_bytes
-from manifold_hc.bench.measure.memory_ledger import KINDS, STREAMS, Ledger, Norm, Scaled
-from manifold_hc.bench.measure.timing import alternate, timed
+from manifold_hc.bench.measure.memory_ledger import KINDS, STREAMS, Branch, Ledger, Norm
+from manifold_hc.bench.measure.timing import Timing, measure, timed
+from manifold_hc.bench.output.sheet import Sheet, increase, medians, samples
 from manifold_hc.bench.problem import Problem
 from manifold_hc.bench.task import Task, leaf
 from manifold_hc.config import Recompute
 from manifold_hc.stack import Stack
 
 Norms = Literal["given", "inside"]
+"""Place of the input norms: given to the connections, or inside the branches."""
+
+COLUMNS = (
+    "recompute block",
+    *KINDS,
+    "rest",
+    "peak",
+    "forward ms",
+    "backward ms",
+    "total ms",
+    "vs all kept",
+)
+
+LEGEND = (
+    "recompute block: its number of sublayers. Memory in multiples of C per token: by kind, at the "
+    "time when the sum of all kinds was largest; rest: other bytes allocated at the peak. Times of "
+    "the connections alone; vs all kept: more time than without recompute."
+)
 
 
 @dataclass
-class StackRow:
-    """One block length."""
+class StackRow(Timing):
+    """One length of the recompute blocks; seconds are those of the connections alone."""
 
     recompute: int | None
-    """Sublayers a block; None where nothing is rebuilt."""
+    """Sublayers in a recompute block; None without recompute."""
     chosen: bool
-    """Whether "auto" takes it."""
+    """True for the length that "auto" chooses."""
     held: dict[str, int]
-    """Bytes by kind when they were most in all."""
+    """Bytes by kind at the time when their sum was largest."""
     most_streams: int
-    """Bytes of streams when those were most."""
+    """Largest bytes of streams at any time."""
     peak: int
-    """Most bytes that were allocated."""
-    forward: list[float] = field(default_factory=list)
-    """Seconds of the connections alone, every sample, and so `backward`."""
-    backward: list[float] = field(default_factory=list)
-
-    @property
-    def total(self) -> float:
-        """Median seconds."""
-        return median(a + b for a, b in zip(self.forward, self.backward, strict=True))
+    """Largest number of bytes allocated."""
 
     @property
     def rest(self) -> int:
-        """Bytes at the peak that are none of the kinds."""
+        """Bytes at the peak that belong to no kind."""
         return self.peak - sum(self.held[kind] for kind in KINDS)
 
 
 @dataclass
-class StackTable:
-    """One stack at one size and dtype."""
+class StackResult:
+    """Figures of one stack at one size and dtype."""
 
     problem: Problem
     sublayers: int
@@ -59,9 +69,36 @@ class StackTable:
     norms: Norms
     rows: list[StackRow]
 
-    def share(self, size: int) -> float:
-        """Bytes in numbers a token and channel: multiples of C."""
-        return size * self.problem.streams / self.problem.stream_bytes
+    def sheets(self) -> list[Sheet]:
+        """Return the one sheet: a row for each length of the recompute blocks."""
+        p, all_kept = self.problem, next(row for row in self.rows if row.recompute is None)
+        norms = "inside the branches" if self.norms == "inside" else "given to the connections"
+        title = (
+            f"{p.dtype}, {self.sublayers} sublayers{' in single pass' * self.single_pass}, "
+            f"{p.size}, norms {norms}, {samples(self.rows)}"
+        )
+        notes = [
+            f"streams held at most: {self._multiples(row.most_streams)}C a token in blocks of "
+            f"{row.recompute}, {self._multiples(all_kept.most_streams)}C without"
+            for row in self.rows
+            if row.chosen
+        ]
+        return [Sheet(title, COLUMNS, [self._cells(r, all_kept) for r in self.rows], notes, LEGEND)]
+
+    def _cells(self, row: StackRow, all_kept: StackRow) -> list[str]:
+        length = f"{row.recompute}{', auto' * row.chosen}"
+        return [
+            "all kept" if row is all_kept else length,
+            *(self._multiples(row.held[kind]) for kind in KINDS),
+            self._multiples(row.rest),
+            self._multiples(row.peak),
+            *medians(row),
+            "" if row is all_kept else increase(row, all_kept),
+        ]
+
+    def _multiples(self, size: int) -> str:
+        """Bytes in multiples of C elements per token."""
+        return f"{size * self.problem.streams / self.problem.stream_bytes:.3g}"
 
 
 def bench_stacks(
@@ -71,38 +108,33 @@ def bench_stacks(
     single_pass: bool,
     norms: Norms,
     rounds: int,
-    say: Callable[[str], None],
-) -> StackTable:
-    """Every block length, none and the chosen one among them.
+    progress: Callable[[str], None],
+) -> StackResult:
+    """Measure every block length, and always without recompute and with the length of "auto".
 
-    Memory: branches that cost nothing and keep their input, each behind a norm. Time: branches that
-    hand their input on, so that only the connections are left.
+    Memory: with branches that cost nothing and keep their input, each after a norm. Time: with
+    branches that return their input, so that only the connections are left.
     """
-    chosen = _stack(problem, sublayers, "auto", single_pass).block_length
-    wanted = [None, *sorted({*lengths, *filter(None, [chosen])})]
-    rows = []
-    for length in wanted:
-        say(f"{problem.dtype}: memory, recompute {length or 'none'}")
-        stack = _stack(problem, sublayers, length, single_pass)
-        rows.append(_held(problem, stack, norms, length == chosen))
+
+    def build(recompute: Recompute) -> Stack:
+        config = problem.connection(single_pass=single_pass, phi_std=0.02)
+        return Stack(problem.channels, config, sublayers, recompute).to(problem.device)
+
+    chosen = build("auto").block_length
+    rows, all_lengths = [], [None, *sorted({*lengths, *filter(None, [chosen])})]
+    for length in all_lengths:
+        progress(f"{problem.dtype}: memory, recompute {length or 'none'}")
+        rows.append(_measure_memory(problem, build(length), norms, length == chosen))
         gc.collect()
-    say(f"{problem.dtype}: {rounds} rounds of all")
-    runs = [timed(_alone(problem, sublayers, length, single_pass)) for length in wanted]
-    alternate(runs, 1)
-    for row, samples in zip(rows, alternate(runs, rounds), strict=True):
-        row.forward = [sample.forward for sample in samples]
-        row.backward = [sample.backward for sample in samples]
-    return StackTable(problem, sublayers, single_pass, norms, rows)
+    progress(f"{problem.dtype}: {rounds} rounds of all")
+    runs = [timed(_connections_alone(problem, build(length))) for length in all_lengths]
+    measure(rows, runs, rounds, warm_up=1)
+    return StackResult(problem, sublayers, single_pass, norms, rows)
 
 
-def _stack(problem: Problem, sublayers: int, recompute: Recompute, single_pass: bool) -> Stack:
-    config = problem.connection(single_pass=single_pass, phi_std=0.02)
-    return Stack(problem.channels, config, sublayers, recompute).to(problem.device)
-
-
-def _held(problem: Problem, stack: Stack, placing: Norms, chosen: bool) -> StackRow:
+def _measure_memory(problem: Problem, stack: Stack, placing: Norms, chosen: bool) -> StackRow:
     channels, sublayers = problem.channels, len(stack.connections)
-    branches = [Scaled(channels).to(problem.device) for _ in range(sublayers)]
+    branches = [Branch(channels).to(problem.device) for _ in range(sublayers)]
     norms = [Norm(channels, eps=1e-6).to(problem.device) for _ in range(sublayers)]
     modules = [stack, *branches, *norms]
     h = leaf(torch.randn(1, problem.tokens, channels).to(problem.device, problem.torch_dtype))
@@ -117,21 +149,24 @@ def _held(problem: Problem, stack: Stack, placing: Norms, chosen: bool) -> Stack
         if ledger is not None:
             ledger.is_backward = True
         out.sum().backward()
-        for owner in modules:
-            owner.zero_grad()
+        for module in modules:
+            module.zero_grad()
         h.grad = None
 
     run()
     with Ledger(problem.stream_bytes) as ledger:
         run(ledger)
-    peak = peak_bytes(run, h.device)
-    held = {kind: ledger.peak[kind] for kind in KINDS}
-    return StackRow(stack.block_length, chosen, held, ledger.most[STREAMS], peak)
+    return StackRow(
+        recompute=stack.block_length,
+        chosen=chosen,
+        held={kind: ledger.peak[kind] for kind in KINDS},
+        most_streams=ledger.most[STREAMS],
+        peak=peak_bytes(run, h.device),
+    )
 
 
-def _alone(problem: Problem, sublayers: int, length: int | None, single_pass: bool) -> Task:
-    stack = _stack(problem, sublayers, length, single_pass)
+def _connections_alone(problem: Problem, stack: Stack) -> Task:
     shape = (1, problem.tokens, problem.channels)
     h, cotangent = (torch.randn(shape).to(problem.device, problem.torch_dtype) for _ in range(2))
-    own, branches = leaf(h), [nn.Identity()] * sublayers
+    own, branches = leaf(h), [nn.Identity()] * len(stack.connections)
     return Task(lambda: (stack(own, branches),), (own, *stack.parameters()), (cotangent,))

@@ -1,17 +1,27 @@
-"""`mhc bench step`: what mHC adds to a training step, from the step's parts."""
+"""`mhc bench step`: the time that mHC adds to a training step, summed from the step's parts."""
 
 import gc
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median, quantiles
+from typing import Any
 
 import torch
 
 from manifold_hc.bench import parts
-from manifold_hc.bench.measure.timing import Run, Sample, alternate, timed
+from manifold_hc.bench.measure.timing import Run, Sample, Timing, call_seconds, measure, timed
+from manifold_hc.bench.output.sheet import (
+    NONE,
+    Sheet,
+    duration,
+    increase,
+    medians,
+    quartiles,
+    samples,
+)
+from manifold_hc.bench.peers import install_hint
 from manifold_hc.bench.problem import Problem
-from manifold_hc.bench.task import Task
 from manifold_hc.config import ConnectionConfig
 from manifold_hc.models import Decoder, DecoderConfig, count_parameters
 from manifold_hc.training import RunConfig
@@ -20,124 +30,163 @@ from manifold_hc.training.optimizer import build as build_optimizer
 RESIDUAL, MHC, PEER = "residual", "mhc", "transformers"
 
 STREAMS, ANY = "streams", "any"
-"""Parts that every kind with several streams has, and that every kind has."""
+"""Kinds of the parts that every connection with several streams has, and that every step has."""
 
 EXPERT_BLOCKS = 2
-"""Blocks with experts that are built and timed; the others are taken to be like them."""
+"""Transformer blocks with experts that are built and timed; they stand for all others."""
+
+COLUMNS = "part", "connection", "per step", "forward ms", "backward ms", "quartiles", "vs residual"
+
+LEGEND = "per step: how often a step has the part; quartiles: of forward and backward, in ms."
 
 
 @dataclass
-class Part:
-    """One piece of the step with one kind of connection, and how often a step has it."""
+class Part(Timing):
+    """One part of the step with one kind of connection."""
 
     name: str
     kind: str
     """residual, mhc, transformers, `STREAMS` or `ANY`."""
     times: float
-    forward: list[float]
-    """Seconds of every sample, and so `backward`."""
-    backward: list[float]
+    """How often a step has it."""
 
     @property
-    def totals(self) -> list[float]:
-        """Seconds of every sample."""
-        return [a + b for a, b in zip(self.forward, self.backward, strict=True)]
-
-    @property
-    def total(self) -> float:
-        """Median seconds of one."""
-        return median(self.totals)
+    def per_step(self) -> float:
+        """Median seconds of all of them in a step."""
+        return self.times * self.total
 
 
 @dataclass
-class StepTable:
-    """The parts of a step at one size and dtype."""
+class StepResult:
+    """Parts of a step at one size and dtype."""
 
     preset: str
     problem: Problem
     parameters: int
-    """Of the whole model with residual connections."""
+    """Parameters of the whole model with residual connections."""
     parts: list[Part] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
-    """Kinds that could not be timed, and why."""
+    """Kinds that could not be timed, with the reason."""
 
     @property
     def kinds(self) -> list[str]:
-        """The kinds of connection that were timed."""
+        """Kinds of connection that were timed."""
         return list(dict.fromkeys(p.kind for p in self.parts if p.kind not in (STREAMS, ANY)))
 
-    def layers(self, kind: str) -> list[Part]:
-        """The blocks with one kind of connection."""
-        return [part for part in self.parts if part.kind == kind]
+    def of_kind(self, *kinds: str) -> list[Part]:
+        """Return the parts of these kinds."""
+        return [part for part in self.parts if part.kind in kinds]
 
     def full_step(self) -> float:
         """Seconds of a full-depth step with residual connections."""
-        return sum(p.times * p.total for p in self.parts if p.kind in (RESIDUAL, ANY))
+        return sum(part.per_step for part in self.of_kind(RESIDUAL, ANY))
 
-    def added(self, kind: str, of: Callable[[list[float]], float] = median) -> float:
-        """Seconds that `kind` adds to a step: medians of the differences of neighbouring runs.
+    def added(self, kind: str, average: Callable[[list[float]], float] = median) -> float:
+        """Seconds that `kind` adds to a step.
 
-        `of` is what stands for a block's differences instead.
+        average: of the differences between samples of the same round, for each part.
         """
         if kind == RESIDUAL:
             return 0.0
-        seconds = sum(part.times * part.total for part in self.layers(STREAMS))
-        for mine, plain in zip(self.layers(kind), self.layers(RESIDUAL), strict=True):
-            pairs = zip(mine.totals, plain.totals, strict=True)
-            seconds += mine.times * of([a - b for a, b in pairs])
+        seconds = sum(part.per_step for part in self.of_kind(STREAMS))
+        for part, plain in zip(self.of_kind(kind), self.of_kind(RESIDUAL), strict=True):
+            pairs = zip(part.totals, plain.totals, strict=True)
+            seconds += part.times * average([a - b for a, b in pairs])
         return seconds
 
     def overhead(self, kind: str) -> float:
-        """`added` as a share of a full step with residual connections."""
+        """Return `added` as a share of a full step with residual connections."""
         return self.added(kind) / self.full_step()
 
     def overhead_range(self, kind: str) -> tuple[float, float]:
-        """`overhead` from the lower and from the upper quartiles of the differences."""
-        whole = self.full_step()
-        return self.added(kind, _lower_quartile) / whole, self.added(kind, _upper_quartile) / whole
+        """Return the overhead from the lower, and from the upper quartiles of the differences."""
+        quarters = [self.added(kind, partial(_quartile, index=index)) for index in (0, 2)]
+        return quarters[0] / self.full_step(), quarters[1] / self.full_step()
 
     def overhead_without_optimizer(self, kind: str) -> float:
-        """The same where many pieces of a batch share one optimizer step."""
-        optimizer = sum(part.times * part.total for part in self.parts if part.name == "optimizer")
+        """Return the overhead where many microbatches share one optimizer step."""
+        optimizer = sum(part.per_step for part in self.parts if part.name == "optimizer")
         return self.added(kind) / (self.full_step() - optimizer)
 
+    def add_ratios(self, content: dict[str, Any]) -> None:
+        """Add the overheads to the JSON content of this result."""
+        content["overhead"] = {kind: self.overhead(kind) for kind in self.kinds}
+        content["overhead_quartiles"] = {kind: self.overhead_range(kind) for kind in self.kinds}
+        content["residual_step_seconds"] = self.full_step()
 
-def _lower_quartile(values: list[float]) -> float:
-    return quantiles(values, n=4, method="inclusive")[0] if len(values) > 1 else values[0]
+    def sheets(self) -> list[Sheet]:
+        """Return the one sheet: a row for each part, the overheads as notes."""
+        p = self.problem
+        notes = [f"a step at full depth with residual connections: {duration(self.full_step())}"]
+        for kind in (kind for kind in self.kinds if kind != RESIDUAL):
+            low, high = self.overhead_range(kind)
+            notes.append(
+                f"overhead of {kind}: {100 * self.overhead(kind):.1f} % ({100 * low:.1f} to "
+                f"{100 * high:.1f} by the quartiles of the differences), "
+                f"{duration(self.added(kind))}; "
+                f"{100 * self.overhead_without_optimizer(kind):.1f} % of a step without its "
+                "optimizer"
+            )
+        return [
+            Sheet(
+                f"{self.preset}, {p.dtype}, {p.size}, {samples(self.parts)}",
+                COLUMNS,
+                [self._cells(part) for part in self.parts],
+                notes,
+                LEGEND,
+                [f"missing: {kind}: {reason}" for kind, reason in self.missing.items()],
+            )
+        ]
+
+    def _cells(self, part: Part) -> list[str]:
+        plain = {p.name: p for p in self.of_kind(RESIDUAL)}.get(part.name, part)
+        return [
+            part.name,
+            {ANY: NONE, STREAMS: "several streams"}.get(part.kind, part.kind),
+            f"{part.times:.3g}",
+            *medians(part)[:2],
+            quartiles(part),
+            "" if part is plain else increase(part, plain),
+        ]
 
 
-def _upper_quartile(values: list[float]) -> float:
-    return -_lower_quartile([-value for value in values])
+def _quartile(values: list[float], index: int) -> float:
+    return quantiles(values, n=4, method="inclusive")[index] if len(values) > 1 else values[0]
 
 
 def bench_step(
-    name: str, config: RunConfig, problem: Problem, rounds: int, say: Callable[[str], None]
-) -> StepTable:
+    name: str, config: RunConfig, problem: Problem, rounds: int, progress: Callable[[str], None]
+) -> StepResult:
     """Time every part; the kinds of connection take turns around the same branches."""
     model = config.model
     with torch.device("meta"):
         plain = Decoder(model, ConnectionConfig(kind="residual"))
-    table = StepTable(name, problem, count_parameters(plain).total)
+    result = StepResult(name, problem, count_parameters(plain).total)
+
+    def add(title: str, kind: str, times: float, run: Run) -> None:
+        result.parts.append(Part(title, kind, times))
+        measure(result.parts[-1:], [run], rounds, warm_up=1)
+        gc.collect()
+
     for title, build in (
         ("embedding", lambda: parts.embedding_task(model, problem)),
         ("head and loss", lambda: parts.head_task(model, problem)),
     ):
-        say(f"{problem.dtype}: {title}")
-        table.parts.append(_part(title, ANY, 1.0, _samples([build()], rounds)[0]))
-        gc.collect()
-    ends = _samples([parts.ends_task(problem)], rounds)[0]
-    table.parts.append(_part("entry and exit", STREAMS, 1.0, ends))
+        progress(f"{problem.dtype}: {title}")
+        add(title, ANY, 1.0, timed(build()))
+    add("entry and exit", STREAMS, 1.0, timed(parts.ends_task(problem)))
     for title, experts, times in _blocks(model):
-        say(f"{problem.dtype}: {title}")
-        _time_block(table, title, parts.block(model, experts, problem.device), times, rounds)
+        progress(f"{problem.dtype}: {title}")
+        _time_block(result, title, parts.block(model, experts, problem.device), times, rounds)
         gc.collect()
-    say(f"{problem.dtype}: optimizer")
-    table.parts.append(_optimizer(table, config, rounds))
-    return table
+    progress(f"{problem.dtype}: optimizer")
+    own, run = _optimizer_step(config, problem)
+    add("optimizer", ANY, result.parameters / own, run)
+    return result
 
 
 def _blocks(model: DecoderConfig) -> Iterator[tuple[str, bool, float]]:
-    """(name, with experts or not, how many of the model's blocks it stands for)."""
+    """(name, with experts or not, number of the model's blocks that it stands for)."""
     dense = model.experts.dense_blocks if model.experts.routed else model.blocks
     if dense:
         yield "dense block", False, float(dense)
@@ -148,51 +197,31 @@ def _blocks(model: DecoderConfig) -> Iterator[tuple[str, bool, float]]:
 
 
 def _time_block(
-    table: StepTable, title: str, branches: torch.nn.ModuleList, times: float, rounds: int
+    result: StepResult, title: str, branches: torch.nn.ModuleList, times: float, rounds: int
 ) -> None:
-    problem = table.problem
-    kinds = {RESIDUAL: (parts.residual, 1), MHC: (parts.mhc, problem.streams)}
-    kinds[PEER] = (parts.transformers, problem.streams)
-    tasks = {}
-    for kind, (connect, streams) in kinds.items():
+    problem, tasks = result.problem, {}
+    for kind, connect, streams in (
+        (RESIDUAL, parts.residual, 1),
+        (MHC, parts.mhc, problem.streams),
+        (PEER, parts.transformers, problem.streams),
+    ):
         try:
             tasks[kind] = parts.block_task(branches, connect(problem), streams, problem)
         except ImportError as error:
-            table.missing[kind] = f"{error}; pip install 'manifold-hc[bench]'"
-    for kind, samples in zip(tasks, _samples(list(tasks.values()), rounds), strict=True):
-        table.parts.append(_part(title, kind, times, samples))
+            result.missing[kind] = install_hint(error, "cpu")
+    rows = [Part(title, kind, times) for kind in tasks]
+    measure(rows, [timed(task) for task in tasks.values()], rounds, warm_up=1)
+    result.parts += rows
     for task in tasks.values():
         task.clear()
 
 
-def _samples(tasks: list[Task], rounds: int) -> list[list[Sample]]:
-    runs = [timed(task) for task in tasks]
-    alternate(runs, 1)
-    return alternate(runs, rounds)
-
-
-def _optimizer(table: StepTable, config: RunConfig, rounds: int) -> Part:
-    """One step of AdamW over one block, taken as often as the model has more parameters."""
-    model = config.model
-    branches = parts.block(model, bool(model.experts.routed), table.problem.device)
+def _optimizer_step(config: RunConfig, problem: Problem) -> tuple[int, Run]:
+    """One step of AdamW over one transformer block: its number of parameters, and the run."""
+    branches = parts.block(config.model, bool(config.model.experts.routed), problem.device)
     optimizer = build_optimizer(branches, config.optimizer)
     for parameter in branches.parameters():
         parameter.grad = torch.randn_like(parameter)
     own = sum(parameter.numel() for parameter in branches.parameters())
-    samples = alternate([_stepping(optimizer, table.problem.device)], rounds + 1)[0][1:]
-    return _part("optimizer", ANY, table.parameters / own, samples)
-
-
-def _stepping(optimizer: torch.optim.Optimizer, device: str) -> Run:
-    def run() -> Sample:
-        start = time.perf_counter()
-        optimizer.step()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        return Sample(time.perf_counter() - start, 0.0)
-
-    return run
-
-
-def _part(name: str, kind: str, times: float, samples: list[Sample]) -> Part:
-    return Part(name, kind, times, [s.forward for s in samples], [s.backward for s in samples])
+    device = torch.device(problem.device)
+    return own, lambda: Sample(call_seconds(device, optimizer.step)[0], 0.0)

@@ -1,6 +1,9 @@
-"""A forward pass with what its backward pass starts from: what is timed, counted and judged."""
+"""One forward and backward pass: the unit that the benches time, count and compare."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import io
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,48 +12,59 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Task:
-    """One pass through something, as often as wanted."""
+    """A pass that can be repeated."""
 
     forward: Callable[[], Sequence[Tensor]]
-    """A fresh forward pass; returns its outputs."""
+    """Runs a fresh forward pass; returns its outputs."""
     leaves: tuple[Tensor, ...]
-    """What gets a gradient."""
+    """Tensors whose gradients the backward pass computes."""
     cotangents: tuple[Tensor, ...]
-    """The gradient of each output."""
+    """Gradient of each output, where the backward pass starts."""
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """Device of all tensors."""
         return self.cotangents[0].device
 
     def clear(self) -> None:
-        """Drop the gradients: the next backward pass makes new ones."""
+        """Drop the gradients, so that the next backward pass allocates new ones."""
         for leaf in self.leaves:
             leaf.grad = None
 
     def backward(self, outputs: Sequence[Tensor]) -> None:
-        """Gradients of all leaves."""
+        """Accumulate the gradients of all leaves."""
         torch.autograd.backward(outputs, self.cotangents)
 
     def both(self) -> None:
-        """One pass, gradients left on the leaves."""
+        """Run one forward and backward pass; the gradients stay on the leaves."""
         self.clear()
         self.backward(self.forward())
 
     def tensors(self) -> list[Tensor]:
-        """Outputs and gradients of the leaves; zeros for a leaf that does not matter."""
+        """Return the outputs, then the leaves' gradients; zeros for a leaf without influence."""
         outputs = self.forward()
         pairs = zip(outputs, self.cotangents, strict=True)
-        moving = [(o, g.to(o.dtype)) for o, g in pairs if o.requires_grad]
+        connected = [(o, g.to(o.dtype)) for o, g in pairs if o.requires_grad]
         gradients = torch.autograd.grad(
-            [output for output, _ in moving],
+            [output for output, _ in connected],
             self.leaves,
-            [cotangent for _, cotangent in moving],
+            [cotangent for _, cotangent in connected],
             materialize_grads=True,
         )
         return [*(output.detach() for output in outputs), *gradients]
 
 
 def leaf(tensor: Tensor) -> Tensor:
-    """The same numbers as a leaf that gets a gradient."""
+    """Return the tensor as a leaf that requires a gradient."""
     return tensor.detach().requires_grad_()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Suppress the prints and warnings of third-party code."""
+    with (
+        warnings.catch_warnings(action="ignore"),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        yield

@@ -2,7 +2,9 @@
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -15,38 +17,52 @@ from manifold_hc.errors import ConfigError, ManifoldError
 from manifold_hc.files import write_atomically
 from manifold_hc.training import PRESETS
 
+Option = Callable[[Any], Any]
+
 LENGTHS = (1, 3, 10)
-"""Blocks that `bench memory` measures beside none and the best."""
-
-WIDE = 150
-"""Columns that the table of implementations needs."""
-
-dtype_option = click.option(
-    "--dtype",
-    "dtypes",
-    multiple=True,
-    type=click.Choice(("float32", "bfloat16", "float16")),
-    default=("float32", "bfloat16"),
-    show_default=True,
-    help="Of the streams; give it once for every table.",
-)
-allow_missing_option = click.option(
-    "--allow-missing", is_flag=True, help="Exit with 0 although a peer is missing."
-)
-save_option = click.option(
-    "--save", is_flag=True, help="Write benchmarks/results/DEVICE-DATE-BENCH.json too."
-)
+"""Lengths of recompute blocks that `bench memory` measures by default, with none and "auto"."""
 
 
-def _size(name: str, default: int, text: str) -> Callable[[Any], Any]:
+def _count(name: str, default: int, text: str) -> Option:
     return click.option(
         name, type=click.IntRange(min=1), default=default, show_default=True, help=text
     )
 
 
+def _options(*options: Option) -> Option:
+    """One decorator that adds several options, in this order."""
+    return lambda command: reduce(lambda f, option: option(f), reversed(options), command)
+
+
+size_options = _options(
+    _count("--tokens", 2048, "Tokens of the one sequence."),
+    _count("--streams", 4, "Streams n."),
+    _count("--channels", 1280, "Channels C."),
+)
+allow_missing_option = click.option(
+    "--allow-missing", is_flag=True, help="Exit with 0 although a peer is missing."
+)
+output_options = _options(
+    click.option(
+        "--dtype",
+        "dtypes",
+        multiple=True,
+        type=click.Choice(("float32", "bfloat16", "float16")),
+        default=("float32", "bfloat16"),
+        show_default=True,
+        help="Dtype of the streams; give it once for every table.",
+    ),
+    device_option,
+    click.option(
+        "--save", is_flag=True, help="Write benchmarks/results/DEVICE-DATE-BENCH.json too."
+    ),
+    json_option,
+)
+
+
 @click.group(cls=Group)
 def bench() -> None:
-    """Time mHC beside other implementations of it, and inside a training step.
+    """Time mHC against other implementations of it, and inside a training step.
 
     \b
     mhc bench ops --tokens 2048 --streams 4 --channels 1280
@@ -55,29 +71,24 @@ def bench() -> None:
 
 
 @bench.command()
-@_size("--tokens", 2048, "Tokens of the one sequence.")
-@_size("--streams", 4, "Streams n.")
-@_size("--channels", 1280, "Channels C.")
-@dtype_option
+@size_options
 @click.option(
     "--numerics",
     type=click.Choice(("paper", "deepseek_v4")),
     default="paper",
     show_default=True,
-    help="Of our own connection; peers keep theirs.",
+    help="Numerics of our own connection; peers keep theirs.",
 )
-@_size("--rounds", 20, "Samples of every implementation.")
-@click.option("--eager", is_flag=True, help="Leave out what torch.compile makes.")
-@device_option
+@_count("--rounds", 20, "Samples of every implementation.")
+@click.option("--eager", is_flag=True, help="Leave out code that torch.compile generates.")
 @allow_missing_option
-@save_option
-@json_option
+@output_options
 def ops(
     tokens: int,
     streams: int,
     channels: int,
     dtypes: tuple[str, ...],
-    numerics: str,
+    numerics: Any,
     rounds: int,
     eager: bool,
     device: str,
@@ -85,38 +96,34 @@ def ops(
     save: bool,
     json_file: Path | None,
 ) -> None:
-    """One connection, forward and backward, by every implementation there is.
+    """Time one connection, forward and backward, by every implementation on the device.
 
     \b
     mhc bench ops --dtype bfloat16 --json ops.json
 
-    Exit status 1 where an implementation computes something else, or a peer is missing.
+    Exit status 1 if an implementation has wrong results, or a peer is missing.
     """
     from manifold_hc.bench import peers
     from manifold_hc.bench.ops import bench_ops
-    from manifold_hc.bench.output.tables import ops_table
     from manifold_hc.bench.problem import Problem
 
     chosen = judged_device(device)
-    terminal, found = console(), []
     problems = [
-        Problem(tokens, streams, channels, dtype, numerics, chosen)  # type: ignore[arg-type]
+        Problem(tokens, streams, channels, dtype, numerics, chosen)
         for dtype in dict.fromkeys(dtypes)
     ]
     if not allow_missing:
         wanted = [peer for problem in problems for peer in peers.for_problem(problem)]
-        _judge("ops", [], [peer.package for peer in wanted if peer.version is None])
-    with console(stderr=True).status("bench ops") as status:
-        for problem in problems:
-            found.append(bench_ops(problem, rounds, eager, lambda s: status.update(escape(s))))
-    for table in found:
-        terminal.print(ops_table(table, upright=terminal.width < WIDE))
-    _write(chosen, save, json_file, ops=found)
-    rows = [row for table in found for row in table.rows]
-    _judge(
+        _require("ops", missing=[peer.package for peer in wanted if peer.version is None])
+    with _progress("ops") as progress:
+        found = [bench_ops(problem, rounds, eager, progress) for problem in problems]
+    _print_and_write("ops", chosen, found, save, json_file)
+    rows = [row for result in found for row in result.rows]
+    missing = [row.implementation for row in rows if row.state == "missing"]
+    _require(
         "ops",
-        [row.implementation for row in rows if row.state == "wrong"],
-        [] if allow_missing else [row.implementation for row in rows if row.state == "missing"],
+        wrong=[row.implementation for row in rows if row.state == "wrong"],
+        missing=[] if allow_missing else missing,
     )
 
 
@@ -127,15 +134,12 @@ def ops(
     type=click.Choice(tuple(PRESETS)),
     default="3b",
     show_default=True,
-    help="Whose shapes.",
+    help="Preset whose shapes are timed.",
 )
-@_size("--tokens", 2048, "Tokens of the one sequence.")
-@dtype_option
-@_size("--rounds", 7, "Samples of every part.")
-@device_option
+@_count("--tokens", 2048, "Tokens of the one sequence.")
+@_count("--rounds", 7, "Samples of every part.")
 @allow_missing_option
-@save_option
-@json_option
+@output_options
 def step(
     name: str,
     tokens: int,
@@ -146,7 +150,7 @@ def step(
     save: bool,
     json_file: Path | None,
 ) -> None:
-    """What mHC adds to a training step: its parts, timed one by one, summed to full depth.
+    """Time the parts of a training step one by one, and sum to full depth the time mHC adds.
 
     \b
     mhc bench step --preset 3b --dtype float32 --rounds 7
@@ -155,7 +159,6 @@ def step(
     about 12 GB of memory and some minutes.
     """
     from manifold_hc.bench import peers
-    from manifold_hc.bench.output.tables import step_table
     from manifold_hc.bench.problem import Problem
     from manifold_hc.bench.step import PEER, bench_step
     from manifold_hc.training import preset
@@ -163,47 +166,39 @@ def step(
     chosen, config = judged_device(device), preset(name)
     if not allow_missing:
         known = {peer.package: peer for peer in peers.PEERS}
-        _judge("step", [], [] if known[PEER].version else [PEER])
-    found = []
-    with console(stderr=True).status("bench step") as status:
-        for dtype in dict.fromkeys(dtypes):
-            problem = Problem(
-                tokens, config.connection.streams, config.model.channels, dtype, device=chosen
-            )
-            say = lambda what: status.update(escape(what))  # noqa: E731
-            found.append(bench_step(name, config, problem, rounds, say))
-    for table in found:
-        console().print(step_table(table))
-    _write(chosen, save, json_file, step=found)
-    missing = [kind for table in found for kind in table.missing]
-    _judge("step", [], [] if allow_missing else missing)
+        _require("step", missing=[] if known[PEER].version else [PEER])
+    sizes = tokens, config.connection.streams, config.model.channels
+    with _progress("step") as progress:
+        found = [
+            bench_step(name, config, Problem(*sizes, dtype, device=chosen), rounds, progress)
+            for dtype in dict.fromkeys(dtypes)
+        ]
+    _print_and_write("step", chosen, found, save, json_file)
+    missing = [kind for result in found for kind in result.missing]
+    _require("step", missing=[] if allow_missing else missing)
 
 
 @bench.command()
-@_size("--sublayers", 60, "Sublayers L of the stack.")
-@_size("--tokens", 2048, "Tokens of the one sequence.")
-@_size("--streams", 4, "Streams n.")
-@_size("--channels", 1280, "Channels C.")
-@dtype_option
+@_count("--sublayers", 60, "Sublayers L of the stack.")
+@size_options
 @click.option(
     "--recompute",
     "lengths",
     multiple=True,
     type=click.IntRange(min=1),
-    help="Sublayers a block; give it once for every row. None and auto are there anyhow.",
+    help="Sublayers in a recompute block; give it once for every row. "
+    "No recompute, and the length of auto, are always measured.",
 )
-@click.option("--single-pass", is_flag=True, help="Read with the pre of the sublayer before.")
+@click.option("--single-pass", is_flag=True, help="Read with the pre of the previous sublayer.")
 @click.option(
     "--norms",
     type=click.Choice(("given", "inside")),
     default="given",
     show_default=True,
-    help="To the connections, or inside the branches.",
+    help="Norms given to the connections, or inside the branches.",
 )
-@_size("--rounds", 5, "Samples of every block length.")
-@device_option
-@save_option
-@json_option
+@_count("--rounds", 5, "Samples of every block length.")
+@output_options
 def memory(
     sublayers: int,
     tokens: int,
@@ -218,14 +213,13 @@ def memory(
     save: bool,
     json_file: Path | None,
 ) -> None:
-    """What a stack holds for its backward pass by the length of its blocks, and what that costs.
+    """Count the bytes a stack holds for backward, by recompute block length, and time recompute.
 
     \b
     mhc bench memory --sublayers 24 --channels 256 --recompute 3 --recompute 8
 
     Without recompute the default sizes need about 8 GB in float32.
     """
-    from manifold_hc.bench.output.tables import stack_table
     from manifold_hc.bench.problem import Problem
     from manifold_hc.bench.stacks import bench_stacks
 
@@ -234,18 +228,21 @@ def memory(
             f"recompute: a block must have 1 to {sublayers} sublayers but has {wrong[0]}"
         )
     chosen = judged_device(device)
-    terminal, found = console(), []
-    chosen_lengths = lengths or [n for n in LENGTHS if n <= sublayers]
-    with console(stderr=True).status("bench memory") as status:
-        for dtype in dict.fromkeys(dtypes):
-            problem = Problem(tokens, streams, channels, dtype, device=chosen)
-            say = lambda what: status.update(escape(what))  # noqa: E731
-            found.append(
-                bench_stacks(problem, sublayers, chosen_lengths, single_pass, norms, rounds, say)
+    tried = lengths or [length for length in LENGTHS if length <= sublayers]
+    with _progress("memory") as progress:
+        found = [
+            bench_stacks(
+                Problem(tokens, streams, channels, dtype, device=chosen),
+                sublayers,
+                tried,
+                single_pass,
+                norms,
+                rounds,
+                progress,
             )
-    for table in found:
-        terminal.print(stack_table(table, upright=terminal.width < WIDE))
-    _write(chosen, save, json_file, memory=found)
+            for dtype in dict.fromkeys(dtypes)
+        ]
+    _print_and_write("memory", chosen, found, save, json_file)
 
 
 @bench.command()
@@ -266,7 +263,7 @@ def memory(
     help="The page.",
 )
 def page(results: Path, out: Path) -> None:
-    """Make the page of all benchmarks from the result files, and images/benchmarks.svg beside it.
+    """Make the page of all benchmarks, and images/benchmarks.svg, from the result files.
 
     \b
     mhc bench page
@@ -283,10 +280,23 @@ def page(results: Path, out: Path) -> None:
         click.echo(f"chart: {file}")
 
 
-def _write(device: str, save: bool, json_file: Path | None, **tables: Any) -> None:
-    from manifold_hc.bench.output import results
+@contextmanager
+def _progress(bench: str) -> Iterator[Callable[[str], None]]:
+    """Show the name of the current step on a terminal."""
+    with console(stderr=True).status(f"bench {bench}") as status:
+        yield lambda text: status.update(escape(text))
 
-    record = results.record(device, _command(), **tables)
+
+def _print_and_write(
+    bench: Any, device: str, found: list[Any], save: bool, json_file: Path | None
+) -> None:
+    """Print the sheets of all results; write the result files that were asked for."""
+    from manifold_hc.bench.output import results
+    from manifold_hc.bench.output.renderers import terminal
+
+    for sheet in (sheet for result in found for sheet in result.sheets()):
+        console().print(terminal(sheet, console().width))
+    record = results.record(bench, device, _command(), found)
     if json_file:
         write_atomically(json_file, results.as_json(record))
     if save:
@@ -294,7 +304,7 @@ def _write(device: str, save: bool, json_file: Path | None, **tables: Any) -> No
 
 
 def _command() -> str:
-    """The line that was typed, without the file it leaves on this machine."""
+    """The typed command, without --json, whose file is on this machine only."""
     words = iter(["mhc", *sys.argv[1:]])
     kept = []
     for word in words:
@@ -305,8 +315,8 @@ def _command() -> str:
     return shlex.join(kept).encode(errors="backslashreplace").decode()
 
 
-def _judge(name: str, wrong: list[str], missing: list[str]) -> None:
-    """Raise ManifoldError, exit status 1, for what the table shows in red."""
+def _require(name: str, wrong: Sequence[str] = (), missing: Sequence[str] = ()) -> None:
+    """Raise ManifoldError, exit status 1, if implementations are wrong or missing."""
     if wrong:
         raise ManifoldError(
             f"bench {name}: wanted float64's results within tolerance, got others from "

@@ -1,10 +1,10 @@
-"""Measurements made by hand."""
+"""Invented measurements."""
 
 import pytest
 
-from manifold_hc.bench.ops import OpsTable, Row
+from manifold_hc.bench.ops import OpsResult, Row
 from manifold_hc.bench.problem import Problem
-from manifold_hc.bench.step import ANY, MHC, RESIDUAL, STREAMS, Part, StepTable
+from manifold_hc.bench.step import ANY, MHC, RESIDUAL, STREAMS, Part, StepResult
 
 
 def timed_row(name, seconds, *, ours=False, compiled=False, state="timed"):
@@ -13,7 +13,7 @@ def timed_row(name, seconds, *, ours=False, compiled=False, state="timed"):
 
 
 @pytest.fixture
-def ops_table():
+def ops_result():
     rows = [
         timed_row("cpu", [1.0, 2.0, 9.0], ours=True),
         timed_row("reference", [4.0, 4.0, 4.0], ours=True),
@@ -21,16 +21,16 @@ def ops_table():
         timed_row("eager, compiled", [5.0, 5.0, 5.0], compiled=True),
         timed_row("wrong but fast", [0.1, 0.1, 0.1], state="wrong"),
     ]
-    return OpsTable(Problem(), 1e9, 10, 20, rows, [], False, {})
+    return OpsResult(Problem(), 1e9, 10, 20, rows, [], False, {})
 
 
 def part(name, kind, times, totals):
-    return Part(name, kind, float(times), totals, [0.0] * len(totals))
+    return Part(name, kind, float(times), forward=totals, backward=[0.0] * len(totals))
 
 
 @pytest.fixture
-def step_table():
-    found = StepTable("made", Problem(), 1000)
+def step_result():
+    found = StepResult("made", Problem(), 1000)
     found.parts = [
         part("embedding", ANY, 1, [1.0]),
         part("head and loss", ANY, 1, [5.0]),

@@ -1,7 +1,8 @@
-"""The bytes of METHOD's accounting, by hand."""
+"""Bytes of the paper's accounting, computed by hand."""
 
 import pytest
 
+from manifold_hc.bench.measure import bandwidth
 from manifold_hc.bench.measure.bandwidth import (
     backward_elements,
     bound_bytes,
@@ -12,18 +13,18 @@ from manifold_hc.bench.problem import Problem
 from manifold_hc.errors import ConfigError
 
 
-def test_four_streams():
+def test_elements_of_four_streams():
     assert forward_elements(4) == 18
     assert backward_elements(4) == 23
     assert forward_elements(4) + backward_elements(4) == 41
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8])
-def test_both_together_are_nine_n_plus_five(n):
+def test_forward_and_backward_are_nine_n_plus_five(n):
     assert forward_elements(n) + backward_elements(n) == 9 * n + 5
 
 
-def test_bytes_of_the_common_size():
+def test_bytes_of_the_default_size():
     """2048 tokens, C = 1280: 2 621 440 elements a stream; 18 and 23 of them."""
     assert bound_bytes(Problem()) == (188_743_680, 241_172_480)
     assert bound_bytes(Problem(dtype="bfloat16")) == (94_371_840, 120_586_240)
@@ -31,16 +32,14 @@ def test_bytes_of_the_common_size():
     assert Problem(dtype="bfloat16").stream_bytes == 20_971_520
 
 
-def test_a_copy_counts_what_it_reads_and_writes(monkeypatch):
-    seconds = iter([5.0, 2.0, 1.0])
-    monkeypatch.setattr(
-        "manifold_hc.bench.measure.bandwidth._copy_seconds", lambda *_: next(seconds)
-    )
+def test_a_copy_counts_reads_and_writes(monkeypatch):
+    seconds = iter([[5.0], [2.0], [1.0]])
+    monkeypatch.setattr(bandwidth, "call_seconds", lambda device, copy: next(seconds))
     assert copy_bandwidth("cpu", size=1000, repeats=3) == 1000  # 2 x 1000 bytes in the median 2 s
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_a_problem_that_there_is_not():
+def test_invalid_problems():
     for wrong in ({"tokens": 0}, {"dtype": "int8"}, {"numerics": "other"}):
         with pytest.raises(ConfigError):
             Problem(**wrong)

@@ -1,4 +1,4 @@
-"""Every contender against float64; and the gate sees what is wrong."""
+"""Every implementation against float64; wrong outputs and gradients are found."""
 
 import math
 from dataclasses import replace
@@ -7,18 +7,19 @@ import pytest
 import torch
 
 from manifold_hc.bench import correctness, peers
-from manifold_hc.bench.peers.implementations import ours, quiet, serving
+from manifold_hc.bench.peers.implementations import ours, supported_backends
 from manifold_hc.bench.problem import Problem
+from manifold_hc.bench.task import quiet
 
 SMALL = Problem(tokens=64, channels=32)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("numerics", ["paper", "deepseek_v4"])
-def test_our_backends_pass(dtype, numerics):
+def test_our_backends_are_correct(dtype, numerics):
     problem = replace(SMALL, dtype=dtype, numerics=numerics)
     inputs = problem.inputs()
-    backends, _ = serving(problem)
+    backends, _ = supported_backends(problem)
     assert "reference" in backends
     for backend in backends:
         assert correctness.check(ours(problem, inputs, backend), inputs).ok, backend
@@ -27,16 +28,16 @@ def test_our_backends_pass(dtype, numerics):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("streams", [2, 4])
 @pytest.mark.parametrize("peer", peers.for_problem(SMALL), ids=lambda peer: peer.package)
-def test_peers_pass(peer, streams, dtype):
+def test_peers_are_correct(peer, streams, dtype):
     problem = replace(SMALL, streams=streams, dtype=dtype)
     inputs = problem.inputs()
+    implementation = peer.build(problem, inputs)
     with quiet():
-        candidate = peer.build(problem, inputs)
-        verdict = correctness.check(candidate, inputs)
-    assert verdict.ok, verdict
+        found = correctness.check(implementation, inputs)
+    assert found.ok, found
 
 
-def test_a_transposed_res_is_red():
+def test_a_transposed_res_is_wrong():
     inputs = SMALL.inputs()
     right = ours(SMALL, inputs, "reference")
 
@@ -44,12 +45,12 @@ def test_a_transposed_res_is_red():
         u, _ = right.step(x, y)
         return u, right.step(x.flip(-2), y)[1].flip(-2)
 
-    verdict = correctness.check(replace(right, step=step), inputs)
-    assert not verdict.ok
-    assert verdict.error > 0.01
+    found = correctness.check(replace(right, step=step), inputs)
+    assert not found.ok
+    assert found.error > 0.01
 
 
-def test_a_wrong_gradient_is_red():
+def test_a_wrong_gradient_is_found():
     inputs = SMALL.inputs()
     right = ours(SMALL, inputs, "reference")
 
@@ -61,7 +62,7 @@ def test_a_wrong_gradient_is_red():
     assert not correctness.check(replace(right, step=step), inputs).ok
 
 
-def test_errors_are_shares_of_the_largest_entry():
+def test_errors_are_relative_to_the_largest_entry():
     wanted = torch.tensor([4.0, -8.0], dtype=torch.float64)
     assert correctness.relative_error(torch.tensor([4.0, -7.0]), wanted) == 0.125
     assert correctness.relative_error(torch.tensor([4.0, math.nan]), wanted) == math.inf

@@ -4,17 +4,21 @@ import pytest
 import torch
 
 from manifold_hc.bench.measure import memory
-from manifold_hc.bench.peers.implementations import Candidate, ours, without_branch
+from manifold_hc.bench.peers.implementations import (
+    Implementation,
+    ours,
+    supported_backends,
+    without_branch,
+)
 from manifold_hc.bench.problem import Problem
-from manifold_hc.kernels import unsupported_reason
 
 SMALL = Problem(tokens=64, channels=32)
 STREAMS = SMALL.stream_bytes
 ONE = STREAMS // SMALL.streams
 
 
-def candidate(step, **flags):
-    return Candidate("made by hand", lambda x, branch: x, step, (), lambda *a: a, **flags)
+def implementation(step, **flags):
+    return Implementation(step, (), lambda *tensors: tensors, **flags)
 
 
 def on_cpu(run):
@@ -53,9 +57,9 @@ class Copies(torch.autograd.Function):
         return grad_new.clone(), grad_u.clone()
 
 
-def test_extra_memory_is_what_is_beyond_the_eight_tensors():
+def test_extra_memory_excludes_inputs_outputs_and_their_gradients():
     inputs = SMALL.inputs()
-    found = memory.cost(candidate(Copies.apply), inputs)
+    found = memory.cost(implementation(Copies.apply), inputs)
     # Two kept copies; the scratch is gone before the gradients are made.
     assert found.extra_bytes == 2 * STREAMS
     assert (found.forward_launches, found.backward_launches) == (4, 2)
@@ -67,12 +71,10 @@ def test_the_reference_keeps_more_than_the_fast_backends_may():
     assert found.forward_launches > 50
 
 
-@pytest.mark.skipif(
-    bool(unsupported_reason("cpu", 4, "cpu", [torch.float32])), reason="no CPU kernels here"
-)
+@pytest.mark.skipif("cpu" not in supported_backends(SMALL)[0], reason="no CPU kernels here")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_cpu_kernels_need_less_than_half_of_the_streams(dtype):
-    """Kept memory counts like any other: it is the promise of docs/backends.md."""
+    """The figure of docs/backends.md; memory that the kernels reuse counts too."""
     problem = Problem(tokens=2048, channels=1280, dtype=dtype)
     inputs = problem.inputs()
     found = memory.cost(ours(problem, inputs, "cpu"), inputs)
@@ -82,7 +84,7 @@ def test_the_cpu_kernels_need_less_than_half_of_the_streams(dtype):
 def test_compiled_code_hides_its_operators():
     inputs = SMALL.inputs()
     plain = without_branch(lambda x, branch: x + branch(x.mean(-2)).unsqueeze(-2))
-    assert memory.cost(candidate(plain, compiled=True), inputs)[1:] == (None, None)
+    assert memory.cost(implementation(plain, compiled=True), inputs)[1:] == (None, None)
 
 
 def test_views_are_no_launches():

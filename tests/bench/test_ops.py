@@ -1,4 +1,4 @@
-"""`mhc bench ops`: what is printed, what is not, and with which exit status."""
+"""`mhc bench ops`: printed figures, refusals and exit statuses."""
 
 import dataclasses
 import json
@@ -28,13 +28,18 @@ def wrong(problem, inputs):
         u, new = right.step(x, y)
         return u, new.flip(-2)
 
-    return dataclasses.replace(right, step=step, ours=False)
+    return dataclasses.replace(right, step=step)
 
 
 @pytest.fixture
 def with_peer(monkeypatch):
+    """Replace all peers by one that `build` makes."""
+
     def replace(build):
-        monkeypatch.setattr(peers, "PEERS", (peers.Peer("invented", build),))
+        monkeypatch.setattr(peers, "PEERS", (peers.Peer("invented", None),))
+        monkeypatch.setattr(
+            peers.Peer, "build", lambda peer, problem, inputs: build(problem, inputs)
+        )
         monkeypatch.setattr(peers.Peer, "version", "1.0")
 
     return replace
@@ -68,7 +73,7 @@ def test_table_and_json(capfd, tmp_path):
         assert table["fastest_peer"] in ("transformers", "hyper-connections")
 
 
-def test_a_red_gate_prints_no_figure(capfd, tmp_path, with_peer):
+def test_a_wrong_peer_has_no_figures(capfd, tmp_path, with_peer):
     with_peer(wrong)
     file = tmp_path / "ops.json"
     status, out, err = mhc(capfd, *ONE, "--json", file)
@@ -76,14 +81,14 @@ def test_a_red_gate_prints_no_figure(capfd, tmp_path, with_peer):
     (line,) = [line for line in out.splitlines() if "invented" in line]
     assert line.startswith("wrong: invented: ")
     assert " is off by " in line
-    assert "fastest" not in out
+    assert "fastest eager peer" not in out
     assert "wanted float64's results within tolerance, got others from invented" in err
     row = json.loads(file.read_text())["ops"][0]["rows"][-1]
     assert (row["state"], row["forward"], row["backward"]) == ("wrong", [], [])
     assert "median_seconds" not in row
 
 
-def test_a_wrong_row_is_no_missing_one(capfd, with_peer):
+def test_a_wrong_peer_fails_with_allow_missing(capfd, with_peer):
     with_peer(wrong)
     assert mhc(capfd, *ONE, "--allow-missing")[0] == 1
 
@@ -99,7 +104,7 @@ def test_a_missing_peer(capfd, with_peer):
     assert "missing: invented" in out
 
 
-def test_a_peer_that_is_not_installed_is_missed_before_any_work(capfd, tmp_path, monkeypatch):
+def test_a_peer_that_is_not_installed_is_reported_before_any_work(capfd, tmp_path, monkeypatch):
     def build(problem, inputs):
         raise AssertionError("nothing is built")
 
@@ -111,7 +116,7 @@ def test_a_peer_that_is_not_installed_is_missed_before_any_work(capfd, tmp_path,
     assert not (tmp_path / "ops.json").exists()
 
 
-def test_a_peer_that_breaks_is_a_row(capfd, with_peer):
+def test_a_peer_that_raises_has_a_row(capfd, with_peer):
     def breaks(problem, inputs):
         raise ValueError("first line\nsecond line")
 
@@ -122,7 +127,7 @@ def test_a_peer_that_breaks_is_a_row(capfd, with_peer):
     assert "second line" not in out
 
 
-def test_peers_stay_silent(capfd, with_peer):
+def test_prints_of_peers_are_suppressed(capfd, with_peer):
     import sys
     import warnings
 
@@ -135,7 +140,7 @@ def test_peers_stay_silent(capfd, with_peer):
             warnings.warn("loud", stacklevel=1)
             return right.step(x, y)
 
-        return dataclasses.replace(right, step=step, ours=False, name="loud peer")
+        return dataclasses.replace(right, step=step)
 
     with_peer(loud)
     status, out, err = mhc(capfd, *ONE)
@@ -158,7 +163,7 @@ def test_groups_have_help(capfd):
         assert f"\n  mhc bench {name}" in out
 
 
-def test_a_backend_that_refuses_is_named(capfd, monkeypatch):
+def test_an_unsupported_backend_is_named(capfd, monkeypatch):
     from manifold_hc.bench.peers import implementations
     from manifold_hc.errors import BackendError
 
@@ -175,8 +180,8 @@ def test_a_backend_that_refuses_is_named(capfd, monkeypatch):
     assert "manifold-hc, slow" not in out
 
 
-def test_runs_of_sublayers(capfd, tmp_path):
-    """Every form computes the same, but for single pass, whose forms agree with each other."""
+def test_forms_of_the_boundary_agree(capfd, tmp_path):
+    """All forms have equal results; the single-pass forms have their own."""
     file = tmp_path / "ops.json"
     status, out, _ = mhc(capfd, *ONE, "--json", file)
     assert status == 0
@@ -189,11 +194,11 @@ def test_runs_of_sublayers(capfd, tmp_path):
     problem = Problem(tokens=17, channels=24)
     for norm in (False, True):
         found = {
-            form: boundaries.task(problem, "auto", run, norm).tensors()
+            form: boundaries.run_of_sublayers(problem, "auto", run, norm).tensors()
             for form, run in boundaries.FORMS.items()
         }
         for form, other in (
-            (boundaries.PAIRED, boundaries.SEPARATE),
+            (boundaries.LINKED, boundaries.SEPARATE),
             (boundaries.FUSED, boundaries.SEPARATE),
             (boundaries.SINGLE_FUSED, boundaries.SINGLE),
         ):
@@ -203,11 +208,11 @@ def test_runs_of_sublayers(capfd, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("form", [boundaries.PAIRED, boundaries.FUSED, boundaries.SINGLE_FUSED])
-def test_no_figure_for_a_wrong_run_of_sublayers(monkeypatch, form, dtype):
+@pytest.mark.parametrize("form", [boundaries.LINKED, boundaries.FUSED, boundaries.SINGLE_FUSED])
+def test_a_wrong_form_stops_the_bench(monkeypatch, form, dtype):
     problem = Problem(tokens=17, channels=24, dtype=dtype)
     for norm in (False, True):
-        boundaries.require_right(problem, "auto", norm)
+        boundaries.require_correct(problem, "auto", norm)
     plain = boundaries.FORMS[form]
 
     def larger(x, sublayers, options):

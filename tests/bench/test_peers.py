@@ -1,4 +1,4 @@
-"""What lucidrains' layout means in ours, where the two compute the same."""
+"""The table of peers, and hyper-connections' parameter layout in terms of ours."""
 
 from dataclasses import replace
 
@@ -6,8 +6,9 @@ import torch
 
 from manifold_hc import functional
 from manifold_hc.bench import peers
-from manifold_hc.bench.peers.implementations import quiet
+from manifold_hc.bench.peers.implementations import without_branch
 from manifold_hc.bench.problem import Problem
+from manifold_hc.bench.task import quiet
 
 
 def test_hyper_connections_is_ours_on_streams_of_equal_size():
@@ -17,8 +18,8 @@ def test_hyper_connections_is_ours_on_streams_of_equal_size():
     inputs = problem.inputs()
     x = torch.nn.functional.rms_norm(inputs.x, (C,), eps=0.0)
     with quiet():
-        theirs = peers.hyper_connections(problem, inputs)
-        u, new = theirs.step(x, inputs.y)
+        connect, _ = peers.adapters.hyper_connections(problem, inputs)
+        u, new = without_branch(connect)(x, inputs.y)
     own = n**0.5 * torch.cat([inputs.phi[:1, :C], inputs.phi[n : n + 1, :C]])
     mixing = n**0.5 * inputs.phi[2 * n : 3 * n, :C]
     eye = torch.eye(n)
@@ -29,18 +30,18 @@ def test_hyper_connections_is_ours_on_streams_of_equal_size():
     assert torch.allclose(functional.write(x, inputs.y, post, res.mT), new, atol=1e-5)
 
 
-def test_all_get_the_same_numbers():
+def test_inputs_are_reproducible():
     problem = Problem(tokens=4, channels=16)
     for a, b in zip(problem.inputs(), replace(problem).inputs(), strict=True):
         assert torch.equal(a, b)
     assert not torch.equal(problem.inputs(1).x, problem.inputs(0).x)
 
 
-def test_a_peer_that_is_not_there_has_no_version():
-    assert peers.Peer("no-such-distribution", peers.transformers).version is None
+def test_a_missing_package_has_no_version():
+    assert peers.Peer("no-such-distribution", peers.adapters.transformers).version is None
 
 
-def test_a_peer_is_wanted_where_it_runs():
+def test_peers_of_a_device_and_dtype():
     def names(**changes):
         return [peer.package for peer in peers.for_problem(Problem(**changes))]
 

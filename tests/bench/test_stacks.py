@@ -1,4 +1,4 @@
-"""`mhc bench memory`: what is counted is what is held."""
+"""`mhc bench memory`: bytes by kind, against counts by hand."""
 
 import json
 
@@ -29,7 +29,7 @@ def rows_of(capfd, tmp_path, *more):
 
 
 @pytest.mark.parametrize("more", [[], ["--single-pass"]], ids=["standard", "single-pass"])
-def test_what_a_stack_holds(capfd, tmp_path, more):
+def test_bytes_that_a_stack_holds(capfd, tmp_path, more):
     """Twelve sublayers of four streams; auto is three: four first streams, and two rebuilt."""
     held, out, record = rows_of(capfd, tmp_path, "--recompute", "4", *more)
     assert held.keys() == {None, 3, 4}

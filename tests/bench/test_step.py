@@ -10,16 +10,16 @@ from manifold_hc.training import preset
 from tests.cli.test_commands import mhc
 
 
-def test_a_step_is_put_together_from_its_parts(step_table):
-    assert step_table.kinds == [RESIDUAL, MHC]
-    assert step_table.full_step() == 1 + 5 + 4 + 11 * 4 + 10 * 2
-    assert step_table.added(MHC) == 0.5 + 0.5 + 5.5 * 1 + 5.5 * 3
-    assert step_table.overhead(MHC) == 23 / 74
-    low, high = step_table.overhead_range(MHC)
+def test_a_step_is_the_sum_of_its_parts(step_result):
+    assert step_result.kinds == [RESIDUAL, MHC]
+    assert step_result.full_step() == 1 + 5 + 4 + 11 * 4 + 10 * 2
+    assert step_result.added(MHC) == 0.5 + 0.5 + 5.5 * 1 + 5.5 * 3
+    assert step_result.overhead(MHC) == 23 / 74
+    low, high = step_result.overhead_range(MHC)
     assert low == (0.5 + 0.5 + 22) / 74
     assert high == (0.5 + 1.25 + 22) / 74
-    assert step_table.overhead_without_optimizer(MHC) == 23 / 54
-    assert step_table.added(RESIDUAL) == 0
+    assert step_result.overhead_without_optimizer(MHC) == 23 / 54
+    assert step_result.added(RESIDUAL) == 0
 
 
 def test_blocks_stand_for_the_whole_depth():
@@ -31,7 +31,7 @@ def test_blocks_stand_for_the_whole_depth():
     assert list(_blocks(preset("tiny").model)) == [("dense block", False, 12)]
 
 
-def test_a_block_has_the_presets_shapes():
+def test_a_transformer_block_has_the_shapes_of_the_preset():
     import torch
 
     with torch.device("meta"):
@@ -43,7 +43,7 @@ def test_a_block_has_the_presets_shapes():
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_at_toy_size(capfd, tmp_path):
+def test_a_small_run(capfd, tmp_path):
     file = tmp_path / "step.json"
     options = ["--preset", "tiny-moe", "--tokens", "64", "--rounds", "2", "--json", file]
     status, out, _ = mhc(capfd, "bench", "step", *options)
@@ -71,7 +71,7 @@ def test_a_missing_peer(capfd, monkeypatch):
     assert mhc(capfd, *options, "--dtype", "float32", "--allow-missing")[0] == 0
 
 
-def test_a_peer_that_is_not_installed_is_missed_before_any_work(capfd, monkeypatch):
+def test_a_peer_that_is_not_installed_is_reported_before_any_work(capfd, monkeypatch):
     def build(model, problem):
         raise AssertionError("nothing is built")
 

@@ -1,19 +1,18 @@
-"""Bytes: what a connection must move (arXiv 2512.24880, section 4.3), what the machine can."""
+"""Bytes that a connection must move (arXiv 2512.24880, section 4.3), and the copy bandwidth."""
 
-import time
 from statistics import median
 
 import torch
-from torch import Tensor
 
+from manifold_hc.bench.measure.timing import call_seconds
 from manifold_hc.bench.problem import Problem
 
 COPY_BYTES = 256 * 2**20
-"""Size of the tensor that is copied; larger than any cache."""
+"""Size of the copied tensor; larger than any cache."""
 
 
 def forward_elements(n: int) -> int:
-    """Elements a token and channel that a forward pass reads and writes: 4n + 2.
+    """Elements per token and channel that a forward pass reads and writes: 4n + 2.
 
     Coefficients read x (n); read reads x and writes u (n + 1); write reads x and y and writes x'
     (2n + 1).
@@ -22,36 +21,27 @@ def forward_elements(n: int) -> int:
 
 
 def backward_elements(n: int) -> int:
-    """Elements a token and channel that a backward pass reads and writes: 5n + 3.
+    """Elements per token and channel that a backward pass reads and writes: 5n + 3.
 
-    The write's gradients read x, y and the gradient of x' and make y's (2n + 2); the rest reads
-    x, the gradients of x' and of u and makes x's (3n + 1).
+    The write's gradients read x, y and the gradient of x' and write y's (2n + 2); the rest reads
+    x, the gradients of x' and of u and writes x's (3n + 1).
     """
     return 5 * n + 3
 
 
 def bound_bytes(problem: Problem) -> tuple[int, int]:
-    """Bytes that forward and backward of one connection move, coefficients left out."""
-    each = problem.tokens * problem.channels * problem.torch_dtype.itemsize
-    return forward_elements(problem.streams) * each, backward_elements(problem.streams) * each
+    """Return the bytes that forward and backward of one connection move, without coefficients."""
+    stream = problem.stream_bytes // problem.streams
+    return forward_elements(problem.streams) * stream, backward_elements(problem.streams) * stream
 
 
 def copy_bandwidth(device: str, size: int = COPY_BYTES, repeats: int = 10) -> float:
-    """Bytes a second, read and written, of a large copy into memory that is in use already."""
+    """Measure a large copy into memory that is already mapped: bytes per second, read and written.
+
+    The median of several copies.
+    """
     source = torch.ones(size // 4, device=device)
     target = torch.zeros_like(source)
     target.copy_(source)
-    return 2 * size / median(_copy_seconds(source, target) for _ in range(repeats))
-
-
-def _copy_seconds(source: Tensor, target: Tensor) -> float:
-    if source.is_cuda:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        target.copy_(source)
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3
-    began = time.perf_counter()
-    target.copy_(source)
-    return time.perf_counter() - began
+    seconds = [call_seconds(source.device, lambda: target.copy_(source))[0] for _ in range(repeats)]
+    return 2 * size / median(seconds)

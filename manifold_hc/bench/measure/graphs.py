@@ -2,7 +2,7 @@
 
 import torch
 
-from manifold_hc.bench.measure.timing import Run, Sample
+from manifold_hc.bench.measure.timing import Run, Sample, call_seconds
 from manifold_hc.bench.task import Task
 
 WARM_UP = 3
@@ -10,7 +10,7 @@ WARM_UP = 3
 
 
 def graphed(task: Task) -> Run | None:
-    """The task as two replayed graphs; None where it cannot be captured."""
+    """Capture the task as two graphs and return their replay; None if it cannot be captured."""
     try:
         return _captured(task)
     except RuntimeError:
@@ -30,17 +30,10 @@ def _captured(task: Task) -> Run:
         outputs = task.forward()
     with torch.cuda.graph(backward, pool=forward.pool()):
         gradients = torch.autograd.grad(outputs, task.leaves, task.cotangents)
-    kept = (outputs, gradients)
+    alive = (outputs, gradients)  # the graphs write into their memory
 
     def run() -> Sample:
-        assert kept
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-        marks[0].record()
-        forward.replay()
-        marks[1].record()
-        backward.replay()
-        marks[2].record()
-        marks[2].synchronize()
-        return Sample(marks[0].elapsed_time(marks[1]) / 1e3, marks[1].elapsed_time(marks[2]) / 1e3)
+        assert alive
+        return Sample(*call_seconds(task.device, forward.replay, backward.replay))
 
     return run

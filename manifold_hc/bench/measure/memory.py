@@ -1,4 +1,4 @@
-"""Memory from allocations, and launches, of one forward and backward pass."""
+"""Peak memory and number of launches of one forward and backward pass."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from manifold_hc.bench.peers.implementations import Candidate
+from manifold_hc.bench.peers.implementations import Implementation
 from manifold_hc.bench.problem import Inputs
 from manifold_hc.kernels.cpu.memory import BLOCKS
 
@@ -19,40 +19,40 @@ FREE = """
     view _unsafe_view as_strided transpose t permute expand unsqueeze squeeze slice select
     split split_with_sizes unbind detach alias
 """.split()  # noqa: SIM905
-"""Operators that compute nothing."""
+"""Operators that return a view, or compute nothing."""
 
 
 class Cost(NamedTuple):
-    """What one forward and backward pass takes beside time."""
+    """Memory and launches of one forward and backward pass."""
 
     extra_bytes: int
-    """Peak of what is allocated, without u, x' and the gradients of x and y."""
+    """Peak of allocated bytes, less those of u, x' and the gradients of x and y."""
     forward_launches: int | None
-    """GPU kernels; on a CPU operators that compute. None where they cannot be counted."""
+    """GPU kernels, or operators that compute on a CPU; None inside compiled code."""
     backward_launches: int | None
 
 
-def cost(candidate: Candidate, inputs: Inputs) -> Cost:
-    """Count one pass; x, y and the gradients of u and x' are there before it."""
-    task = candidate.task(inputs)
+def cost(implementation: Implementation, inputs: Inputs) -> Cost:
+    """Count one pass; x, y and the gradients of u and x' are allocated before it."""
+    task = implementation.task(inputs)
     task.both()
     task.clear()
     own = 2 * (inputs.x.nbytes + inputs.y.nbytes)  # x' and x's gradient, u and y's gradient
     extra = peak_bytes(task.both, task.device) - own
     on_cpu = task.device.type == "cpu"
-    if candidate.compiled and on_cpu:
+    if implementation.compiled and on_cpu:
         return Cost(extra, None, None)
     count = operators_run if on_cpu else kernels_launched
     outputs: list[Tensor] = []
     task.clear()
-    ahead = count(lambda: outputs.extend(task.forward()))
-    return Cost(extra, ahead, count(lambda: task.backward(outputs)))
+    forward = count(lambda: outputs.extend(task.forward()))
+    return Cost(extra, forward, count(lambda: task.backward(outputs)))
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Most bytes that `run` had allocated at one time, from the allocator's own record.
+    """Return the most bytes allocated at one time during `run`, from the allocator's records.
 
-    It sees whatever goes through torch's allocators, whichever language asked for it.
+    Includes everything that goes through torch's allocators, from Python, C++ or Triton.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -63,7 +63,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with (
         _no_messages(),
-        _nothing_kept(),
+        _no_reuse(),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
     ):
         run()
@@ -75,7 +75,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 def _allocations(profiler: Any) -> list[tuple[int, int]]:
-    """(nanosecond, bytes) of every allocation, and of every release with bytes below 0."""
+    """(nanosecond, bytes) of every allocation and release; a release has negative bytes."""
     return [
         (event.start_ns(), event.nbytes())
         for event in profiler.profiler.kineto_results.events()
@@ -84,14 +84,14 @@ def _allocations(profiler: Any) -> list[tuple[int, int]]:
 
 
 def operators_run(run: Callable[[], object]) -> int:
-    """Operators dispatched that compute something: views and bare allocations are left out."""
+    """Count the dispatched operators that compute: neither views nor bare allocations."""
     with _Counter() as counter:
         run()
     return counter.count
 
 
 def kernels_launched(run: Callable[[], object]) -> int:
-    """Kernels and copies that the GPU ran."""
+    """Count the kernels and copies that the GPU ran."""
     with _no_messages(), profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize()
@@ -112,8 +112,8 @@ class _Counter(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _nothing_kept() -> Iterator[None]:
-    """Has the CPU kernels ask torch for memory that they would otherwise have kept."""
+def _no_reuse() -> Iterator[None]:
+    """Make the CPU kernels allocate all memory anew, so that the profiler sees it."""
     limit, BLOCKS.limit = BLOCKS.limit, 0
     try:
         yield
@@ -123,7 +123,7 @@ def _nothing_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_messages() -> Iterator[None]:
-    """Some builds of the profiler write its start and end to the process's standard error."""
+    """Silence the process's standard error, where some builds of the profiler write messages."""
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nothing, 2)

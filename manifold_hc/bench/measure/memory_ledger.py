@@ -1,4 +1,4 @@
-"""What tensors a pass holds, by what they are."""
+"""Bytes of the live tensors of a pass, by kind."""
 
 from collections import Counter
 from itertools import zip_longest
@@ -18,28 +18,28 @@ BRANCHES, COEFFICIENTS, GRADIENTS = "branch outputs", "coefficients", "stream gr
 KINDS = (STREAMS, INPUTS, NORMALISED, BRANCHES, COEFFICIENTS, GRADIENTS)
 
 OTHER = "other"
-"""Operators' results that are none of these."""
+"""Kind of every other tensor."""
 
 
 class Ledger(TorchDispatchMode):
-    """Every tensor that operators make, by kind, as long as its memory lives.
+    """Records every tensor that an operator makes, by kind, until its memory is freed.
 
-    The operators' own names say what their results are; branches and norms say it by `name`.
+    Our operators' names give the kinds of their results; `Branch` and `Norm` label theirs.
     """
 
     def __init__(self, stream_bytes: int) -> None:
-        """stream_bytes: of all streams; what else has this size are streams or their gradient."""
+        """stream_bytes: size of the streams, and of their gradients."""
         super().__init__()
         self.stream_bytes = stream_bytes
         self.is_backward = False
         self.peak: Counter[str] = Counter()
-        """Bytes of each kind when they were most in all."""
+        """Bytes of each kind at the time when the sum of all was largest."""
         self.most: Counter[str] = Counter()
-        """The most bytes that each kind had at any time."""
+        """Largest bytes of each kind at any time."""
         self._alive: dict[int, tuple[StorageWeakRef, int, str]] = {}
 
-    def name(self, made: Tensor, kind: str) -> None:
-        """Say what kind a tensor is that an operator has made."""
+    def label(self, made: Tensor, kind: str) -> None:
+        """Set the kind of a tensor that an operator has made."""
         self._enter(made, kind, again=True)
 
     def __torch_dispatch__(
@@ -47,10 +47,10 @@ class Ledger(TorchDispatchMode):
     ) -> Any:
         made = func(*args, **(kwargs or {}))
         results = [tensor for tensor in tree_leaves(made) if isinstance(tensor, Tensor)]
-        kinds = _kinds(func.overloadpacket.__name__, args)
+        kinds = _kinds(func, args)
         for tensor, kind in zip_longest(results, kinds[: len(results)], fillvalue=OTHER):
             self._enter(cast(Tensor, tensor), kind)
-        self._look()
+        self._update()
         return made
 
     def _enter(self, tensor: Tensor, kind: str, again: bool = False) -> None:
@@ -62,38 +62,40 @@ class Ledger(TorchDispatchMode):
             return
         self._alive[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes(), kind
 
-    def _look(self) -> None:
+    def _update(self) -> None:
         self._alive = {p: entry for p, entry in self._alive.items() if not entry[0].expired()}
         held: Counter[str] = Counter()
         for _, size, kind in self._alive.values():
             held[kind] += size
-        for kind, size in held.items():
-            self.most[kind] = max(self.most[kind], size)
+        self.most |= held
         if held.total() > self.peak.total():
             self.peak = held
 
 
-READ = (COEFFICIENTS,) * 5
-
-
-def _kinds(operator: str, args: tuple[Any, ...]) -> tuple[str, ...]:
-    """What an operator's results are."""
-    name = operator.partition("_")[2]
-    if name == "coefficients_and_read":
-        return (INPUTS, *READ)
-    if name == "boundary":
-        return (STREAMS, INPUTS if args[9] is None else NORMALISED, *READ)
-    if name == "write":
+def _kinds(func: Any, args: tuple[Any, ...]) -> tuple[str, ...]:
+    """Kinds of the results of one of our operators, such as cpu_boundary; empty for others."""
+    operator = func.overloadpacket.__name__.partition("_")[2]
+    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
+    coefficients = (COEFFICIENTS,) * 5
+    if operator == "coefficients_and_read":
+        return (INPUTS, *coefficients)
+    if operator == "boundary":
+        return (STREAMS, _input_kind(given["weight"]), *coefficients)
+    if operator == "write":
         return (STREAMS,)
-    if name == "rebuild":
-        inputs = (INPUTS if weight is None else NORMALISED for weight in args[5])
-        return (*(STREAMS for _ in args[1]), *inputs)
-    if name in ("boundary_backward", "coefficients_and_read_backward", "write_backward"):
+    if operator == "rebuild":
+        return (*(STREAMS for _ in given["y"]), *map(_input_kind, given["weight"]))
+    if operator in ("boundary_backward", "coefficients_and_read_backward", "write_backward"):
         return (GRADIENTS,)
     return ()
 
 
-class Scaled(nn.Module):
+def _input_kind(norm_weight: Tensor | None) -> str:
+    """Kind of a sublayer's input that an operator has read."""
+    return INPUTS if norm_weight is None else NORMALISED
+
+
+class Branch(nn.Module):
     """A branch that costs next to nothing and keeps its input, as a matrix product does."""
 
     ledger: Ledger | None = None
@@ -106,12 +108,12 @@ class Scaled(nn.Module):
         """[..., C] -> [..., C]."""
         made = u * self.weight.to(u.dtype)
         if self.ledger is not None:
-            self.ledger.name(made, BRANCHES)
+            self.ledger.label(made, BRANCHES)
         return made
 
 
 class Norm(RMSNorm):
-    """A sublayer's norm."""
+    """The norm of a sublayer's input."""
 
     ledger: Ledger | None = None
 
@@ -119,8 +121,8 @@ class Norm(RMSNorm):
         """[..., C] -> [..., C]."""
         made = super().forward(x)
         if self.ledger is not None:
-            self.ledger.name(made, NORMALISED)
+            self.ledger.label(made, NORMALISED)
         return made
 
 
-KNOWN_FORWARDS[Norm] = Norm.forward  # which only names what the norm makes
+KNOWN_FORWARDS[Norm] = Norm.forward  # the label changes no result: connections may fuse this norm

@@ -1,84 +1,131 @@
-"""Fair times: all candidates take turns, each at its own best number of threads."""
+"""The timing engine: runs take turns, each at its own best number of threads."""
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import median
 from typing import NamedTuple
 
 import torch
 
-from manifold_hc.bench.peers.implementations import quiet
-from manifold_hc.bench.task import Task
+from manifold_hc.bench.task import Task, quiet
 
 WARM_UP = 2
-"""Runs before anything counts, after the first one that may compile."""
+"""Uncounted runs after the first one, which may compile."""
 
 TRIAL = 3
-"""Runs at each number of threads, to choose it."""
+"""Runs at each number of threads, to choose the best."""
 
 
 class Sample(NamedTuple):
-    """Seconds of one run."""
+    """Seconds of one forward and backward pass."""
 
     forward: float
     backward: float
-
-    @property
-    def total(self) -> float:
-        """Both."""
-        return self.forward + self.backward
-
-
-@dataclass
-class Timing:
-    """What was measured of one candidate."""
-
-    threads: int
-    """The number it ran fastest with."""
-    samples: list[Sample]
 
 
 Run = Callable[[], Sample]
 """One forward and backward pass that times itself."""
 
 
-def alternate(runs: Sequence[Run], rounds: int) -> list[list[Sample]]:
-    """Samples of each run; they take turns call by call, so that a slow minute hits all.
+@dataclass(kw_only=True)
+class Timing:
+    """Samples of one run; the base of every timed row in the result files."""
 
-    Every second round goes backwards: what one run leaves in caches and free memory is not always
-    found by the same next one.
+    forward: list[float] = field(default_factory=list)
+    """Seconds of each forward pass."""
+    backward: list[float] = field(default_factory=list)
+    """Seconds of each backward pass."""
+    threads: int | None = None
+    """Number of threads; None in files that do not record it."""
+
+    @property
+    def totals(self) -> list[float]:
+        """Seconds of forward and backward, sample by sample."""
+        return [a + b for a, b in zip(self.forward, self.backward, strict=True)]
+
+    @property
+    def total(self) -> float:
+        """Median seconds of forward and backward."""
+        return median(self.totals)
+
+    @property
+    def halves(self) -> tuple[float, float]:
+        """Median seconds of forward, and of backward."""
+        return median(self.forward), median(self.backward)
+
+
+def measure(
+    rows: Sequence[Timing],
+    runs: Sequence[Run],
+    rounds: int,
+    threads: Sequence[Sequence[int]] | None = None,
+    warm_up: int = WARM_UP,
+) -> None:
+    """Time the runs against one another; fill in the samples and threads of each run's row.
+
+    threads: numbers to try for each run, of which the fastest is kept; torch's number if left out.
     """
-    samples: list[list[Sample]] = [[] for _ in runs]
-    turns = list(zip(runs, samples, strict=True))
-    for _ in range(rounds):
-        for run, mine in turns:
-            mine.append(run())
-        turns.reverse()
-    return samples
-
-
-def measure(runs: Sequence[Run], threads: Sequence[Sequence[int]], rounds: int) -> list[Timing]:
-    """Time several runs against one another; `threads`: for each run the numbers to try."""
     before = torch.get_num_threads()
+    tried = list(zip(runs, threads or [[before]] * len(runs), strict=True))
     try:
-        alternate([_with_threads(r, t[-1]) for r, t in zip(runs, threads, strict=True)], WARM_UP)
-        best = [_best(run, counts) for run, counts in zip(runs, threads, strict=True)]
+        alternate([_with_threads(run, counts[-1]) for run, counts in tried], warm_up)
+        best = [_best(run, counts) for run, counts in tried]
         chosen = [_with_threads(run, count) for run, count in zip(runs, best, strict=True)]
         samples = alternate(chosen, rounds)
     finally:
         torch.set_num_threads(before)
-    return [Timing(*timing) for timing in zip(best, samples, strict=True)]
+    for row, count, own in zip(rows, best, samples, strict=True):
+        row.forward, row.backward = [s.forward for s in own], [s.backward for s in own]
+        row.threads = count
+
+
+def alternate(runs: Sequence[Run], rounds: int) -> list[list[Sample]]:
+    """Sample the runs in turns, call by call, so that a slow minute of the machine affects all.
+
+    Every second round has the reverse order: a run finds caches and free memory as another run left
+    them, and that should not always be the same one.
+    """
+    samples: list[list[Sample]] = [[] for _ in runs]
+    turns = list(zip(runs, samples, strict=True))
+    for _ in range(rounds):
+        for run, own in turns:
+            own.append(run())
+        turns.reverse()
+    return samples
 
 
 def thread_counts(device: str, compiled: bool = False) -> list[int]:
-    """One and all; compiled code has its number of threads built in, a GPU needs none."""
+    """Return the numbers of threads to try: one and all.
+
+    Only all for compiled code, which has its number built in, and on a GPU.
+    """
     everything = torch.get_num_threads()
     return [everything] if compiled or device != "cpu" else sorted({1, everything})
 
 
+def timed(task: Task, passes: int = 1) -> Run:
+    """Return a run that times the two halves of the task, with new gradients every time.
+
+    passes: number of equal passes in the task; the seconds are those of one.
+    """
+
+    def run() -> Sample:
+        task.clear()
+        outputs: list[torch.Tensor] = []
+        forward, backward = call_seconds(
+            task.device,
+            lambda: outputs.extend(task.forward()),
+            lambda: task.backward(outputs),
+        )
+        return Sample(forward / passes, backward / passes)
+
+    return run
+
+
 def first_call(run: Callable[[], object]) -> float:
-    """Seconds of the first call, with torch.compile's cache out of reach."""
+    """Return the seconds of the first call, with torch.compile's cache out of reach."""
     from torch._inductor.utils import fresh_cache
 
     with quiet(), fresh_cache():
@@ -89,53 +136,43 @@ def first_call(run: Callable[[], object]) -> float:
         return time.perf_counter() - began
 
 
-def timed(task: Task) -> Run:
-    """A task that times its two halves, its gradients fresh every time."""
-    clock = _cpu_clock if task.device.type == "cpu" else _cuda_clock
+def call_seconds(device: torch.device, *calls: Callable[[], object]) -> list[float]:
+    """Make the calls one after the other; return the seconds of each, on a GPU by its events."""
+    clock = time.perf_counter if device.type == "cpu" else _cuda_event
+    marks = [clock()]
+    for call in calls:
+        call()
+        marks.append(clock())
+    return [_seconds(start, end) for start, end in pairwise(marks)]
 
-    def run() -> Sample:
-        task.clear()
-        start = clock()
-        outputs = task.forward()
-        middle = clock()
-        task.backward(outputs)
-        end = clock()
-        return Sample(_seconds(start, middle), _seconds(middle, end))
 
-    return run
+def _cuda_event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _seconds(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    if isinstance(start, torch.cuda.Event):
+        assert isinstance(end, torch.cuda.Event)
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+    assert isinstance(end, float)
+    return round(end - start, 9)
 
 
 def _best(run: Run, counts: Sequence[int]) -> int:
     if len(counts) == 1:
         return counts[0]
     trials = alternate([_with_threads(run, count) for count in counts], TRIAL)
-    totals = [median(sample.total for sample in samples) for samples in trials]
+    totals = [median(map(sum, samples)) for samples in trials]
     return counts[min(range(len(counts)), key=totals.__getitem__)]
 
 
 def _with_threads(run: Run, count: int) -> Run:
-    def counted() -> Sample:
+    def run_with_threads() -> Sample:
         torch.set_num_threads(count)
         with quiet():
             return run()
 
-    return counted
-
-
-def _cpu_clock() -> float:
-    return time.perf_counter()
-
-
-def _cuda_clock() -> torch.cuda.Event:
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _seconds(start: object, end: object) -> float:
-    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
-    assert isinstance(start, float)
-    assert isinstance(end, float)
-    return round(end - start, 9)
+    return run_with_threads

@@ -1,30 +1,32 @@
-"""Result files: what was measured, on what, with what, when."""
+"""Result files: figures, with the machine, versions, commit and command that produced them."""
 
 import platform
 import subprocess
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import torch
 
 import manifold_hc
-from manifold_hc.bench.ops import OpsTable, Row
+from manifold_hc.bench.ops import OpsResult
 from manifold_hc.bench.peers import PEERS
-from manifold_hc.bench.stacks import StackTable
-from manifold_hc.bench.step import StepTable
+from manifold_hc.bench.stacks import StackResult
+from manifold_hc.bench.step import StepResult
 from manifold_hc.errors import DataError
 from manifold_hc.files import write_atomically
 
 FOLDER = Path("benchmarks/results")
-"""Where `--save` puts files, and where the page is made from."""
+"""Folder that `--save` writes to and that the page is made from."""
+
+Bench = Literal["ops", "step", "memory"]
 
 
 @dataclass
 class Machine:
-    """What a measurement depends on beside the code."""
+    """Hardware, system and versions of a measurement."""
 
     device: str
     """Model of the processor or the GPU."""
@@ -33,55 +35,51 @@ class Machine:
     threads: int
     system: str
     versions: dict[str, str]
-    """manifold-hc, python, torch and the peers that are installed."""
+    """Versions of manifold-hc, python, torch and the installed peers."""
 
 
 @dataclass
 class Record:
-    """One result file."""
+    """One result file; `bench` names the field that has the results, one for each dtype."""
 
-    bench: str
-    """ops, step or memory."""
+    bench: Bench
     machine: Machine
     date: str
     """Day of the measurement in UTC."""
     commit: str | None
-    """Of a clone; None where the package is not in one."""
+    """Commit of the clone; None for an installed package."""
     command: str
-    ops: list[OpsTable] | None = None
-    step: list[StepTable] | None = None
-    memory: list[StackTable] | None = None
+    ops: list[OpsResult] | None = None
+    step: list[StepResult] | None = None
+    memory: list[StackResult] | None = None
+
+    @property
+    def results(self) -> list[Any]:
+        """Results of the bench."""
+        return getattr(self, self.bench) or []
 
 
-def record(
-    device: str,
-    command: str,
-    ops: list[OpsTable] | None = None,
-    step: list[StepTable] | None = None,
-    memory: list[StackTable] | None = None,
-) -> Record:
-    """What was just measured, with its circumstances."""
-    name = "ops" if ops is not None else "step" if step is not None else "memory"
+def record(bench: Bench, device: str, command: str, results: list[Any]) -> Record:
+    """Return the record of results that were just measured on `device`."""
     today = datetime.now(UTC).date().isoformat()
-    return Record(name, machine(device), today, commit(), command, ops, step, memory)
+    return Record(bench, machine(device), today, commit(), command, **{bench: results})
 
 
 def machine(device: str) -> Machine:
-    """What is measured on, seen from `device`."""
+    """Describe this machine, with `device` as the one that computes."""
     versions = {
         "manifold-hc": manifold_hc.__version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
     }
     versions |= {peer.package: peer.version for peer in PEERS if peer.version}
-    is_cpu = device == "cpu"
-    name = processor() if is_cpu else torch.cuda.get_device_name(device)
+    name = processor() if device == "cpu" else torch.cuda.get_device_name(device)
     kind = device.partition(":")[0]
     return Machine(name, kind, torch.get_num_threads(), platform.platform(), versions)
 
 
 def processor() -> str:
-    """Model of the processor, with its widest vector unit."""
+    """Return the model of the processor, with its widest vector unit."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -92,58 +90,43 @@ def processor() -> str:
 
 
 def commit() -> str | None:
-    """The commit of this clone, with "-dirty" where files differ from it."""
-    folder = Path(manifold_hc.__file__).parent
-    git = ["git", "-C", str(folder)]
+    """Return the commit of this clone, with "-dirty" if files differ from it; None without one."""
+    git = ["git", "-C", str(Path(manifold_hc.__file__).parent)]
+    tracked = [*git, "ls-files", "--error-unmatch", "__init__.py"]
+    describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        subprocess.run(
-            [*git, "ls-files", "--error-unmatch", "__init__.py"], capture_output=True, check=True
-        )
-        answer = subprocess.run(
-            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        subprocess.run(tracked, capture_output=True, check=True)
+        return subprocess.check_output(describe, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return answer.stdout.strip()
 
 
-def as_json(result: Record) -> bytes:
-    """Everything, with the medians and ratios that the tables print."""
-    content: dict[str, Any] = msgspec.to_builtins(result)
-    for table, raw in zip(result.ops or [], content["ops"] or [], strict=True):
-        best = table.ours
-        for row, entry in zip(table.rows, raw["rows"], strict=True):
-            if row.state == "timed":
-                entry["median_seconds"] = row.total
-                entry["times_ours"] = row.total / best.total if best else None
-        raw["fastest_peer"] = _named(table.fastest_peer)
-        raw["fastest_eager_peer"] = _named(table.fastest_eager_peer)
-    for step, raw in zip(result.step or [], content["step"] or [], strict=True):
-        raw["overhead"] = {kind: step.overhead(kind) for kind in step.kinds}
-        raw["overhead_quartiles"] = {kind: step.overhead_range(kind) for kind in step.kinds}
-        raw["residual_step_seconds"] = step.full_step()
+def as_json(record: Record) -> bytes:
+    """Encode a record, with the medians and ratios that the tables print."""
+    content: dict[str, Any] = msgspec.to_builtins(record)
+    for result, raw in zip(record.results, content[record.bench] or [], strict=True):
+        if isinstance(result, OpsResult | StepResult):
+            result.add_ratios(raw)
     return msgspec.json.format(msgspec.json.encode(content)) + b"\n"
 
 
 def load(file: Path) -> Record:
-    """A result file. Raises DataError for one that is none."""
+    """Read a result file. Raises DataError for any other file."""
     try:
         return msgspec.json.decode(file.read_bytes(), type=Record)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise DataError(f"bench: {file} is no result file: {error}; measure again") from None
 
 
-def save(result: Record, folder: Path = FOLDER) -> Path:
-    """Write `<device>-<date>-<bench>.json` into the folder; returns its path."""
-    slug = "".join(c if c.isalnum() else "-" for c in result.machine.device.lower())
+def load_all(folder: Path) -> list[Record]:
+    """Read all result files of a folder, by name."""
+    return [load(file) for file in sorted(folder.glob("*.json"))]
+
+
+def save(record: Record, folder: Path = FOLDER) -> Path:
+    """Write `<device>-<date>-<bench>.json` into the folder; return its path."""
+    slug = "".join(c if c.isalnum() else "-" for c in record.machine.device.lower())
     device = "-".join(filter(None, slug.split("-")))
-    file = folder / f"{device}-{result.date}-{result.bench}.json"
-    write_atomically(file, as_json(result))
+    file = folder / f"{device}-{record.date}-{record.bench}.json"
+    write_atomically(file, as_json(record))
     return file
-
-
-def _named(row: Row | None) -> str | None:
-    return row.implementation if row else None

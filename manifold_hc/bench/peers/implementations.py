@@ -1,9 +1,6 @@
-"""What can be timed: our own backends, and whatever a peer brings, eager or compiled."""
+"""One connection by one implementation: our backends, a peer, or either through torch.compile."""
 
-import contextlib
-import io
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,62 +20,50 @@ Connect = Callable[[Tensor, Branch], Tensor]
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(streams x [1, N, n, C], branch output y [1, N, C]) -> (u [1, N, C], x' [1, N, n, C])."""
 
+Oracle = Callable[..., tuple[Tensor, Tensor]]
+"""(x, y, *parameters) -> (u, x'): the implementation's equations in any dtype."""
+
 
 @dataclass(frozen=True)
-class Candidate:
-    """One implementation of one connection, its parameters loaded."""
+class Implementation:
+    """A connection with its parameters loaded."""
 
-    name: str
-    """As the tables print it."""
-    connect: Connect
-    """The connection around a branch."""
     step: Step
-    """One forward pass with the branch left out."""
+    """One forward pass with the branch's output given."""
     parameters: tuple[Tensor, ...]
-    """Leaves whose gradients its backward pass makes."""
-    oracle: Callable[..., tuple[Tensor, Tensor]]
-    """(x, y, *parameters) -> (u, x'), the same mathematics in any dtype."""
-    ours: bool = False
-    """Whether it is one of our backends."""
+    """Leaves whose gradients the backward pass computes."""
+    oracle: Oracle
     compiled: bool = False
-    """Whether torch.compile makes it."""
+    """True if torch.compile generates its code."""
     note: str = ""
-    """What differs from mHC as we compute it; empty where the mathematics is the same."""
+    """How its equations differ from ours; empty where they are the same."""
 
     def task(self, inputs: Inputs) -> Task:
-        """One pass over these inputs."""
+        """Return one pass over these inputs."""
         x, y = leaf(inputs.x), leaf(inputs.y)
         cotangents = (inputs.grad_u, inputs.grad_new)
         return Task(lambda: self.step(x, y), (x, y, *self.parameters), cotangents)
 
-    def judge(self, inputs: Inputs) -> Task:
-        """The same pass by the oracle in float64."""
+    def oracle_task(self, inputs: Inputs) -> Task:
+        """Return the same pass by the oracle in float64."""
         x, y, *parameters = (leaf(t.double()) for t in (inputs.x, inputs.y, *self.parameters))
         cotangents = (inputs.grad_u.double(), inputs.grad_new.double())
         return Task(lambda: self.oracle(x, y, *parameters), (x, y, *parameters), cotangents)
 
 
-def ours(problem: Problem, inputs: Inputs, backend: str) -> Candidate:
-    """Our connection by one backend."""
+def ours(problem: Problem, inputs: Inputs, backend: str) -> Implementation:
+    """Build our connection on one backend."""
     connection = Connection(problem.channels, problem.connection(backend)).to(problem.device)
-    parameters = tuple(connection.maps.get_parameter(name) for name in ("phi", "alpha", "bias"))
-    with torch.no_grad():
-        for parameter, value in zip(
-            parameters, (inputs.phi, inputs.alpha, inputs.bias), strict=True
-        ):
-            parameter.copy_(value)
-    return Candidate(
-        name=f"manifold-hc, {backend}",
-        connect=connection,
+    load(connection.maps, phi=inputs.phi, alpha=inputs.alpha, bias=inputs.bias)
+    return Implementation(
         step=without_branch(connection),
-        parameters=parameters,
+        parameters=tuple(map(connection.maps.get_parameter, ("phi", "alpha", "bias"))),
         oracle=partial(reference_step, numerics=problem.numerics),
-        ours=True,
     )
 
 
 def without_branch(connect: Connect) -> Step:
-    """The same with y given: only the connection is left."""
+    """Replace the branch by a given output y, so that only the connection is left."""
 
     def step(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         read: list[Tensor] = []
@@ -93,35 +78,29 @@ def without_branch(connect: Connect) -> Step:
     return step
 
 
-def serving(problem: Problem) -> tuple[list[str], dict[str, str]]:
-    """Backends that serve this device and dtype, and why the others do not."""
-    found, refused = [], {}
+def compiled(implementation: Implementation) -> Implementation:
+    """Compile the implementation for the shapes of its first call."""
+    step: Any = torch.compile(implementation.step, dynamic=False)
+    return replace(implementation, step=step, compiled=True)
+
+
+def supported_backends(problem: Problem) -> tuple[list[str], dict[str, str]]:
+    """Return the backends that run at this device and dtype, and why each other one does not."""
+    supported, refused = [], {}
     small = replace(problem, tokens=2, channels=16)
     inputs = small.inputs()
     for backend in backends():
         try:
             with torch.no_grad():
                 ours(small, inputs, backend).step(inputs.x, inputs.y)
-            found.append(backend)
+            supported.append(backend)
         except BackendError as error:
             refused[backend] = str(error)
-    return found, refused
+    return supported, refused
 
 
-def compiled(candidate: Candidate) -> Candidate:
-    """The same through torch.compile, for these very shapes."""
-    step: Any = torch.compile(candidate.step, dynamic=False)
-    return replace(
-        candidate, name=f"{candidate.name}, compiled", step=step, ours=False, compiled=True
-    )
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Nothing that somebody else's code prints or warns of."""
-    with (
-        warnings.catch_warnings(action="ignore"),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        yield
+def load(module: torch.nn.Module, **tensors: Tensor) -> None:
+    """Copy tensors into the module's parameters of these names."""
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            module.get_parameter(name).copy_(tensor)
