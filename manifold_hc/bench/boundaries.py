@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,10 +11,11 @@ from torch import Tensor
 from manifold_hc import functional
 from manifold_hc.bench.correctness import TOLERANCE, compare
 from manifold_hc.bench.measure.timing import Timing, measure, thread_counts, timed
-from manifold_hc.bench.output.sheet import Sheet, medians
+from manifold_hc.bench.output.sheet import TIMES, Sheet, medians
 from manifold_hc.bench.problem import Inputs, Problem
 from manifold_hc.bench.task import Task, leaf
 from manifold_hc.errors import ManifoldError
+from manifold_hc.functional import InputNorm
 
 DEPTH = 4
 """Sublayers in a run; each but the first begins with a boundary."""
@@ -71,7 +72,8 @@ def require_correct(problem: Problem, backend: str, norm: bool) -> None:
         task = run_of_sublayers(problem, backend, run, norm)
         names = [f"output {k}" for k in range(len(task.cotangents))]
         names += [f"gradient of input {k}" for k in range(len(task.leaves))]
-        found = compare(task.tensors(), wanted[BASELINES.get(form, SEPARATE)], names, tolerance)
+        exact_tensors = wanted[BASELINES.get(form, SEPARATE)]
+        found = compare(task.tensors(), exact_tensors, names, lambda tensor: tolerance)
         if not found.ok:
             raise ManifoldError(
                 f"bench ops: {form}, {backend}, is wrong: {found.worst} is off by "
@@ -84,7 +86,7 @@ def boundaries_sheet(rows: Sequence[BoundaryRow], peer_name: str, peer: Timing |
     totals = {(row.form, row.norm): row.total for row in rows}
     return Sheet(
         f"One sublayer with its boundary, in a run of {DEPTH}",
-        ("form", "forward ms", "backward ms", "total ms", "vs separate"),
+        ("form", *TIMES, "vs separate"),
         [
             [
                 f"{row.form}{', with norms' * row.norm}, {row.backend}",
@@ -103,71 +105,54 @@ def boundaries_sheet(rows: Sequence[BoundaryRow], peer_name: str, peer: Timing |
 
 
 class Sublayer(NamedTuple):
-    """Map parameters, norm weight and branch output of one sublayer."""
+    """Map parameters (phi, alpha, bias), input norm and branch output of one sublayer."""
 
-    phi: Tensor
-    alpha: Tensor
-    bias: Tensor
-    weight: Tensor
+    maps: tuple[Tensor, Tensor, Tensor]
+    norm: InputNorm | None
     y: Tensor
 
-    @property
-    def maps(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Parameters of the coefficient maps, in the functions' order."""
-        return self.phi, self.alpha, self.bias
-
-
-class Options(NamedTuple):
-    """Settings of a run."""
-
-    backend: str
-    numerics: str
-    norm: bool
-
-    def normalise(self, u: Tensor, own: Sublayer) -> Tensor:
-        """Apply the sublayer's input norm, if norms are included."""
-        if not self.norm:
+    def normalise(self, u: Tensor) -> Tensor:
+        """Apply the input norm, if there is one."""
+        if self.norm is None:
             return u
-        return torch.nn.functional.rms_norm(u, u.shape[-1:], own.weight.to(u.dtype), EPS)
+        weight, eps = self.norm
+        return torch.nn.functional.rms_norm(u, u.shape[-1:], weight.to(u.dtype), eps)
 
 
-Form = Callable[[Tensor, Sequence[Sublayer], Options], list[Tensor]]
-"""(streams, sublayers, options) -> every sublayer's input, then the last streams."""
+Form = Callable[[Tensor, Sequence[Sublayer], str, str], list[Tensor]]
+"""(streams, sublayers, numerics, backend) -> every sublayer's input, then the last streams."""
 
 
 def _separate(
-    x: Tensor, sublayers: Sequence[Sublayer], options: Options, single_pass: bool
+    x: Tensor, sublayers: Sequence[Sublayer], numerics: str, backend: str, single_pass: bool
 ) -> list[Tensor]:
     inputs, previous_pre = [], _first_read(x)
     for own in sublayers:
-        pre, post, res = functional.coefficients(
-            x, *own.maps, numerics=options.numerics, backend=options.backend
-        )
-        u = functional.read(x, previous_pre if single_pass else pre, options.backend)
-        inputs.append(options.normalise(u, own))
-        x, previous_pre = functional.write(x, own.y, post, res, options.backend), pre
+        pre, post, res = functional.coefficients(x, *own.maps, numerics=numerics, backend=backend)
+        u = functional.read(x, previous_pre if single_pass else pre, backend)
+        inputs.append(own.normalise(u))
+        x, previous_pre = functional.write(x, own.y, post, res, backend), pre
     return [*inputs, x]
 
 
-def _linked(x: Tensor, sublayers: Sequence[Sublayer], options: Options) -> list[Tensor]:
+def _linked(x: Tensor, sublayers: Sequence[Sublayer], numerics: str, backend: str) -> list[Tensor]:
     inputs = []
     for own in sublayers:
-        reading = functional.coefficients_and_read(
-            x, *own.maps, numerics=options.numerics, backend=options.backend
-        )
-        inputs.append(options.normalise(reading.u, own))
-        x = _write(reading, own, options)
+        reading = functional.coefficients_and_read(x, *own.maps, numerics=numerics, backend=backend)
+        inputs.append(own.normalise(reading.u))
+        x = functional.write(x, own.y, reading.post, reading.res, backend, link=reading.link)
     return [*inputs, x]
 
 
 def _fused(
-    x: Tensor, sublayers: Sequence[Sublayer], options: Options, single_pass: bool
+    x: Tensor, sublayers: Sequence[Sublayer], numerics: str, backend: str, single_pass: bool
 ) -> list[Tensor]:
-    first, *others = sublayers
-    choices: dict[str, Any] = {"numerics": options.numerics, "backend": options.backend}
-    reading = functional.coefficients_and_read(x, *first.maps, **choices)
-    u = functional.read(x, _first_read(x), options.backend) if single_pass else reading.u
-    inputs, previous = [options.normalise(u, first)], first
+    previous, *others = sublayers
+    reading = functional.coefficients_and_read(
+        x, *previous.maps, numerics=numerics, backend=backend
+    )
+    u = functional.read(x, _first_read(x), backend) if single_pass else reading.u
+    inputs = [previous.normalise(u)]
     for own in others:
         reading = functional.boundary(
             reading.x,
@@ -176,13 +161,15 @@ def _fused(
             reading.res,
             *own.maps,
             pre=reading.pre if single_pass else None,
-            input_norm=functional.InputNorm(own.weight, EPS) if options.norm else None,
+            input_norm=own.norm,
             link=reading.link,
-            **choices,
+            numerics=numerics,
+            backend=backend,
         )
         inputs.append(reading.u)
         previous = own
-    return [*inputs, _write(reading, previous, options)]
+    x, y, link = reading.x, previous.y, reading.link
+    return [*inputs, functional.write(x, y, reading.post, reading.res, backend, link=link)]
 
 
 FORMS: dict[str, Form] = {
@@ -194,18 +181,12 @@ FORMS: dict[str, Form] = {
 }
 
 
-def _write(reading: functional.Reading, own: Sublayer, options: Options) -> Tensor:
-    """Write the sublayer's output, its backward linked with that of the reading."""
-    return functional.write(
-        reading.x, own.y, reading.post, reading.res, options.backend, link=reading.link
-    )
-
-
 def _first_read(x: Tensor) -> Tensor:
     """Single-pass read weights of the first sublayer: one-hot on stream 0."""
-    weights = torch.zeros(x.shape[-2], dtype=torch.float32, device=x.device)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    weights = torch.zeros(x.shape[-2], dtype=wide, device=x.device)
     weights[0] = 1
-    return weights.to(torch.promote_types(x.dtype, torch.float32))
+    return weights
 
 
 def run_of_sublayers(
@@ -215,13 +196,15 @@ def run_of_sublayers(
 
     numbers_of: problem whose rounded inputs it gets, converted to its own dtype.
     """
-    options = Options(backend, problem.numerics, norm)
     given = [(numbers_of or problem).inputs(seed) for seed in range(DEPTH)]
     if numbers_of is not None:
         given = [Inputs(*(t.to(problem.torch_dtype) for t in inputs)) for inputs in given]
-    ones = torch.ones(problem.channels, dtype=given[0].phi.dtype, device=problem.device)
-    sublayers = [Sublayer(*map(leaf, (i.phi, i.alpha, i.bias, ones, i.y))) for i in given]
-    x = leaf(given[0].x)
-    used = [t for own in sublayers for t in own if norm or t is not own.weight]
-    cotangents = (*(i.grad_u for i in given), given[0].grad_new)
-    return Task(lambda: form(x, sublayers, options), (x, *used), cotangents)
+    x, sublayers, leaves = leaf(given[0].x), [], []
+    for inputs in given:
+        phi, alpha, bias, y = map(leaf, (inputs.phi, inputs.alpha, inputs.bias, inputs.y))
+        weight = leaf(phi.new_ones(problem.channels))
+        input_norm = InputNorm(weight, EPS) if norm else None
+        sublayers.append(Sublayer((phi, alpha, bias), input_norm, y))
+        leaves += [phi, alpha, bias, y, *([weight] if norm else [])]
+    cotangents = (*(inputs.grad_u for inputs in given), given[0].grad_new)
+    return Task(lambda: form(x, sublayers, problem.numerics, backend), (x, *leaves), cotangents)

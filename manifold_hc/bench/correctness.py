@@ -1,7 +1,7 @@
 """Outputs and all gradients of an implementation against float64, before anything is timed."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,10 +23,15 @@ class Comparison(NamedTuple):
     """Result of comparing several tensors with their exact values."""
 
     error: float
-    """Largest relative error of all tensors."""
+    """Relative error of the worst tensor."""
     tolerance: float
     worst: str
-    """Name of the tensor with that error."""
+    """Name of that tensor."""
+
+    @property
+    def share(self) -> float:
+        """Error as a share of the tolerance."""
+        return self.error / self.tolerance
 
     @property
     def ok(self) -> bool:
@@ -44,17 +49,22 @@ def check(implementation: Implementation, inputs: Inputs) -> Comparison:
         _join_scalars(found.tensors()),
         _join_scalars(wanted.tensors()),
         names,
-        TOLERANCE[inputs.x.dtype],
+        lambda tensor: TOLERANCE[inputs.x.dtype],
     )
 
 
 def compare(
-    found: Sequence[Tensor], wanted: Sequence[Tensor], names: Sequence[str], tolerance: float
+    found: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+    names: Sequence[str],
+    tolerance: Callable[[Tensor], float],
 ) -> Comparison:
-    """Find the tensor with the largest relative error."""
-    errors = [relative_error(a, b) for a, b in zip(found, wanted, strict=True)]
-    worst = max(range(len(errors)), key=errors.__getitem__)
-    return Comparison(errors[worst], tolerance, names[worst])
+    """Find the tensor whose relative error is the largest share of its tolerance."""
+    comparisons = [
+        Comparison(relative_error(own, exact), tolerance(own), name)
+        for own, exact, name in zip(found, wanted, names, strict=True)
+    ]
+    return max(comparisons, key=lambda comparison: comparison.share)
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

@@ -13,7 +13,7 @@ from manifold_hc.bench.measure.graphs import graphed
 from manifold_hc.bench.measure.memory import cost
 from manifold_hc.bench.measure.timing import Run, Timing, first_call, measure, thread_counts, timed
 from manifold_hc.bench.operators import OperatorRow, bench_operators, operators_sheet
-from manifold_hc.bench.output.sheet import NONE, Sheet, medians, milliseconds, quartiles, samples
+from manifold_hc.bench.output.sheet import NONE, Sheet, milliseconds, quartiles, samples
 from manifold_hc.bench.peers.implementations import (
     Implementation,
     compiled,
@@ -22,22 +22,6 @@ from manifold_hc.bench.peers.implementations import (
 )
 from manifold_hc.bench.problem import Inputs, Problem
 from manifold_hc.bench.task import quiet
-
-COLUMNS = (
-    "implementation",
-    "forward ms",
-    "backward ms",
-    "total ms",
-    "quartiles",
-    "threads",
-    "GB/s",
-    "% of copy",
-    "x bound",
-    "memory",
-    "launches",
-    "first s",
-    "x ours",
-)
 
 LEGEND = (
     "quartiles: of the total, in ms; GB/s, % of copy (share of the copy bandwidth) and launches: "
@@ -133,8 +117,12 @@ class OpsResult:
         launches = LAUNCHES[p.device.partition(":")[0]]
         implementations = Sheet(
             f"{p.dtype}, {p.size}, {p.numerics} numerics, {samples(self.rows)}",
-            COLUMNS,
-            [self._cells(row) for row in self.rows if row.state == "timed"],
+            list(COLUMNS),
+            [
+                [cell(self, row) for cell in COLUMNS.values()]
+                for row in self.rows
+                if row.state == "timed"
+            ],
             self._notes(),
             LEGEND.format(launches=launches),
             [
@@ -149,24 +137,10 @@ class OpsResult:
             sheets.append(boundaries_sheet(self.boundaries, name, peer))
         return sheets
 
-    def _cells(self, row: Row) -> list[str]:
-        """Cells of one timed implementation."""
+    def speeds(self, row: Row, unit: float) -> tuple[float, float]:
+        """Bytes of the bound over the seconds of forward, and of backward, in `unit`s."""
         forward, backward = row.halves
-        speeds = self.forward_bytes / forward, self.backward_bytes / backward
-        memory, launches = row.extra_bytes, (row.forward_launches, row.backward_launches)
-        return [
-            row.implementation,
-            *medians(row),
-            quartiles(row),
-            "graph" if row.graphed else str(row.threads),
-            " / ".join(f"{speed / 1e9:.1f}" for speed in speeds),
-            " / ".join(f"{100 * speed / self.copy_bandwidth:.0f}" for speed in speeds),
-            f"{row.total / self.bound_seconds:.1f}",
-            NONE if memory is None else f"{memory / self.problem.stream_bytes:.2f}",
-            " / ".join(NONE if count is None else str(count) for count in launches),
-            NONE if row.first_call is None else f"{row.first_call:.2f}",
-            f"{row.total / self.ours.total:.2f}" if self.ours else NONE,
-        ]
+        return self.forward_bytes / forward / unit, self.backward_bytes / backward / unit
 
     def _notes(self) -> list[str]:
         """The bound, the fastest peers, differences of the equations, refusing backends."""
@@ -176,20 +150,42 @@ class OpsResult:
             f"{self.backward_bytes / 1e6:.1f} MB backward, {5 * n + 3}C; a large copy moves "
             f"{self.copy_bandwidth / 1e9:.1f} GB/s: {milliseconds(self.bound_seconds)} ms in all"
         ]
-        fastest_peers = {"fastest eager peer": self.fastest_eager_peer}
+        fastest_peers = [("fastest eager peer", self.fastest_eager_peer)]
         if not self.eager_only:
-            compiled_too = {"fastest peer, compiled ones included": self.fastest_peer}
-            fastest_peers = compiled_too | fastest_peers
-        if ours := self.ours:
-            notes += [
-                f"{title}: {row.implementation}, {row.total / ours.total:.2f} times "
-                f"{ours.implementation}"
-                for title, row in fastest_peers.items()
-                if row is not None
-            ]
+            fastest_peers.insert(0, ("fastest peer, compiled ones included", self.fastest_peer))
+        for title, row in fastest_peers:
+            if row and (ours := self.ours):
+                times = f"{row.total / ours.total:.2f} times {ours.implementation}"
+                notes.append(f"{title}: {row.implementation}, {times}")
         different = [row for row in self.rows if row.note and not row.compiled]
         notes += [f"{row.implementation}: {row.note}" for row in different]
         return [*notes, *(f"backend {name}: {reason}" for name, reason in self.refused.items())]
+
+
+def _ratio(value: int | float | None, unit: int | float | None = 1) -> str:
+    return NONE if value is None or unit is None else f"{value / unit:.2f}"
+
+
+def _pair(values: Sequence[int | float | None], digits: int = 0) -> str:
+    """Figures of forward and of backward as one cell."""
+    return " / ".join(NONE if value is None else f"{value:.{digits}f}" for value in values)
+
+
+COLUMNS: dict[str, Callable[[OpsResult, Row], str]] = {
+    "implementation": lambda result, row: row.implementation,
+    "forward ms": lambda result, row: milliseconds(row.halves[0]),
+    "backward ms": lambda result, row: milliseconds(row.halves[1]),
+    "total ms": lambda result, row: milliseconds(row.total),
+    "quartiles": lambda result, row: quartiles(row),
+    "threads": lambda result, row: "graph" if row.graphed else str(row.threads),
+    "GB/s": lambda result, row: _pair(result.speeds(row, 1e9), digits=1),
+    "% of copy": lambda result, row: _pair(result.speeds(row, result.copy_bandwidth / 100)),
+    "x bound": lambda result, row: f"{row.total / result.bound_seconds:.1f}",
+    "memory": lambda result, row: _ratio(row.extra_bytes, result.problem.stream_bytes),
+    "launches": lambda result, row: _pair((row.forward_launches, row.backward_launches)),
+    "first s": lambda result, row: _ratio(row.first_call),
+    "x ours": lambda result, row: _ratio(row.total, result.ours.total if result.ours else None),
+}
 
 
 def fastest(rows: Iterable[Row]) -> Row | None:

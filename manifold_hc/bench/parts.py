@@ -38,14 +38,12 @@ def block(config: DecoderConfig, experts: bool, device: str) -> nn.ModuleList:
     )
 
 
-def residual(problem: Problem) -> Connected:
-    """Build residual connections: one stream."""
-    return _connections(problem, ConnectionConfig(kind="residual"))
-
-
-def mhc(problem: Problem, backend: str = "auto") -> Connected:
-    """Build our mHC connections."""
-    return _connections(problem, problem.connection(backend))
+def connections(problem: Problem, config: ConnectionConfig) -> Connected:
+    """Build our connections of this configuration."""
+    built = [
+        Connection(problem.channels, config, sublayer).to(problem.device) for sublayer in range(2)
+    ]
+    return list(built), [p for each in built for p in each.parameters()]
 
 
 def transformers(problem: Problem) -> Connected:
@@ -108,13 +106,6 @@ def ends_task(problem: Problem) -> Task:
         (h,),
         (_random(problem, problem.channels),),
     )
-
-
-def _connections(problem: Problem, config: ConnectionConfig) -> Connected:
-    built = [
-        Connection(problem.channels, config, sublayer).to(problem.device) for sublayer in range(2)
-    ]
-    return list(built), [p for each in built for p in each.parameters()]
 
 
 def _in_precision(branch: Callable[[Tensor], Tensor], problem: Problem) -> Branch:

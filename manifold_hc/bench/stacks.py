@@ -11,7 +11,7 @@ from torch import nn
 from manifold_hc.bench.measure.memory import peak_bytes
 from manifold_hc.bench.measure.memory_ledger import KINDS, STREAMS, Branch, Ledger, Norm
 from manifold_hc.bench.measure.timing import Timing, measure, timed
-from manifold_hc.bench.output.sheet import Sheet, increase, medians, samples
+from manifold_hc.bench.output.sheet import TIMES, Sheet, increase, medians, samples
 from manifold_hc.bench.problem import Problem
 from manifold_hc.bench.task import Task, leaf
 from manifold_hc.config import Recompute
@@ -20,16 +20,7 @@ from manifold_hc.stack import Stack
 Norms = Literal["given", "inside"]
 """Place of the input norms: given to the connections, or inside the branches."""
 
-COLUMNS = (
-    "recompute block",
-    *KINDS,
-    "rest",
-    "peak",
-    "forward ms",
-    "backward ms",
-    "total ms",
-    "vs all kept",
-)
+COLUMNS = ("recompute block", *KINDS, "rest", "peak", *TIMES, "vs all kept")
 
 LEGEND = (
     "recompute block: its number of sublayers. Memory in multiples of C per token: by kind, at the "

@@ -13,6 +13,7 @@ from manifold_hc.bench import parts
 from manifold_hc.bench.measure.timing import Run, Sample, Timing, call_seconds, measure, timed
 from manifold_hc.bench.output.sheet import (
     NONE,
+    TIMES,
     Sheet,
     duration,
     increase,
@@ -35,7 +36,7 @@ STREAMS, ANY = "streams", "any"
 EXPERT_BLOCKS = 2
 """Transformer blocks with experts that are built and timed; they stand for all others."""
 
-COLUMNS = "part", "connection", "per step", "forward ms", "backward ms", "quartiles", "vs residual"
+COLUMNS = ("part", "connection", "per step", *TIMES[:2], "quartiles", "vs residual")
 
 LEGEND = "per step: how often a step has the part; quartiles: of forward and backward, in ms."
 
@@ -200,13 +201,14 @@ def _time_block(
     result: StepResult, title: str, branches: torch.nn.ModuleList, times: float, rounds: int
 ) -> None:
     problem, tasks = result.problem, {}
-    for kind, connect, streams in (
-        (RESIDUAL, parts.residual, 1),
-        (MHC, parts.mhc, problem.streams),
-        (PEER, parts.transformers, problem.streams),
+    residual = ConnectionConfig(kind="residual")
+    for kind, streams, build in (
+        (RESIDUAL, 1, lambda: parts.connections(problem, residual)),
+        (MHC, problem.streams, lambda: parts.connections(problem, problem.connection())),
+        (PEER, problem.streams, lambda: parts.transformers(problem)),
     ):
         try:
-            tasks[kind] = parts.block_task(branches, connect(problem), streams, problem)
+            tasks[kind] = parts.block_task(branches, build(), streams, problem)
         except ImportError as error:
             result.missing[kind] = install_hint(error, "cpu")
     rows = [Part(title, kind, times) for kind in tasks]

@@ -4,7 +4,8 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import reduce
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +18,98 @@ from manifold_hc.errors import ConfigError, ManifoldError
 from manifold_hc.files import write_atomically
 from manifold_hc.training import PRESETS
 
-Option = Callable[[Any], Any]
-
 LENGTHS = (1, 3, 10)
 """Lengths of recompute blocks that `bench memory` measures by default, with none and "auto"."""
 
 
-def _count(name: str, default: int, text: str) -> Option:
+@dataclass(frozen=True)
+class Request:
+    """One call of a bench: its dtypes, its device, and where the figures go."""
+
+    bench: Any
+    """ops, step or memory."""
+    dtypes: tuple[str, ...]
+    device: str
+    save: bool
+    json_file: Path | None
+
+    def problems(self, tokens: int, streams: int, channels: int, **options: Any) -> list[Any]:
+        """Return one problem for each dtype."""
+        from manifold_hc.bench.problem import Problem
+
+        return [
+            Problem(tokens, streams, channels, dtype, device=self.device, **options)
+            for dtype in dict.fromkeys(self.dtypes)
+        ]
+
+    @contextmanager
+    def progress(self) -> Iterator[Callable[[str], None]]:
+        """Show the name of the current measurement on a terminal."""
+        with console(stderr=True).status(f"bench {self.bench}") as status:
+            yield lambda text: status.update(escape(text))
+
+    def show(self, found: Sequence[Any]) -> None:
+        """Print the sheets of all results; write the files that were asked for."""
+        from manifold_hc.bench.output import results
+        from manifold_hc.bench.output.renderers import terminal
+
+        for sheet in (sheet for result in found for sheet in result.sheets()):
+            console().print(terminal(sheet, console().width))
+        record = results.record(self.bench, self.device, _command(), list(found))
+        if self.json_file:
+            write_atomically(self.json_file, results.as_json(record))
+        if self.save:
+            click.echo(f"results: {results.save(record)}")
+
+    def require(self, wrong: Sequence[str] = (), missing: Sequence[str] = ()) -> None:
+        """Raise ManifoldError, exit status 1, if implementations are wrong or missing."""
+        if wrong:
+            raise ManifoldError(
+                f"bench {self.bench}: wanted float64's results within tolerance, got others from "
+                f"{', '.join(dict.fromkeys(wrong))}; see the red lines and run `mhc verify`"
+            )
+        if missing:
+            raise ManifoldError(
+                f"bench {self.bench}: wanted every peer, got none of "
+                f"{', '.join(dict.fromkeys(missing))}; "
+                "pip install 'manifold-hc[bench]', or give --allow-missing"
+            )
+
+
+def _command() -> str:
+    """The typed command, without --json, whose file is on this machine only."""
+    words = iter(["mhc", *sys.argv[1:]])
+    kept = []
+    for word in words:
+        if word == "--json":
+            next(words, None)
+        elif not word.startswith("--json="):
+            kept.append(word)
+    return shlex.join(kept).encode(errors="backslashreplace").decode()
+
+
+def _count(name: str, default: int, text: str) -> Callable[[Any], Any]:
     return click.option(
         name, type=click.IntRange(min=1), default=default, show_default=True, help=text
     )
 
 
-def _options(*options: Option) -> Option:
-    """One decorator that adds several options, in this order."""
-    return lambda command: reduce(lambda f, option: option(f), reversed(options), command)
+def size_options(command: Any) -> Any:
+    """Add the options of a problem's size."""
+    command = _count("--channels", 1280, "Channels C.")(command)
+    command = _count("--streams", 4, "Streams n.")(command)
+    return _count("--tokens", 2048, "Tokens of the one sequence.")(command)
 
 
-size_options = _options(
-    _count("--tokens", 2048, "Tokens of the one sequence."),
-    _count("--streams", 4, "Streams n."),
-    _count("--channels", 1280, "Channels C."),
-)
 allow_missing_option = click.option(
     "--allow-missing", is_flag=True, help="Exit with 0 although a peer is missing."
 )
-output_options = _options(
-    click.option(
+
+
+def request_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that all benches share, and pass them as `request`."""
+
+    @click.option(
         "--dtype",
         "dtypes",
         multiple=True,
@@ -51,13 +117,20 @@ output_options = _options(
         default=("float32", "bfloat16"),
         show_default=True,
         help="Dtype of the streams; give it once for every table.",
-    ),
-    device_option,
-    click.option(
+    )
+    @device_option
+    @click.option(
         "--save", is_flag=True, help="Write benchmarks/results/DEVICE-DATE-BENCH.json too."
-    ),
-    json_option,
-)
+    )
+    @json_option
+    @wraps(function)
+    def command(
+        dtypes: tuple[str, ...], device: str, save: bool, json_file: Path | None, **options: Any
+    ) -> None:
+        chosen = judged_device(device)
+        function(request=Request(function.__name__, dtypes, chosen, save, json_file), **options)
+
+    return command
 
 
 @click.group(cls=Group)
@@ -82,19 +155,16 @@ def bench() -> None:
 @_count("--rounds", 20, "Samples of every implementation.")
 @click.option("--eager", is_flag=True, help="Leave out code that torch.compile generates.")
 @allow_missing_option
-@output_options
+@request_options
 def ops(
     tokens: int,
     streams: int,
     channels: int,
-    dtypes: tuple[str, ...],
     numerics: Any,
     rounds: int,
     eager: bool,
-    device: str,
     allow_missing: bool,
-    save: bool,
-    json_file: Path | None,
+    request: Request,
 ) -> None:
     """Time one connection, forward and backward, by every implementation on the device.
 
@@ -105,26 +175,18 @@ def ops(
     """
     from manifold_hc.bench import peers
     from manifold_hc.bench.ops import bench_ops
-    from manifold_hc.bench.problem import Problem
 
-    chosen = judged_device(device)
-    problems = [
-        Problem(tokens, streams, channels, dtype, numerics, chosen)
-        for dtype in dict.fromkeys(dtypes)
-    ]
+    problems = request.problems(tokens, streams, channels, numerics=numerics)
     if not allow_missing:
         wanted = [peer for problem in problems for peer in peers.for_problem(problem)]
-        _require("ops", missing=[peer.package for peer in wanted if peer.version is None])
-    with _progress("ops") as progress:
+        request.require(missing=[peer.package for peer in wanted if peer.version is None])
+    with request.progress() as progress:
         found = [bench_ops(problem, rounds, eager, progress) for problem in problems]
-    _print_and_write("ops", chosen, found, save, json_file)
+    request.show(found)
     rows = [row for result in found for row in result.rows]
     missing = [row.implementation for row in rows if row.state == "missing"]
-    _require(
-        "ops",
-        wrong=[row.implementation for row in rows if row.state == "wrong"],
-        missing=[] if allow_missing else missing,
-    )
+    wrong = [row.implementation for row in rows if row.state == "wrong"]
+    request.require(wrong, [] if allow_missing else missing)
 
 
 @bench.command()
@@ -139,17 +201,8 @@ def ops(
 @_count("--tokens", 2048, "Tokens of the one sequence.")
 @_count("--rounds", 7, "Samples of every part.")
 @allow_missing_option
-@output_options
-def step(
-    name: str,
-    tokens: int,
-    dtypes: tuple[str, ...],
-    rounds: int,
-    device: str,
-    allow_missing: bool,
-    save: bool,
-    json_file: Path | None,
-) -> None:
+@request_options
+def step(name: str, tokens: int, rounds: int, allow_missing: bool, request: Request) -> None:
     """Time the parts of a training step one by one, and sum to full depth the time mHC adds.
 
     \b
@@ -159,23 +212,19 @@ def step(
     about 12 GB of memory and some minutes.
     """
     from manifold_hc.bench import peers
-    from manifold_hc.bench.problem import Problem
     from manifold_hc.bench.step import PEER, bench_step
     from manifold_hc.training import preset
 
-    chosen, config = judged_device(device), preset(name)
+    config = preset(name)
     if not allow_missing:
         known = {peer.package: peer for peer in peers.PEERS}
-        _require("step", missing=[] if known[PEER].version else [PEER])
-    sizes = tokens, config.connection.streams, config.model.channels
-    with _progress("step") as progress:
-        found = [
-            bench_step(name, config, Problem(*sizes, dtype, device=chosen), rounds, progress)
-            for dtype in dict.fromkeys(dtypes)
-        ]
-    _print_and_write("step", chosen, found, save, json_file)
+        request.require(missing=[] if known[PEER].version else [PEER])
+    problems = request.problems(tokens, config.connection.streams, config.model.channels)
+    with request.progress() as progress:
+        found = [bench_step(name, config, problem, rounds, progress) for problem in problems]
+    request.show(found)
     missing = [kind for result in found for kind in result.missing]
-    _require("step", missing=[] if allow_missing else missing)
+    request.require(missing=[] if allow_missing else missing)
 
 
 @bench.command()
@@ -198,20 +247,17 @@ def step(
     help="Norms given to the connections, or inside the branches.",
 )
 @_count("--rounds", 5, "Samples of every block length.")
-@output_options
+@request_options
 def memory(
     sublayers: int,
     tokens: int,
     streams: int,
     channels: int,
-    dtypes: tuple[str, ...],
     lengths: tuple[int, ...],
     single_pass: bool,
     norms: Any,
     rounds: int,
-    device: str,
-    save: bool,
-    json_file: Path | None,
+    request: Request,
 ) -> None:
     """Count the bytes a stack holds for backward, by recompute block length, and time recompute.
 
@@ -220,29 +266,19 @@ def memory(
 
     Without recompute the default sizes need about 8 GB in float32.
     """
-    from manifold_hc.bench.problem import Problem
     from manifold_hc.bench.stacks import bench_stacks
 
     if wrong := [length for length in lengths if length > sublayers]:
         raise ConfigError(
             f"recompute: a block must have 1 to {sublayers} sublayers but has {wrong[0]}"
         )
-    chosen = judged_device(device)
     tried = lengths or [length for length in LENGTHS if length <= sublayers]
-    with _progress("memory") as progress:
+    with request.progress() as progress:
         found = [
-            bench_stacks(
-                Problem(tokens, streams, channels, dtype, device=chosen),
-                sublayers,
-                tried,
-                single_pass,
-                norms,
-                rounds,
-                progress,
-            )
-            for dtype in dict.fromkeys(dtypes)
+            bench_stacks(problem, sublayers, tried, single_pass, norms, rounds, progress)
+            for problem in request.problems(tokens, streams, channels)
         ]
-    _print_and_write("memory", chosen, found, save, json_file)
+    request.show(found)
 
 
 @bench.command()
@@ -278,52 +314,3 @@ def page(results: Path, out: Path) -> None:
         file.parent.mkdir(exist_ok=True)
         write_atomically(file, drawn)
         click.echo(f"chart: {file}")
-
-
-@contextmanager
-def _progress(bench: str) -> Iterator[Callable[[str], None]]:
-    """Show the name of the current step on a terminal."""
-    with console(stderr=True).status(f"bench {bench}") as status:
-        yield lambda text: status.update(escape(text))
-
-
-def _print_and_write(
-    bench: Any, device: str, found: list[Any], save: bool, json_file: Path | None
-) -> None:
-    """Print the sheets of all results; write the result files that were asked for."""
-    from manifold_hc.bench.output import results
-    from manifold_hc.bench.output.renderers import terminal
-
-    for sheet in (sheet for result in found for sheet in result.sheets()):
-        console().print(terminal(sheet, console().width))
-    record = results.record(bench, device, _command(), found)
-    if json_file:
-        write_atomically(json_file, results.as_json(record))
-    if save:
-        click.echo(f"results: {results.save(record)}")
-
-
-def _command() -> str:
-    """The typed command, without --json, whose file is on this machine only."""
-    words = iter(["mhc", *sys.argv[1:]])
-    kept = []
-    for word in words:
-        if word == "--json":
-            next(words, None)
-        elif not word.startswith("--json="):
-            kept.append(word)
-    return shlex.join(kept).encode(errors="backslashreplace").decode()
-
-
-def _require(name: str, wrong: Sequence[str] = (), missing: Sequence[str] = ()) -> None:
-    """Raise ManifoldError, exit status 1, if implementations are wrong or missing."""
-    if wrong:
-        raise ManifoldError(
-            f"bench {name}: wanted float64's results within tolerance, got others from "
-            f"{', '.join(dict.fromkeys(wrong))}; see the red lines and run `mhc verify`"
-        )
-    if missing:
-        raise ManifoldError(
-            f"bench {name}: wanted every peer, got none of {', '.join(dict.fromkeys(missing))}; "
-            "pip install 'manifold-hc[bench]', or give --allow-missing"
-        )

@@ -215,8 +215,8 @@ def test_a_wrong_form_stops_the_bench(monkeypatch, form, dtype):
         boundaries.require_correct(problem, "auto", norm)
     plain = boundaries.FORMS[form]
 
-    def larger(x, sublayers, options):
-        *inputs, last = plain(x, sublayers, options)
+    def larger(*arguments):
+        *inputs, last = plain(*arguments)
         return [*inputs, 1.2 * last]
 
     monkeypatch.setitem(boundaries.FORMS, form, larger)

@@ -85,8 +85,6 @@ def _kinds(func: Any, args: tuple[Any, ...]) -> tuple[str, ...]:
         return (STREAMS,)
     if operator == "rebuild":
         return (*(STREAMS for _ in given["y"]), *map(_input_kind, given["weight"]))
-    if operator in ("boundary_backward", "coefficients_and_read_backward", "write_backward"):
-        return (GRADIENTS,)
     return ()
 
 

@@ -37,8 +37,12 @@ def duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if abs(seconds) >= 1 else f"{milliseconds(seconds)} ms"
 
 
+TIMES = ("forward ms", "backward ms", "total ms")
+"""Columns of `medians`."""
+
+
 def medians(timing: Timing) -> list[str]:
-    """Cells of the columns "forward ms", "backward ms" and "total ms"."""
+    """Median milliseconds, in the columns `TIMES`."""
     return [milliseconds(seconds) for seconds in (*timing.halves, timing.total)]
 
 

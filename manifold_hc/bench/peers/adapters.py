@@ -82,19 +82,10 @@ def hyper_connections(problem: Problem, inputs: Inputs) -> tuple[Connect, tuple[
     return connect, tuple(map(module.get_parameter, ("norm.gamma", *tensors)))
 
 
-def separate_streams(
-    x: Tensor,
-    y: Tensor,
-    gamma: Tensor,
-    W_alpha: Tensor,
-    W_beta: Tensor,
-    static_alpha: Tensor,
-    static_beta: Tensor,
-    scale_pre: Tensor,
-    scale_res: Tensor,
-    scale_post: Tensor,
-) -> tuple[Tensor, Tensor]:
+def separate_streams(x: Tensor, y: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
     """(u, x') by hyper-connections' equations, on our reference's operators."""
+    gamma, W_alpha, W_beta, static_alpha, static_beta, *scales = parameters
+    scale_pre, scale_res, scale_post = scales
     n, C = x.shape[-2:]
     normed = torch.nn.functional.rms_norm(x, (C,), eps=0.0) * (gamma + 1)
     gates = torch.cat([scale_pre, scale_res.expand(n)])
