@@ -1,1 +1,1 @@
-"""What a connection costs beside other implementations, and whether it is right: bench, verify."""
+"""Benchmarks: speed and memory of mHC, against other implementations of it."""

@@ -235,10 +235,10 @@ def _contenders(
         yield Row("manifold-hc, reference, compiled", False, True), partial(_compiled, build)
     for peer in peers.for_problem(problem):
         build = partial(peer.build, problem, inputs)
-        yield Row(peer.package, False, False, peer.version), build
+        yield Row(peer.package, False, False, peer.version, peer.note), build
         if peer.compiles and not eager_only:
             name = f"{peer.package}, compiled"
-            yield Row(name, False, True, peer.version), partial(_compiled, build)
+            yield Row(name, False, True, peer.version, peer.note), partial(_compiled, build)
 
 
 def _compiled(build: Build) -> Implementation:
@@ -250,7 +250,6 @@ def _prepare(row: Row, build: Build, inputs: Inputs) -> Run | None:
     try:
         with quiet():
             implementation = build()
-            row.note = implementation.note
             task = implementation.task(inputs)
             row.first_call = first_call(task.both)
             comparison = check(implementation, inputs)

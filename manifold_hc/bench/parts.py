@@ -31,11 +31,8 @@ def block(config: DecoderConfig, experts: bool, device: str) -> nn.ModuleList:
         Experts(C, config.experts) if experts else GatedFeedForward(C, config.feed_forward)
     )
     sublayers = (LatentAttention(C, config.attention, eps), feed_forward)
-    return _initialised(
-        nn.ModuleList(nn.Sequential(RMSNorm(C, eps=eps), layer) for layer in sublayers),
-        config,
-        device,
-    )
+    branches = nn.ModuleList(nn.Sequential(RMSNorm(C, eps=eps), layer) for layer in sublayers)
+    return _initialised(branches, config, device)
 
 
 def connections(problem: Problem, config: ConnectionConfig) -> Connected:

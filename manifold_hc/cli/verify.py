@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 @device_option
 @json_option
 def verify(device: str, json_file: Path | None) -> None:
-    """Check every operator, backend and installed peer against float64, on your own device.
+    """Check every operator on every backend, and every peer, against float64 on your device.
 
     \b
     mhc verify
     mhc verify --device cuda --json verify.json
 
-    Outputs and all gradients, odd sizes too; every tensor is held to the tolerance of its own
-    dtype. "not served" is a backend's own refusal; the end says how many checks were skipped and
-    why. Exit status 1 where anything fails.
+    Compares outputs and all gradients, at usual and odd sizes; every tensor has the tolerance of
+    its dtype. "not served": the backend does not support the call; the last lines count the skipped
+    checks with their reasons. Exit status 1 if any check fails.
     """
     from manifold_hc.bench.output import results
     from manifold_hc.verify import Line, verify
@@ -38,7 +38,7 @@ def verify(device: str, json_file: Path | None) -> None:
     chosen = judged_device(device)
     lines: list[Line] = []
     with console(stderr=True).status("verify") as status:
-        for line in verify(chosen, lambda what: status.update(escape(what))):
+        for line in verify(chosen, lambda text: status.update(escape(text))):
             lines.append(line)
     console().print(_table(lines))
     for line in lines:
@@ -61,15 +61,15 @@ def verify(device: str, json_file: Path | None) -> None:
 
 
 def skipped(lines: "list[Line]") -> list[str]:
-    """One line for every backend, or peer, whose checks did not run: how many, and why."""
+    """Return a line for each backend or peer with skipped checks: their number and the reasons."""
     reasons: dict[str, Counter[str]] = {}
     for line in lines:
         if line.state in ("not served", "not installed"):
-            who = line.backend if line.state == "not served" else line.name
-            why = line.reason.partition(f'backend "{line.backend}" ')[2] or line.reason
-            reasons.setdefault(who, Counter())[why] += 1
+            name = line.backend if line.state == "not served" else line.name
+            reason = line.reason.partition(f'backend "{line.backend}" ')[2] or line.reason
+            reasons.setdefault(name, Counter())[reason] += 1
     return [
-        f"{counts.total()} skipped, {who}: {'; '.join(counts)}" for who, counts in reasons.items()
+        f"{counts.total()} skipped, {name}: {'; '.join(counts)}" for name, counts in reasons.items()
     ]
 
 

@@ -1,5 +1,6 @@
 """Turns, threads and ratios, with invented seconds."""
 
+import pytest
 import torch
 
 from manifold_hc.bench.measure import timing as m
@@ -58,6 +59,29 @@ def test_every_run_has_new_gradients():
     assert seen == [None] * 3
     assert weight.grad.tolist() == [2.0] * 3
     assert len(sample) == 2
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_gpu_seconds_are_those_between_events(monkeypatch):
+    now = iter([10.0, 13.0, 18.0])  # milliseconds
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = next(now)
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    calls = []
+    seconds = m.call_seconds(torch.device("cuda"), lambda: calls.append(1), lambda: calls.append(2))
+    assert (seconds, calls) == ([0.003, 0.005], [1, 2])
 
 
 def test_seconds_of_one_pass_of_several(monkeypatch):

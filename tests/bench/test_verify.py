@@ -1,4 +1,4 @@
-"""`mhc verify` sees what is wrong, says where, and counts it."""
+"""`mhc verify`: wrong outputs and gradients fail with their name, and all checks are counted."""
 
 import json
 from types import SimpleNamespace

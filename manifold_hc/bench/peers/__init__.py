@@ -51,8 +51,7 @@ class Peer:
         """Build it with parameters from `inputs`. Raises ImportError where it is missing."""
         with quiet():
             connect, parameters = self.adapter(problem, inputs)
-        step = without_branch(connect)
-        return Implementation(step, parameters, self.oracle, note=self.note)
+        return Implementation(without_branch(connect), parameters, self.oracle)
 
 
 PEERS = (

@@ -35,8 +35,6 @@ class Implementation:
     oracle: Oracle
     compiled: bool = False
     """True if torch.compile generates its code."""
-    note: str = ""
-    """How its equations differ from ours; empty where they are the same."""
 
     def task(self, inputs: Inputs) -> Task:
         """Return one pass over these inputs."""
