@@ -157,8 +157,11 @@ class OpsResult:
             if row and (ours := self.ours):
                 times = f"{row.total / ours.total:.2f} times {ours.implementation}"
                 notes.append(f"{title}: {row.implementation}, {times}")
-        different = [row for row in self.rows if row.note and not row.compiled]
-        notes += [f"{row.implementation}: {row.note}" for row in different]
+        notes += [
+            f"{row.implementation}: {row.note}"
+            for row in self.rows
+            if row.note and not row.compiled and row.state != "missing"
+        ]
         return [*notes, *(f"backend {name}: {reason}" for name, reason in self.refused.items())]
 
 
