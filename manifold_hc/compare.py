@@ -1,17 +1,12 @@
 """Several variants of the connection under the same data, order and budget."""
 
 import json
-import logging
-import platform
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import msgspec
-import torch
 from rich.console import Console
 
 from manifold_hc.config import ConnectionConfig
@@ -21,12 +16,10 @@ from manifold_hc.errors import DivergedError, RunFolderError
 from manifold_hc.files import remove_temporaries, write_atomically
 from manifold_hc.training import Checkpoints, RunConfig, RunFolder, check, train
 from manifold_hc.training.config import differences
-from manifold_hc.training.folder import damaged, is_empty, read_json
-from manifold_hc.training.trainer import warn_of_warmup
-
-logger = logging.getLogger("manifold_hc")
-
-COMPARISON, RUN = "comparison.json", "run.json"
+from manifold_hc.training.folder import is_empty
+from manifold_hc.training.json_files import read_record
+from manifold_hc.training.preflight import warn_of_warmup
+from manifold_hc.training.record import COMPARISON, machine
 
 
 @dataclass(frozen=True)
@@ -94,55 +87,6 @@ def compare(
             run.finish({"diverged_at": error.step, "diverged": error.what})
 
 
-def machine() -> dict[str, Any]:
-    """Today's date, this machine and its versions, as a record has them."""
-    return {
-        "date": date.today().isoformat(),
-        "machine": platform.platform(),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def record_run(folder: Path, command: str) -> None:
-    """Write beside a single run what trains it: commands, date, machine and versions.
-
-    A record that is damaged, or cannot be written, is told in the log and stops no run.
-    """
-    try:
-        known = run_record(folder).get("commands", [])
-    except RunFolderError as error:
-        logger.warning("%s; it is begun again", error)
-        known = []
-    record = {"commands": _with(known, command), **machine()}
-    try:
-        remove_temporaries(folder / RUN)
-        write_atomically(folder / RUN, json.dumps(record, indent=2) + "\n")
-    except OSError as error:
-        logger.warning("run folder: %s cannot be written: %s", folder / RUN, error.strerror)
-
-
-def run_record(folder: Path) -> dict[str, Any]:
-    """What `record_run` has written; empty if nothing. Raises RunFolderError if it is damaged."""
-    wanted = {"commands": list[str], "date": str, "machine": str}
-    return _record(folder / RUN, wanted, "no run needs it: it may be deleted")
-
-
-def _record(file: Path, wanted: dict[str, Any], cure: str) -> dict[str, Any]:
-    """What a JSON file holds, if it is there; RunFolderError unless it has the `wanted` members."""
-    if not file.exists():
-        return {}
-    record = read_json(file, cure)
-    try:
-        members = msgspec.convert(record, dict[str, Any])
-        for name, kind in wanted.items():
-            msgspec.convert(members.get(name), kind)
-    except msgspec.ValidationError as error:
-        raise damaged(file, str(error), cure) from None
-    return members
-
-
 def run_folder(folder: Path, variant: str, seed: int) -> RunFolder:
     """Where one run of a comparison lives."""
     return RunFolder(folder / variant / f"seed-{seed}")
@@ -155,7 +99,9 @@ def comparison_record(folder: Path) -> dict[str, Any]:
     """
     wanted = {"commands": list[str], "variants": list[str], "data_sha256": str}
     each = f"mhc report {shlex.quote(str(folder))}/VARIANT/seed-N"
-    return _record(folder / COMPARISON, wanted, f"put a copy of it back, or see each run: {each}")
+    return read_record(
+        folder / COMPARISON, wanted, f"put a copy of it back, or see each run: {each}"
+    )
 
 
 def check_folder(folder: Path) -> None:

@@ -67,7 +67,7 @@ def is_permanent(error: OSError) -> bool:
     return error.errno in PERMANENT
 
 
-def insist(write: Callable[[], None], what: str, give_up: Callable[[], object]) -> None:
+def retry_write(write: Callable[[], None], what: str, give_up: Callable[[], object]) -> None:
     """Call `write` until the disk takes it, loudly.
 
     Its OSError is raised after `PATIENCE`, as soon as `give_up` says so, and at once for a place

@@ -13,14 +13,13 @@ from manifold_hc.compare import (
     Variant,
     compare,
     comparison_record,
-    record_run,
     run_folder,
-    run_record,
 )
 from manifold_hc.data import Corpus
 from manifold_hc.errors import RunFolderError
 from manifold_hc.report import as_csv, as_json, as_table, figures, load_runs, summarise, write_page
 from manifold_hc.training import OptimizerConfig, RunFolder
+from manifold_hc.training.record import record_run, run_record
 from tests import golden
 from tests.conftest import generated_text
 

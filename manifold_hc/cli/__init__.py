@@ -26,7 +26,7 @@ from manifold_hc.errors import (
     RunFolderError,
     StoppedError,
 )
-from manifold_hc.parallel import is_first
+from manifold_hc.parallel import is_rank0
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -81,6 +81,6 @@ def _with_notes(error: ManifoldError) -> str:
 
 def _fail(message: str, status: int) -> None:
     line = " ".join(message.split()).encode(errors="backslashreplace").decode()
-    who = "mhc" if is_first() else f"mhc, process {os.environ['RANK']}"
+    who = "mhc" if is_rank0() else f"mhc, process {os.environ['RANK']}"
     print(f"{who}: error: {line}", file=sys.stderr)
     sys.exit(status)

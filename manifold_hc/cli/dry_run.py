@@ -1,4 +1,4 @@
-"""What a configuration amounts to, without its weights or its data."""
+"""`mhc train --dry-run`: sizes and learning rates of a configuration."""
 
 import math
 
@@ -11,7 +11,7 @@ UNITS = ("", "K", "M", "B", "T")
 
 
 def show_plan(config: RunConfig) -> None:
-    """Print parameters, tokens, and the learning rate where it changes."""
+    """Print parameter counts, tokens, and the learning rate at the steps where it changes."""
     import torch
 
     from manifold_hc.models import Decoder, count_parameters
@@ -42,19 +42,19 @@ def show_plan(config: RunConfig) -> None:
 
 
 def _layout(config: RunConfig) -> str:
-    """How the processes share the run, and what goes through a pipeline."""
-    parallel, pieces = config.parallel, config.training.accumulate
+    """Degrees of parallelism, with stages and microbatches of a pipeline."""
+    parallel, microbatches = config.parallel, config.training.accumulate
     if parallel.pipeline == 1:
         return str(parallel)
-    stages, size = parallel.all_stages, config.training.batch // parallel.dp_size // pieces
+    stages, size = parallel.num_stages, config.training.batch // parallel.dp_size // microbatches
     return (
         f"{parallel}; {parallel.schedule} over {stages} stages of {config.model.blocks // stages} "
-        f"blocks, microbatches: {pieces} of {size:,} sequences"
+        f"blocks, microbatches: {microbatches} of {size:,} sequences"
     )
 
 
 def short(count: int) -> str:
-    """Three significant digits and a unit: 4.14B."""
+    """Format a count with three significant digits and a unit, such as 4.14B."""
     power = min(len(UNITS) - 1, int(math.log10(max(count, 1))) // 3)
     value = f"{count / 1000**power:.3g}"
     if float(value) >= 1000 and power < len(UNITS) - 1:
@@ -64,7 +64,7 @@ def short(count: int) -> str:
 
 
 def _turning_points(steps: int, config: OptimizerConfig) -> list[int]:
-    """The first step, the end of the warm-up, and where the schedule steps down or ends."""
+    """First step, end of the warm-up, and steps at which the schedule steps down or ends."""
     late = [math.ceil(0.8 * steps), math.ceil(0.9 * steps)]
-    wanted = [0, config.warmup, *(late if config.schedule == "step" else [steps - 1])]
-    return sorted({step for step in wanted if step < steps})
+    steps_shown = [0, config.warmup, *(late if config.schedule == "step" else [steps - 1])]
+    return sorted({step for step in steps_shown if step < steps})

@@ -32,7 +32,7 @@ device_option = click.option(
 
 def judged_device(name: str) -> str:
     """The device called `name`; "auto" passes over MPS, which has no float64 to judge by."""
-    from manifold_hc.training.trainer import find_device
+    from manifold_hc.training.device import find_device
 
     found = find_device(name).type
     return "cpu" if found == "mps" else found

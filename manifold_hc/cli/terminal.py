@@ -11,7 +11,7 @@ from functools import cache
 
 from rich.console import Console
 
-from manifold_hc.parallel import is_first
+from manifold_hc.parallel import is_rank0
 
 WIDE = 130
 """Columns that the table of a comparison needs."""
@@ -72,4 +72,4 @@ def log_to_stderr() -> None:
     logger.handlers = [_ConsoleHandler()]
     # How torch moves the parts of a tensor is nothing that a user can change.
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
-    logger.setLevel(logging.INFO if is_first() else logging.CRITICAL)
+    logger.setLevel(logging.INFO if is_rank0() else logging.CRITICAL)

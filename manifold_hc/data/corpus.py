@@ -15,7 +15,7 @@ from manifold_hc.data.shards import ShardFolder, is_shards, short
 from manifold_hc.data.tokenizer import Tokenizer, require_vocabulary, tokenizer, user_path
 from manifold_hc.data.tokens import Corpus, Tokens
 from manifold_hc.errors import DataError
-from manifold_hc.parallel import is_first
+from manifold_hc.parallel import is_rank0
 
 logger = logging.getLogger("manifold_hc")
 
@@ -48,7 +48,7 @@ def load(
     skipped = Skipped(allowed=config.skip_broken)
     total = sum(file.stat().st_size for found in listed.values() for file in found)
     sources = []
-    with ReadingProgress(console if is_first() else None, total) as progress:
+    with ReadingProgress(console if is_rank0() else None, total) as progress:
         for path in paths:
             if path in folders:
                 sources.append(Tokens(folders[path].shards))

@@ -1,4 +1,4 @@
-"""Language models around the connections."""
+"""Language models built from connections, attention and feed-forward layers."""
 
 from manifold_hc.models.attention import AttentionConfig, LatentAttention
 from manifold_hc.models.decoder import Decoder, DecoderConfig, ParameterCount, count_parameters

@@ -18,18 +18,18 @@ class AttentionConfig:
     """Sizes of latent attention; D = `head_size`, R = `rotary_size`."""
 
     heads: int = 4
-    """Attention heads."""
+    """Number of attention heads."""
     head_size: int = 16
-    """Size of a head's value and of the part of its query and key without position."""
+    """Size of a head's value and of the position-free part of its query and key."""
     rotary_size: int = 8
-    """Size of the part of query and key that carries the position, shared by all heads in key."""
+    """Size of the rotary part of query and key; all heads share one rotary key."""
     latent_size: int = 48
-    """Rank of the joint compression of keys and values."""
+    """Size of the latent vector from which keys and values are computed."""
     theta: float = 10000.0
-    """Base of the rotary wavelengths."""
+    """Base of the rotary frequencies."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for sizes that cannot be built."""
+        """Raise ConfigError for invalid sizes."""
         require_at_least_one(self, "heads", "head_size", "rotary_size", "latent_size")
         require_number(self, "theta", positive=True)
         if self.rotary_size % 2:
@@ -40,7 +40,7 @@ class LatentAttention(nn.Module):
     """Causal attention whose keys and values come from one small latent vector per token."""
 
     def __init__(self, channels: int, config: AttentionConfig, norm_eps: float) -> None:
-        """channels: C; norm_eps: epsilon of the norm on the latent vector."""
+        """channels: hidden size C. norm_eps: epsilon of the norm on the latent vector."""
         super().__init__()
         self.config = config
         heads, size, rotary = config.heads, config.head_size, config.rotary_size
@@ -51,7 +51,7 @@ class LatentAttention(nn.Module):
         self.output = Linear(heads * size, channels)
 
     def reset_parameters(self) -> None:
-        """Draw every matrix anew, as torch's linear layers do; the norm's weight becomes 1."""
+        """Redraw every matrix as `nn.Linear` does; set the norm's weight to 1."""
         self.query.reset_parameters()
         self.compress.reset_parameters()
         self.latent_norm.reset_parameters()
@@ -61,15 +61,16 @@ class LatentAttention(nn.Module):
     def forward(
         self, u: Float[Tensor, "B T C"], documents: Documents | None = None
     ) -> Float[Tensor, "B T C"]:
-        """Attend to all earlier tokens of the sequence, or of the token's own document."""
+        """Attend to all earlier tokens of the sequence, or of the token's document if given."""
         config = self.config
         rotation = _rotation(u.shape[1], config.rotary_size, config.theta, u.device)
 
-        # H: the heads of this process.
+        # H is the number of heads in `query`: with tensor parallelism this rank's heads.
         both = config.head_size + config.rotary_size
         query = self.query(u).unflatten(-1, (-1, both)).transpose(1, 2)  # B H T D+R
         query, query_rotary = query.split([config.head_size, config.rotary_size], -1)
 
+        # Keys and values of all heads come from one latent vector; the rotary key is shared.
         latent, key_rotary = self.compress(u).split([config.latent_size, config.rotary_size], -1)
         key_value = self.decompress(self.latent_norm(latent))
         key_value = key_value.unflatten(-1, (-1, 2 * config.head_size)).transpose(1, 2)
@@ -90,7 +91,7 @@ def _attend(
 ) -> Float[Tensor, "B H T D"]:
     """Causal attention by torch's fused kernels, which hold no T x T scores.
 
-    They want values as wide as the keys: zeros fill them up, and are cut off the result.
+    The kernels need values as wide as the keys: values are padded with zeros, the result is cut.
     """
     size = value.shape[-1]
     padded = pad(value, (0, key.shape[-1] - size))
@@ -104,25 +105,25 @@ def _attend_within(
     key: Float[Tensor, "B H T E"],
     value: Float[Tensor, "B H T D"],
 ) -> Float[Tensor, "B H T D"]:
-    """Causal attention within each document, the documents of a group as one batch.
+    """Causal attention within each document, with each group of documents as one batch.
 
-    Only queries that pad a document see the keys that pad it, and no token takes their results.
+    Padding comes last, so causal queries of real tokens never see it, and its results are dropped.
     """
     tokens = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]  # B*T H E
     attended = [
         _attend(*(x[group].transpose(1, 2) for x in tokens)).transpose(1, 2).flatten(0, 1)
         for group in documents.groups
     ]
-    nothing = value.new_empty(0, *tokens[2].shape[1:])  # what a batch without tokens has
-    own = torch.cat([nothing, *attended])[documents.slots]
+    empty = value.new_empty(0, *tokens[2].shape[1:])  # for a batch without tokens
+    gathered = torch.cat([empty, *attended])[documents.slots]
     batch, length = query.shape[0], query.shape[2]
-    return own.unflatten(0, (batch, length)).transpose(1, 2)
+    return gathered.unflatten(0, (batch, length)).transpose(1, 2)
 
 
 def _rotation(
     length: int, size: int, theta: float, device: torch.device
 ) -> tuple[Float[Tensor, "T half"], Float[Tensor, "T half"]]:
-    """Cosine and sine of every position's angles, in float32: bfloat16 positions collide."""
+    """Cosine and sine of every position's angles; float32, since bfloat16 positions collide."""
     frequency = theta ** -(torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
     angle = torch.arange(length, dtype=torch.float32, device=device).outer(frequency)
     return angle.cos(), angle.sin()

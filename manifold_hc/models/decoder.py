@@ -1,4 +1,4 @@
-"""A decoder, dense or with experts: tokens -> streams -> sublayers -> exit -> logits."""
+"""Decoder, dense or with experts: tokens -> streams -> sublayers -> exit -> logits."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -27,24 +27,24 @@ class DecoderConfig:
     """Sizes of the decoder."""
 
     vocabulary: int = 256
-    """Number V of token ids; 256 for bytes."""
+    """Vocabulary size V; 256 for bytes."""
     channels: int = 96
     """Hidden size C."""
     blocks: int = 12
-    """Blocks of one attention and one feed-forward sublayer each."""
+    """Number of blocks, each an attention and a feed-forward sublayer."""
     feed_forward: int = 256
     """Hidden size of the dense feed-forward sublayers."""
     norm_eps: float = 1e-20
-    """Epsilon of every RMS norm; the paper's."""
+    """Epsilon of every RMS norm; default as in the paper."""
     init_std: float = 0.02
-    """Standard deviation of the initial weight matrices."""
+    """Standard deviation of initial weight matrices."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     """Sizes of the attention sublayers."""
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     """Sizes of the mixtures of experts."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for sizes that cannot be built."""
+        """Raise ConfigError for invalid sizes."""
         require_at_least_one(self, "vocabulary", "channels", "blocks", "feed_forward")
         require_number(self, "norm_eps", "init_std")
         if self.experts.routed and self.experts.dense_blocks >= self.blocks:
@@ -60,9 +60,9 @@ class DecoderConfig:
 
 
 class Decoder(nn.Module):
-    """A causal language model with any kind of connection between its sublayers.
+    """Causal language model with configurable connections between its sublayers.
 
-    `part` gives some of its sublayers on their own, as a stage of a pipeline runs them.
+    `part` returns consecutive sublayers as a decoder of their own, for a pipeline stage.
     """
 
     embedding: nn.Embedding | None
@@ -74,7 +74,7 @@ class Decoder(nn.Module):
     ) -> None:
         """Initialise from torch's current random state; equal seeds give equal branches.
 
-        recompute: whether backward rebuilds the streams, as `Stack` takes it.
+        recompute: recomputation of the streams in backward, as for `Stack`.
         """
         super().__init__()
         self.config = config
@@ -93,21 +93,21 @@ class Decoder(nn.Module):
     def _feed_forward(self, block: int) -> nn.Module:
         config = self.config
         if config.experts.routed and block >= config.experts.dense_blocks:
-            with _spared_draws():
+            with _preserved_rng():
                 experts = Experts(config.channels, config.experts)
             _draw_shared(experts)
             return experts
         return GatedFeedForward(config.channels, config.feed_forward)
 
     def reset_parameters(self) -> None:
-        """Initialise anew, with the numbers that the constructor draws from the same random state.
+        """Reinitialise with the values that the constructor draws from the same random state.
 
-        Every matrix is normal with standard deviation `init_std`, every norm's weight 1, every
-        connection as `Maps` says. After `to_empty`, this makes a model of the meta device whole.
+        Matrices are normal with standard deviation `init_std`, norm weights 1, connections as in
+        `Maps`. After `to_empty`, this initialises a model that was built on the meta device.
         """
         for module in (self.embedding, *self.branches, *self.norms, self.norm, self.head):
             if isinstance(module, Experts):
-                with _spared_draws():
+                with _preserved_rng():
                     module.reset_parameters()
                 _draw_shared(module)
             elif module is not None:
@@ -116,16 +116,16 @@ class Decoder(nn.Module):
         self.stack.reset_parameters()
 
     def _fill_matrices(self) -> None:
-        own = (self.embedding, self.branches, self.norms, self.norm, self.head)
-        for module in own:
+        modules = (self.embedding, self.branches, self.norms, self.norm, self.head)
+        for module in modules:
             for parameter in () if module is None else module.parameters():
                 if parameter.ndim >= 2:
                     nn.init.normal_(parameter, std=self.config.init_std)
 
     def part(self, sublayers: Sequence[int]) -> "Decoder":
-        """Consecutive sublayers, under the names that they have here, and the ends with them.
+        """Return consecutive sublayers as a decoder that shares their modules and names.
 
-        The embedding is with the first sublayer; exit, last norm and head are with the last. Raises
+        The embedding belongs to the first sublayer; exit, final norm and head to the last. Raises
         ConfigError as `Stack.part` does.
         """
         part = Decoder.__new__(Decoder)
@@ -143,10 +143,11 @@ class Decoder(nn.Module):
         documents: Int[Tensor, "B T"] | None = None,
         pre: Float[Tensor, "B T n"] | None = None,
     ) -> Float[Tensor, "..."] | tuple[Tensor, Tensor]:
-        """Logits [B, T, V] of every next token; none attends to another of the `documents`.
+        """Return the logits [B, T, V] of every next token.
 
-        A part takes streams for tokens unless it begins, and returns them unless it ends, as
-        `Stack.forward` says.
+        documents: one integer per token; attention stays within tokens of equal integers. A part
+        without the first sublayer takes streams [B, T, n, C], and with single_pass the `pre` of
+        the sublayer before; one without the last returns streams, as in `Stack.forward`.
         """
         h = tokens
         if self.embedding is not None:
@@ -167,30 +168,31 @@ class Decoder(nn.Module):
         ]
 
 
-def _spared_draws() -> AbstractContextManager[None]:
-    """Draws in here do not advance the random state of the CPU, which later draws begin with."""
+def _preserved_rng() -> AbstractContextManager[None]:
+    """Restore the CPU's random state on exit, so that draws inside do not shift later ones."""
     return torch.random.fork_rng(devices=[])
 
 
 def _draw_shared(experts: Experts) -> None:
-    # Of a mixture the shared experts alone advance the random state before the decoder fills all
-    # matrices: recorded runs began with these numbers.
+    # Of a mixture only the shared experts advance the random state before the decoder fills all
+    # matrices: the golden losses depend on this order of draws.
     if experts.shared is not None:
         experts.shared.reset_parameters()
 
 
 class ParameterCount(NamedTuple):
-    """Parameters of a decoder, counted as the mHC paper's model table does."""
+    """Parameter counts of a decoder, as in the model table of the mHC paper."""
 
     active: int
-    """What one token meets: all but the embedding and the experts it does not visit."""
+    """Parameters that one token uses: all but the embedding and the experts not chosen for it."""
     total: int
+    """All parameters."""
     vocabulary: int
-    """Embedding and head."""
+    """Parameters of embedding and head."""
 
 
 def count_parameters(model: Decoder) -> ParameterCount:
-    """Count without touching any weight: the model may be on the meta device."""
+    """Count the parameters by shape; the model may be on the meta device."""
     total, ends = _size(model), (model.embedding, model.head)
     idle = sum(
         _size(mixture.routed)

@@ -16,11 +16,10 @@ from manifold_hc.errors import (
     require_number,
 )
 from manifold_hc.models.feed_forward import GatedFeedForward
-from manifold_hc.models.linear import here
 from manifold_hc.precision import WideModule, compute_dtype, wide_dtype
 
 ALIGNMENT = 16
-"""Bytes that torch's grouped product wants every row to be a multiple of."""
+"""Row sizes that torch's grouped product takes are multiples of this, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -28,20 +27,20 @@ class ExpertsConfig:
     """Sizes of the mixtures of experts; E = `routed`, K = `active`."""
 
     routed: int = 0
-    """Routed experts of a mixture; 0 for a dense network."""
+    """Number of routed experts per mixture; 0 for a dense network."""
     active: int = 2
-    """Routed experts that each token visits."""
+    """Number of routed experts per token."""
     shared: int = 1
-    """Experts that every token visits."""
+    """Number of experts that process every token."""
     width: int = 64
     """Hidden size of one expert."""
     dense_blocks: int = 1
-    """Leading blocks whose feed-forward is dense."""
+    """Number of leading blocks with a dense feed-forward layer."""
     balancing: float = 0.001
-    """Step of the balancing bias, moved by load and not by the loss; 0 leaves it at 0."""
+    """Step size of the load-balancing bias, updated by load without a gradient; 0 turns it off."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for sizes that cannot be built."""
+        """Raise ConfigError for invalid sizes."""
         require_at_least_one(self, "active", "width")
         require_number(self, "routed", "shared", "dense_blocks", "balancing")
         if 0 < self.routed < self.active:
@@ -52,10 +51,10 @@ class ExpertsConfig:
 
 
 class Router(WideModule):
-    """Which experts a token visits, and how much it takes of each; all in float32.
+    """Choose K experts for each token and compute their gates, in float32.
 
-    Gates are sigmoids, normalised over the chosen experts. The choice adds `bias`, the gates do
-    not: loss-free balancing (arXiv 2408.15664).
+    Gates are sigmoids, normalised over the chosen experts. `bias` enters the choice but not the
+    gates: loss-free balancing (arXiv 2408.15664).
     """
 
     bias: Tensor
@@ -64,7 +63,7 @@ class Router(WideModule):
     _unit = "each router"
 
     def __init__(self, channels: int, experts: int, active: int) -> None:
-        """channels: C; experts: E; active: K."""
+        """channels: hidden size C. experts: E. active: K."""
         super().__init__()
         self.active = active
         self.weight = nn.Parameter(torch.empty(experts, channels, dtype=wide_dtype()))
@@ -74,40 +73,42 @@ class Router(WideModule):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weight [E, C] uniformly within 1/sqrt(C) of 0; bias and load become 0."""
+        """Draw the weight [E, C] uniformly within 1/sqrt(C) of 0; set bias and load to 0."""
         bound = 1 / math.sqrt(self.weight.shape[-1])
         self.weight.uniform_(-bound, bound)
         self.bias.zero_()
         self.load.zero_()
 
     def forward(self, tokens: Float[Tensor, "N C"]) -> tuple[Float[Tensor, "N K"], Tensor]:
-        """Gates and indices [N, K] of the chosen experts."""
+        """Return gates and indices of the chosen experts, both [N, K]."""
         self._require_wide()
         with torch.autocast(tokens.device.type, enabled=False):
             scores = linear(tokens.to(self.weight.dtype), self.weight).sigmoid()
+        # Top K by score plus bias; gates from the scores alone, so that the bias gets no gradient.
         chosen = (scores.detach() + self.bias).topk(self.active, -1).indices
         gates = scores.gather(-1, chosen)
         return gates / (gates.sum(-1, keepdim=True) + 1e-20), chosen
 
     @torch.no_grad()
     def balance(
-        self, step: float, total: Callable[[Tensor], Tensor] = lambda load: load
+        self, step: float, all_reduce: Callable[[Tensor], Tensor] = lambda load: load
     ) -> Int[Tensor, " E"]:
-        """Move `bias` by `step` towards even load; returns the load since the last call.
+        """Move `bias` by `step` towards even load; return the load [E] since the last call.
 
-        b_e += step * sign(mean load - load_e), once for every optimizer step.
+        b_e += step * sign(mean load - load_e), once per optimizer step. all_reduce: sums the load
+        over the ranks of a distributed run.
         """
-        load = total(self.load.clone())
+        load = all_reduce(self.load.clone())
         self.bias += step * torch.sign(load.to(self.bias.dtype).mean() - load)
         self.load.zero_()
         return load
 
 
 class RoutedExperts(nn.Module):
-    """E gated feed-forward layers, each for its own rows."""
+    """E gated feed-forward layers, each applied to its own rows."""
 
     def __init__(self, channels: int, config: ExpertsConfig) -> None:
-        """channels: C; weights are stacked: gate_up [E, C, 2 width], down [E, width, C]."""
+        """Draw the stacked weights: gate_up [E, channels, 2 width], down [E, width, channels]."""
         super().__init__()
         E, width = config.routed, config.width
         self.gate_up = nn.Parameter(torch.empty(E, channels, 2 * width))
@@ -122,16 +123,26 @@ class RoutedExperts(nn.Module):
             weight.uniform_(-bound, bound)
 
     def forward(self, rows: Float[Tensor, "R C"], load: Int[Tensor, " E"]) -> Float[Tensor, "R C"]:
-        """Rows in the order of experts, `load` of them for each."""
-        gate, up = grouped_product(rows, here(self.gate_up).to(rows.dtype), load).chunk(2, -1)
-        return grouped_product(silu(gate) * up, here(self.down).to(rows.dtype), load)
+        """Transform rows [R, C] sorted by expert; `load` [E] counts the rows of each."""
+        return grouped_feed_forward(rows, self.gate_up, self.down, load)
+
+
+def grouped_feed_forward(
+    rows: Float[Tensor, "R C"],
+    gate_up: Float[Tensor, "E C H2"],
+    down: Float[Tensor, "E H C"],
+    load: Int[Tensor, " E"],
+) -> Float[Tensor, "R C"]:
+    """Apply the gated feed-forward layer of expert e to its `load[e]` rows, sorted by expert."""
+    gate, up = grouped_product(rows, gate_up.to(rows.dtype), load).chunk(2, -1)
+    return grouped_product(silu(gate) * up, down.to(rows.dtype), load)
 
 
 class Experts(nn.Module):
-    """K of E routed experts, and shared ones, for every token; no token is ever dropped."""
+    """Mixture of experts: K of E routed experts plus shared ones per token; drops no token."""
 
     def __init__(self, channels: int, config: ExpertsConfig) -> None:
-        """channels: C. Raises ConfigError for a configuration without routed experts."""
+        """channels: hidden size C. Raises ConfigError if no experts are routed."""
         super().__init__()
         require_integer("Experts", "channels", channels, 1)
         if not config.routed:
@@ -146,47 +157,49 @@ class Experts(nn.Module):
         self.shared = GatedFeedForward(channels, shared) if shared else None
 
     def reset_parameters(self) -> None:
-        """Draw the weights of all experts and of the router anew; balancing begins anew."""
+        """Redraw the weights of all experts and of the router; reset the balancing bias."""
         self.routed.reset_parameters()
         self.router.reset_parameters()
         if self.shared is not None:
             self.shared.reset_parameters()
 
     def forward(self, u: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C"]:
-        """[..., C] -> [..., C]."""
+        """Sum the gated outputs of each token's experts: [..., C] -> [..., C]."""
         tokens = u.flatten(0, -2)
         gates, chosen = self.router(tokens)
         slots = chosen.flatten()
         load = torch.zeros_like(self.router.load).scatter_add_(0, slots, torch.ones_like(slots))
-        visits = self._visit(tokens, chosen, load) * gates.unsqueeze(-1)
-        out = visits.unflatten(0, u.shape[:-1]).sum(-2).to(compute_dtype(u))
+        outputs = self._run_chosen(tokens, chosen, load) * gates.unsqueeze(-1)
+        out = outputs.unflatten(0, u.shape[:-1]).sum(-2).to(compute_dtype(u))
         if self.training and out.requires_grad:
             self._count_in_backward(out, load)
         return out if self.shared is None else out + self.shared(u)
 
     @torch.compiler.disable(reason="a graph cannot count in its backward pass")
     def _count_in_backward(self, out: Float[Tensor, "*batch C"], load: Int[Tensor, " E"]) -> None:
-        """Add the load of this pass when the gradient of its output arrives.
+        """Count the load of this forward pass when the gradient of its output arrives.
 
-        A checkpoint, reentrant or not, runs forward twice but backpropagates through one of the two
-        passes only. A second gradient through the same pass adds nothing: schedules of pipelines
-        compute those of inputs and of weights apart.
+        Activation checkpointing runs forward twice but backpropagates through one pass only. A
+        second gradient through the same pass counts nothing: pipeline schedules may compute the
+        gradients of inputs and of weights in two backward passes.
         """
-        uncounted = [load]
+        pending = [load]
 
         def count(grad: Tensor) -> None:
-            if uncounted:
-                self.router.load += uncounted.pop()
+            if pending:
+                self.router.load += pending.pop()
 
         out.register_hook(count)
 
-    def _visit(
+    def _run_chosen(
         self, tokens: Float[Tensor, "N C"], chosen: Tensor, load: Int[Tensor, " E"]
     ) -> Float[Tensor, "N K C"]:
-        """What each chosen expert makes of its tokens, in the order of `chosen`."""
+        """Outputs [N, K, C] of each token's chosen experts, in the order of `chosen`."""
+        # Slot s is token s // K with its expert s % K; sorted by expert, each expert's rows adjoin.
         order = chosen.flatten().argsort(stable=True)
         rows = tokens.to(compute_dtype(tokens))[order // self.config.active]
         out = self.routed(rows, load)
+        # The inverse permutation, back to slots.
         back = torch.empty_like(order).scatter_(
             0, order, torch.arange(len(order), device=order.device)
         )
@@ -196,8 +209,8 @@ class Experts(nn.Module):
 def grouped_product(
     rows: Float[Tensor, "R I"], weights: Float[Tensor, "E I O"], sizes: Int[Tensor, " E"]
 ) -> Float[Tensor, "R O"]:
-    """Rows in consecutive groups, each times its own matrix: one call where torch has it."""
-    if _torch_can(rows, weights):
+    """Multiply consecutive groups of rows by one matrix each, in one call if torch supports it."""
+    if _has_grouped_mm(rows, weights):
         ends = sizes.cumsum(0).to(torch.int32)
         product: Tensor = grouped_mm(rows, weights, offs=ends)
         return product
@@ -206,27 +219,29 @@ def grouped_product(
 
 
 def mixtures(model: nn.Module) -> dict[str, Experts]:
-    """The mixtures of experts of a model by name, in depth order."""
+    """Return the mixtures of experts of a model by name, in depth order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
 
 
 def balance(
-    model: nn.Module, total: Callable[[Tensor], Tensor] = lambda load: load
+    model: nn.Module, all_reduce: Callable[[Tensor], Tensor] = lambda load: load
 ) -> list[Int[Tensor, " E"]]:
-    """Balance every mixture of `model`; returns tokens by expert since the last call, by depth.
+    """Update the balancing bias of every mixture; return the load per expert, in depth order.
 
-    To be called once after every optimizer step. total: makes of the load that this process has
-    seen that of all.
+    Call it once after every optimizer step. all_reduce: sums a load [E] over the ranks of a
+    distributed run. The load counts token-expert pairs since the last call.
     """
-    found = mixtures(model).values()
-    return [each.router.balance(each.config.balancing, total) for each in found]
+    return [
+        mixture.router.balance(mixture.config.balancing, all_reduce)
+        for mixture in mixtures(model).values()
+    ]
 
 
-def _torch_can(rows: Tensor, weights: Tensor) -> bool:
-    """Whether torch's grouped product serves these: by device, dtype and alignment."""
+def _has_grouped_mm(rows: Tensor, weights: Tensor) -> bool:
+    """True if torch's grouped product supports this device, dtype and alignment."""
     aligned = all(size * rows.element_size() % ALIGNMENT == 0 for size in weights.shape[-2:])
     if rows.device.type == "cpu":
-        # torch.compile believes torch's shape function, which takes bfloat16 alone.
+        # torch.compile relies on the shape function, which supports bfloat16 only.
         compiling = torch.compiler.is_compiling()
         known = rows.dtype == torch.bfloat16 or (
             rows.dtype in (torch.float32, torch.float16) and not compiling

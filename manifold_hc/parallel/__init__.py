@@ -1,27 +1,31 @@
-"""Runs of several processes: who they are, what each has, what they tell each other."""
+"""Distributed runs: ranks, meshes, sharding, pipelines and the watchdog."""
 
 from manifold_hc.parallel.apply import distribute
-from manifold_hc.parallel.config import (
-    ParallelConfig,
-    is_first,
-    is_restarted,
-    job,
-    require_started,
-)
+from manifold_hc.parallel.config import ParallelConfig
+from manifold_hc.parallel.mesh import local_shard, parameters_by_mesh
 from manifold_hc.parallel.pipeline import Pipeline, in_depth_order
-from manifold_hc.parallel.processes import Processes, by_mesh, joined, local
+from manifold_hc.parallel.processes import Processes
+from manifold_hc.parallel.rendezvous import join_process_group
+from manifold_hc.parallel.torchrun import (
+    end_process,
+    is_rank0,
+    is_restarted,
+    job_id,
+    require_world_size,
+)
 
 __all__ = [
     "ParallelConfig",
     "Pipeline",
     "Processes",
-    "by_mesh",
     "distribute",
+    "end_process",
     "in_depth_order",
-    "is_first",
+    "is_rank0",
     "is_restarted",
-    "job",
-    "joined",
-    "local",
-    "require_started",
+    "job_id",
+    "join_process_group",
+    "local_shard",
+    "parameters_by_mesh",
+    "require_world_size",
 ]

@@ -1,7 +1,10 @@
-"""What is done to a model that several processes share, in this order."""
+"""Parallelism applied to a model from outside, in this order.
+
+Pipeline stages, tensor parallelism, expert parallelism, torch.compile, FSDP2, progress reports.
+"""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,22 +15,23 @@ from manifold_hc.models import Decoder
 from manifold_hc.models.attention import LatentAttention
 from manifold_hc.models.experts import mixtures
 from manifold_hc.models.feed_forward import GatedFeedForward
-from manifold_hc.parallel.config import SPLITTING
-from manifold_hc.parallel.experts import share_experts
-from manifold_hc.parallel.pipeline import Pipeline, cut
+from manifold_hc.parallel.config import SPLIT_BACKWARD
+from manifold_hc.parallel.experts import shard_experts
+from manifold_hc.parallel.mesh import Meshes, build_meshes, fsdp_mesh
+from manifold_hc.parallel.pipeline import Pipeline, split_into_stages
 from manifold_hc.parallel.processes import Processes
-from manifold_hc.parallel.tensor import SHARDED, share_branch
+from manifold_hc.parallel.tensor import SHARDED, shard_branch
 from manifold_hc.precision import WideModule
 from manifold_hc.stack import present
 
 FLOAT32 = MixedPrecisionPolicy()
-"""Weights are gathered as they are kept."""
+"""All-gather weights in float32, as they are stored."""
 
 COMPILED = (LatentAttention, GatedFeedForward)
-"""Modules whose forward torch.compile takes whole; shared experts are among them."""
+"""Modules whose forward torch.compile captures as one graph; shared experts are among them."""
 
-Special = dict[nn.Module, DeviceMesh]
-"""Modules that other processes share than the rest."""
+FsdpMeshes = dict[nn.Module, DeviceMesh]
+"""FSDP meshes of the modules that do not use the dense one."""
 
 
 def distribute(
@@ -38,170 +42,156 @@ def distribute(
     microbatches: int = 1,
     compiled: bool = False,
 ) -> Decoder | Pipeline:
-    """Spread `model` over the processes; every one must have the same weights.
+    """Distribute a model over the ranks of a run.
 
-    Returns what this process has of it: the model itself, changed in place, or its stages.
-    precision: what the branches compute in; weights are kept in float32. microbatches: what a
-    pipeline cuts a process's part of a batch into. compiled: whether torch.compile takes dense
-    branches and shared experts.
+    Args:
+        model: a decoder with the same weights on every rank; changed in place.
+        processes: the ranks of the run.
+        precision: dtype of the branches' products; weights are stored in float32.
+        microbatches: number of microbatches per pipeline step, from this rank's slice of a batch.
+        compiled: apply torch.compile to dense branches and shared experts.
+
+    Returns:
+        The model itself, or this rank's pipeline stages.
     """
-    meshes = _meshes(processes) if processes.config.copies > 1 else None
+    meshes = None
+    if processes.mesh is not None and processes.config.stage_ranks > 1:
+        meshes = build_meshes(processes.mesh, processes.config)
     if processes.config.pipeline == 1:
-        _spread(model, model, processes, meshes, precision, compiled)
+        _distribute_layers(model, model, processes, meshes, precision, compiled)
         return model
-    stages = cut(model, processes, precision)
+    stages = split_into_stages(model, processes, precision)
     for stage in stages.values():
-        _spread(stage.decoder, stage, processes, meshes, precision, compiled)
+        _distribute_layers(stage.decoder, stage, processes, meshes, precision, compiled)
     return Pipeline(stages, processes, microbatches)
 
 
-def _spread(
+def _distribute_layers(
     model: Decoder,
-    unit: nn.Module,
+    root: nn.Module,
     processes: Processes,
-    meshes: "_Meshes | None",
+    meshes: Meshes | None,
     precision: torch.dtype,
     compiled: bool,
 ) -> None:
-    """Spread a decoder, or a part, over the processes that have its layers; `unit` calls it.
+    """Distribute a decoder, or the part of one stage, over the ranks that hold its layers.
 
-    Recompute needs nothing done: its blocks are the stack's own, and end with it.
+    root: module that calls `model`, the root unit of FSDP. Recompute blocks need no treatment: they
+    belong to the stack and end with it.
     """
-    special: Special = {}
+    special: FsdpMeshes = {}
     if meshes and processes.config.tensor > 1:
-        special |= _share_branches(model, meshes)
+        special |= _shard_branches(model, meshes)
     if meshes and processes.config.experts > 1:
-        special |= _share_experts(model, meshes)
+        special |= _shard_experts(model, meshes)
+    # Before FSDP: its hooks run outside the compiled graphs.
     if compiled:
         _compile(model)
     if meshes:
-        _shard(model, unit, meshes.dense, special, precision, _keeps_whole(processes))
-    _tell_progress(model, processes)
+        _fully_shard(model, root, meshes.dense, special, precision, _stays_gathered(processes))
+    _report_sublayers(model, processes)
 
 
-class _Meshes(NamedTuple):
-    """How the processes of a copy share its weights; all processes make them together."""
-
-    dense: DeviceMesh
-    """All of them have other tokens: what is computed token by token, they share alike."""
-    heads: DeviceMesh
-    """Heads and hidden units along "tensor"."""
-    sparse: DeviceMesh
-    """Experts along "experts"."""
-
-
-def _meshes(processes: Processes) -> _Meshes:
-    degrees = processes.config
-    copy = degrees.shard * degrees.tensor
-
-    def grid(inner: dict[str, int]) -> DeviceMesh:
-        assert processes.mesh is not None
-        sizes = {"pipeline": degrees.pipeline, "replicate": degrees.replicate, **inner}
-        return processes.mesh._unflatten(0, tuple(sizes.values()), tuple(sizes))
-
-    dense = heads = sparse = grid({"shard": copy})
-    if degrees.tensor > 1:
-        heads = grid({"shard": degrees.shard, "tensor": degrees.tensor})
-    if degrees.experts > 1:
-        sparse = grid({"shard": copy // degrees.experts, "experts": degrees.experts})
-    return _Meshes(dense, heads, sparse)
-
-
-def _share_branches(model: Decoder, meshes: _Meshes) -> Special:
-    """Tensor and sequence parallelism."""
-    special: Special = {}
+def _shard_branches(model: Decoder, meshes: Meshes) -> FsdpMeshes:
+    """Apply tensor and sequence parallelism to the dense branches."""
+    special: FsdpMeshes = {}
     for branch in present(model.branches):
         if type(branch) in SHARDED:
-            whole = share_branch(branch, meshes.heads["tensor"])
-            special |= dict.fromkeys(whole, _copied(meshes.dense))
-            special[branch] = _copied(meshes.heads)
+            whole = shard_branch(branch, meshes.tensor["tensor"])
+            # Each tensor rank's heads give a part of the gradient of these whole weights: FSDP
+            # over the dense mesh sums over tensor ranks as well.
+            special |= dict.fromkeys(whole, fsdp_mesh(meshes.dense))
+            special[branch] = fsdp_mesh(meshes.tensor)
     return special
 
 
-def _share_experts(model: Decoder, meshes: _Meshes) -> Special:
-    """Expert parallelism."""
-    special: Special = {}
+def _shard_experts(model: Decoder, meshes: Meshes) -> FsdpMeshes:
+    """Apply expert parallelism to the routed experts."""
+    special: FsdpMeshes = {}
     for mixture in mixtures(model).values():
-        share_experts(mixture.routed, meshes.sparse["experts"])
-        special[mixture.routed] = _copied(meshes.sparse)
+        shard_experts(mixture.routed, meshes.experts["experts"])
+        # An expert's rank receives the rows of all ranks along "experts", so its gradient is
+        # already summed along that axis: FSDP sums over the other axes only.
+        special[mixture.routed] = fsdp_mesh(meshes.experts)
     return special
 
 
 def _compile(model: Decoder) -> None:
-    """What is inside of all hooks: collectives stay outside."""
+    """Compile the forward methods inside of all hooks, so that collectives stay outside."""
     for module in model.modules():
         if isinstance(module, COMPILED):
             module.forward = torch.compile(module.forward)  # type: ignore[method-assign]
 
 
-def _keeps_whole(processes: Processes) -> bool:
-    """Whether weights stay gathered between forward and backward.
+def _stays_gathered(processes: Processes) -> bool:
+    """True if weights stay gathered between forward and backward.
 
-    Where a schedule computes gradients of inputs and of weights apart, FSDP does not see backward
-    begin: weights that are sharded by then give wrong gradients, or none.
+    A schedule that computes gradients of inputs and of weights in two passes hides the start of
+    backward from FSDP: weights that were resharded by then give wrong gradients, or none.
     """
     degrees = processes.config
-    return degrees.pipeline > 1 and degrees.schedule in SPLITTING
+    return degrees.pipeline > 1 and degrees.schedule in SPLIT_BACKWARD
 
 
-def _copied(mesh: DeviceMesh) -> DeviceMesh:
-    """The axes that FSDP sees: hybrid where there are copies."""
-    return mesh["replicate", "shard"] if mesh["replicate"].size() > 1 else mesh["shard"]
-
-
-def _shard(
+def _fully_shard(
     model: Decoder,
-    unit: nn.Module,
+    root: nn.Module,
     dense: DeviceMesh,
-    special: Special,
+    special: FsdpMeshes,
     precision: torch.dtype,
-    keep: bool,
+    stays_gathered: bool,
 ) -> None:
-    """FSDP2: every branch a unit, gathered in `precision` when it runs; its router in float32.
+    """Apply FSDP2: every branch is a unit, gathered in `precision`; its router in float32.
 
-    What is left makes one unit in float32, gathered for the whole of a step: connections and norms,
-    less than a thousandth of a large model. Connections see no hooks of FSDP that way, and hand
-    their streams on as they are.
+    The remaining parameters, connections and norms, form the root unit in float32, gathered for the
+    whole step: less than a thousandth of a large model. FSDP puts no hooks on connections that way,
+    and they return their streams as they are.
 
-    keep: whether what is gathered in forward stays for backward. Gradients of microbatches are
-    then summed in the dtype that is gathered: all is float32, and autocast narrows it.
+    stays_gathered: weights are not resharded after forward. FSDP then sums the gradients of
+    microbatches in the gathered dtype, so weights are gathered in float32 and autocast casts them.
     """
-    mesh = _copied(dense)
-    narrow = FLOAT32 if keep else MixedPrecisionPolicy(precision, torch.float32)
+    mesh = fsdp_mesh(dense)
+    narrow = FLOAT32 if stays_gathered else MixedPrecisionPolicy(precision, torch.float32)
 
-    def make(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy = FLOAT32) -> None:
-        # The loss is a sum over all processes' tokens, and so is every gradient: FSDP would
-        # average. How many processes share a weight differs from unit to unit.
-        sharded = fully_shard(
-            module, mesh=mesh, mp_policy=policy, reshard_after_forward=False if keep else None
+    def wrap(module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy = FLOAT32) -> None:
+        unit = fully_shard(
+            module,
+            mesh=mesh,
+            mp_policy=policy,
+            reshard_after_forward=False if stays_gathered else None,
         )
-        sharded.set_gradient_divide_factor(1.0)
-        sharded.set_force_sum_reduction_for_comms(True)
+        # FSDP averages gradients over its mesh by default. Here the loss of each rank is already
+        # divided by the targets of the whole batch, so the gradient is the sum over ranks; a mean
+        # would also scale units differently, as their meshes differ in size.
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
 
+    # Inner units first: fully_shard of a module takes the parameters that no unit inside has taken.
     for branch in present(model.branches):
         for module in branch.modules():
             if isinstance(module, WideModule):
-                make(module, mesh)
+                wrap(module, mesh)
             elif module in special and module is not branch:
-                make(module, special[module], narrow)
-        make(branch, special.get(branch, mesh), narrow)
+                wrap(module, special[module], narrow)
+        wrap(branch, special.get(branch, mesh), narrow)
     if model.head is not None:
-        make(model.head, mesh, narrow)
+        wrap(model.head, mesh, narrow)
     if model.embedding is not None:
-        # The gradients of a token's rows are summed in the dtype that it is gathered in.
-        make(model.embedding, mesh)
-    make(unit, mesh)
+        # Backward sums the gradients of a token's occurrences in the gathered dtype: float32.
+        wrap(model.embedding, mesh)
+    wrap(root, mesh)
 
 
-def _tell_progress(model: Decoder, processes: Processes) -> None:
+def _report_sublayers(model: Decoder, processes: Processes) -> None:
+    """Report every sublayer to the watchdog before it runs."""
     if processes.mesh is None:
         return
     for name, branch in model.branches.named_children():
-        branch.register_forward_pre_hook(_begins(f"sublayer {name}", processes))
+        branch.register_forward_pre_hook(_report_hook(f"sublayer {name}", processes))
 
 
-def _begins(operation: str, processes: Processes) -> Callable[[nn.Module, Any], None]:
-    def tell(module: nn.Module, arguments: Any) -> None:
-        processes.at(operation)
+def _report_hook(operation: str, processes: Processes) -> Callable[[nn.Module, Any], None]:
+    def report(module: nn.Module, arguments: Any) -> None:
+        processes.report(operation)
 
-    return tell
+    return report

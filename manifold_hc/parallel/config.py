@@ -1,6 +1,5 @@
-"""How many processes share a run, and how."""
+"""Degrees of parallelism, and the stages of a pipeline."""
 
-import os
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -8,10 +7,10 @@ from typing import Literal
 from manifold_hc.errors import ConfigError, require_at_least_one, require_number
 
 AXES = ("pipeline", "replicate", "shard", "tensor")
-"""The axes of the mesh of processes, the slowest one first."""
+"""Axes of the mesh of ranks, outermost first: ranks of one tensor group are neighbours."""
 
 Placement = Literal["one", "loop", "v"]
-"""Stages of process p of P: p alone; p, p + P and so on; p and 2P - 1 - p."""
+"""Stages of pipeline rank p of P: p alone; p, p + P, p + 2P, ...; p and 2P - 1 - p."""
 
 SCHEDULES: dict[str, Placement] = {
     "GPipe": "one",
@@ -22,35 +21,35 @@ SCHEDULES: dict[str, Placement] = {
     "ZBVZeroBubble": "v",
     "DualPipeV": "v",
 }
-"""Schedules by the names of torch.distributed.pipelining, and where their stages are."""
+"""Placement of stages by schedule, under the names of torch.distributed.pipelining."""
 
-SPLITTING = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
-"""Those that compute gradients of inputs and of weights apart."""
+SPLIT_BACKWARD = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+"""Schedules that compute gradients of inputs and of weights in two backward passes."""
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Degrees of parallelism, whose product is the number of processes; 1 leaves an axis out."""
+    """Degrees of parallelism; their product is the number of processes, 1 leaves an axis unused."""
 
     pipeline: int = 1
-    """Processes that share a copy's blocks, in stages of equal length."""
+    """Pipeline ranks, which hold stages of equal length."""
     schedule: str = "1F1B"
-    """In which order microbatches (training.accumulate) go through the stages."""
+    """Schedule of the microbatches (training.accumulate) through the stages."""
     stages: int = 0
-    """Stages that a process has; 0 for as few as the schedule takes, 1 or 2."""
+    """Stages per pipeline rank; 0 for the fewest that the schedule takes, 1 or 2."""
     replicate: int = 1
-    """Copies of the whole model, each with its own part of every batch."""
+    """Replicas of the whole model, each with its own slice of every batch."""
     shard: int = 1
-    """Processes that share a copy's weights and optimizer state (FSDP2); each has its own part."""
+    """Ranks that shard weights and optimizer state (FSDP2), each with its own slice of a batch."""
     tensor: int = 1
-    """Processes that share every branch's heads and hidden units, and every sequence."""
+    """Ranks that shard the heads and hidden units of every branch, and every sequence."""
     experts: int = 1
-    """Processes among `shard` x `tensor` that share the experts: tokens travel there and back."""
+    """Ranks among `shard` x `tensor` that shard the experts and exchange tokens."""
     timeout: float = 600.0
-    """Seconds without progress after which several processes end and name who hangs."""
+    """Seconds without progress after which the watchdog ends the run and names the hanging rank."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for degrees that there are not."""
+        """Raise ConfigError for invalid degrees."""
         require_at_least_one(self, *AXES, "experts")
         if self.shard * self.tensor % self.experts:
             raise ConfigError(
@@ -74,38 +73,38 @@ class ParallelConfig:
         )
 
     def __str__(self) -> str:
-        """The axes that are used."""
+        """Return the axes of degree above 1, as "pipeline 2 x shard 4"."""
         known = zip(AXES, self.degrees, strict=True)
         return " x ".join(f"{axis} {degree}" for axis, degree in known if degree > 1)
 
     @property
     def degrees(self) -> tuple[int, ...]:
-        """Of every axis."""
+        """Degree of every axis, in the order of AXES."""
         return tuple(getattr(self, axis) for axis in AXES)
 
     @property
     def size(self) -> int:
-        """Processes in all."""
+        """Number of processes (world size)."""
         return prod(self.degrees)
 
     @property
-    def copies(self) -> int:
-        """Processes that have the same blocks, or parts of them."""
+    def stage_ranks(self) -> int:
+        """Number of ranks per pipeline rank: all hold the same layers, or shards of them."""
         return self.size // self.pipeline
 
     @property
     def dp_size(self) -> int:
-        """Parts of a batch that are computed at once."""
+        """Data-parallel size: number of slices of a batch that are computed at once."""
         return self.replicate * self.shard
 
     @property
     def placement(self) -> Placement:
-        """Where the stages are."""
+        """Placement of the stages on pipeline ranks."""
         return SCHEDULES[self.schedule]
 
     @property
-    def all_stages(self) -> int:
-        """Stages of all processes; 1 without a pipeline."""
+    def num_stages(self) -> int:
+        """Number of stages of the whole pipeline; 1 without a pipeline."""
         if self.pipeline == 1:
             return 1
         return self.pipeline * (self.stages or self._fewest_stages)
@@ -114,22 +113,22 @@ class ParallelConfig:
     def _fewest_stages(self) -> int:
         return 1 if self.placement == "one" else 2
 
-    def stages_of(self, process: int) -> list[int]:
-        """Which stages a process of the pipeline has, in the order of their layers."""
+    def stages_of(self, pp_rank: int) -> list[int]:
+        """Return the stages of a pipeline rank, in depth order."""
         if self.pipeline == 1:
             return [0]
         if self.placement == "v":
-            return [process, self.all_stages - 1 - process]
-        return list(range(process, self.all_stages, self.pipeline))
+            return [pp_rank, self.num_stages - 1 - pp_rank]
+        return list(range(pp_rank, self.num_stages, self.pipeline))
 
     def require_microbatches(self, count: int) -> None:
-        """Raise ConfigError where the schedule cannot run on so many, with torch's own rules."""
+        """Raise ConfigError if the schedule cannot run `count` microbatches, by torch's rules."""
         if self.pipeline == 1:
             return
-        least = {"1F1B": self.pipeline, "DualPipeV": self.all_stages}.get(self.schedule, 1)
+        least = {"1F1B": self.pipeline, "DualPipeV": self.num_stages}.get(self.schedule, 1)
         if count < least:
             raise ConfigError(
-                f"training.accumulate: {self.schedule} over {self.all_stages} stages needs at "
+                f"training.accumulate: {self.schedule} over {self.num_stages} stages needs at "
                 f"least {least} microbatches but it is {count}"
             )
         rounds = max(1, count // self.pipeline)
@@ -139,37 +138,3 @@ class ParallelConfig:
                 f"multiple of {rounds} microbatches, such as {rounds * self.pipeline}, "
                 f"but it is {count}"
             )
-
-
-def require_started(config: ParallelConfig) -> None:
-    """Raise ConfigError unless as many processes were started as the axes need."""
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started == config.size:
-        return
-    if config.size == 1:
-        raise ConfigError(
-            f"parallel: {started} processes were started but nothing says how they share the run; "
-            f"give degrees that multiply to {started}, such as parallel.shard={started}"
-        )
-    raise ConfigError(
-        f"parallel: {config} needs {config.size} processes but {started} "
-        f"{'was' if started == 1 else 'were'} started; start {config.size} with "
-        f"torchrun --nproc-per-node {config.size} -m manifold_hc train ..., "
-        f"or give degrees that multiply to {started}"
-    )
-
-
-def is_first() -> bool:
-    """Whether this process is the one that speaks, by what torchrun has told it."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def is_restarted() -> bool:
-    """Whether torchrun has started this process again after a failure of its own node's."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-
-
-def job() -> str:
-    """What tells this job of torchrun's from others, the same after a restart."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return name if name != "none" else f"child of {os.getppid()}"

@@ -1,4 +1,4 @@
-"""Expert parallelism: every process has some of the experts; tokens travel to them and back."""
+"""Expert parallelism: every rank holds some of the experts; tokens travel to them and back."""
 
 from typing import Any, NamedTuple
 
@@ -9,86 +9,104 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from manifold_hc.models.experts import RoutedExperts
+from manifold_hc.models.experts import RoutedExperts, grouped_feed_forward
+from manifold_hc.parallel.mesh import local_shard
 
 
-def share_experts(routed: RoutedExperts, mesh: DeviceMesh) -> None:
-    """Give each of P processes E / P consecutive experts, in place, and the rows that they get."""
+class ShardedExperts(RoutedExperts):
+    """Routed experts of this rank."""
+
+    def forward(
+        self, rows: Float[Tensor, "R C"], load: Int[Tensor, " E_P"]
+    ) -> Float[Tensor, "R C"]:
+        """Transform rows sorted by local expert; `load` counts the rows of each local expert."""
+        return grouped_feed_forward(rows, local_shard(self.gate_up), local_shard(self.down), load)
+
+
+def shard_experts(routed: RoutedExperts, mesh: DeviceMesh) -> None:
+    """Give each of P ranks E / P consecutive experts and the token exchange, in place."""
     for name, weight in list(routed.named_parameters(recurse=False)):
         setattr(routed, name, nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)])))
-    exchange = Exchange(mesh)
-    routed.register_forward_pre_hook(exchange.there)
-    routed.register_forward_hook(exchange.back)
+    # As fully_shard does: a new class keeps the module's name, its hooks and its state_dict.
+    routed.__class__ = ShardedExperts
+    exchange = TokenExchange(mesh)
+    routed.register_forward_pre_hook(exchange.dispatch)
+    routed.register_forward_hook(exchange.combine)
 
 
 class _Route(NamedTuple):
-    """Where the rows of one call came from."""
+    """Routing of the rows of one forward call."""
 
     sent: list[int]
-    """Rows that went to each process."""
+    """Number of rows sent to each rank."""
     received: list[int]
-    """Rows that came from each."""
+    """Number of rows received from each rank."""
     arrived: Int[Tensor, " S"]
-    """Where each row, in the order of experts, was in the order of processes."""
+    """For each row sorted by expert: its index in the received rows, which are sorted by rank."""
 
 
-class Exchange:
-    """Hooks around a mixture's experts: rows go to their expert's process, results come back."""
+class TokenExchange:
+    """Forward hooks of the routed experts: send rows to their expert's rank, results back."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
-        """mesh: the processes that share the experts."""
+        """mesh: one-dimensional, over the ranks that share the experts."""
         self.group, self.size = mesh.get_group(), mesh.size()
         self._route: _Route | None = None
 
-    def there(
+    def dispatch(
         self, _: nn.Module, arguments: tuple[Float[Tensor, "R C"], Int[Tensor, " E"]]
     ) -> tuple[Float[Tensor, "S C"], Int[Tensor, " E_P"]]:
-        """Rows in the order of all experts -> those of this process's experts, in their order."""
-        rows, load = arguments
-        going = load.view(self.size, -1)  # process, expert there
-        coming = torch.empty_like(going)  # process, expert here
-        dist.all_to_all_single(coming, going, group=self.group)
-        sent, received = going.sum(1).tolist(), coming.sum(1).tolist()
-        rows = _Exchanged.apply(rows, received, sent, self.group)
-        expert = torch.arange(coming.shape[1], device=load.device).repeat(self.size)
-        arrived = expert.repeat_interleave(coming.flatten()).argsort(stable=True)
-        self._route = _Route(sent, received, arrived)
-        return rows[arrived], coming.sum(0)
+        """Send this rank's rows, sorted by global expert; return the local experts' rows and load.
 
-    def back(self, _: nn.Module, arguments: Any, out: Float[Tensor, "S C"]) -> Tensor:
-        """Results of this process's experts -> those of this process's own rows."""
+        The returned rows are sorted by local expert.
+        """
+        rows, load = arguments
+        outgoing = load.view(self.size, -1)  # [rank, that rank's local expert]
+        incoming = torch.empty_like(outgoing)  # [rank, this rank's local expert]
+        # Counts first: a rank must know how many rows it receives before it can allocate them.
+        dist.all_to_all_single(incoming, outgoing, group=self.group)
+        sent, received = outgoing.sum(1).tolist(), incoming.sum(1).tolist()
+        rows = _AllToAll.apply(rows, received, sent, self.group)
+        # Received rows are sorted by source rank, then expert; the experts need them by expert.
+        expert = torch.arange(incoming.shape[1], device=load.device).repeat(self.size)
+        arrived = expert.repeat_interleave(incoming.flatten()).argsort(stable=True)
+        self._route = _Route(sent, received, arrived)
+        return rows[arrived], incoming.sum(0)
+
+    def combine(self, _: nn.Module, arguments: Any, out: Float[Tensor, "S C"]) -> Tensor:
+        """Return the results of the local experts to the ranks that sent the rows."""
         assert self._route is not None
         sent, received, arrived = self._route
         self._route = None
         order = torch.empty_like(arrived).scatter_(
             0, arrived, torch.arange(len(arrived), device=arrived.device)
         )
-        return _Exchanged.apply(out[order], sent, received, self.group)
+        return _AllToAll.apply(out[order], sent, received, self.group)
 
 
-class _Exchanged(torch.autograd.Function):
-    """all_to_all over rows; its backward the other way round."""
+class _AllToAll(torch.autograd.Function):
+    """All-to-all over rows; backward sends the gradients the opposite way."""
 
     @staticmethod
     def forward(
         ctx: Any,
         rows: Tensor,
-        coming: list[int],
-        going: list[int],
+        received: list[int],
+        sent: list[int],
         group: dist.ProcessGroup,
     ) -> Tensor:
-        ctx.sizes, ctx.group = (coming, going), group
-        return _all_to_all(rows, coming, going, group)
+        ctx.sizes, ctx.group = (received, sent), group
+        return _all_to_all(rows, received, sent, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        coming, going = ctx.sizes
-        return _all_to_all(grad, going, coming, ctx.group), None, None, None
+        received, sent = ctx.sizes
+        return _all_to_all(grad, sent, received, ctx.group), None, None, None
 
 
 def _all_to_all(
-    rows: Tensor, coming: list[int], going: list[int], group: dist.ProcessGroup
+    rows: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup
 ) -> Tensor:
-    result = rows.new_empty(sum(coming), *rows.shape[1:])
-    dist.all_to_all_single(result, rows.contiguous(), coming, going, group=group)
+    result = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(result, rows.contiguous(), received, sent, group=group)
     return result

@@ -1,4 +1,4 @@
-"""The order in which microbatches go through stages: torch.distributed.pipelining's schedules."""
+"""Pipeline schedules: those of torch.distributed.pipelining, with progress reports."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,26 +12,26 @@ from manifold_hc.errors import ConfigError
 from manifold_hc.parallel.processes import Processes
 
 
-def planned(
+def build_schedule(
     stages: Mapping[int, nn.Module],
-    sizes: Sequence[Tensor | tuple[Tensor, ...]],
+    boundaries: Sequence[Tensor | tuple[Tensor, ...]],
     processes: Processes,
     microbatches: int,
     loss: Callable[[Tensor, Tensor], Tensor],
 ) -> Any:
-    """torch's schedule over the stages of this process, given by their number.
+    """Return torch's schedule over this rank's stages, given by number.
 
-    sizes: what goes into every stage of the pipeline, and out of the last one, on the meta device.
-    loss: its microbatches' shares are summed, and so are gradients.
+    boundaries: meta tensors of a microbatch; stage i maps boundaries[i] to boundaries[i + 1].
+    loss: a microbatch's summand of the loss.
     """
     watched = [
-        _Watched(
+        _WatchedStage(
             stage,
             number,
-            len(sizes) - 1,
+            len(boundaries) - 1,
             next(stage.parameters()).device,
-            input_args=sizes[number],
-            output_args=sizes[number + 1],
+            input_args=boundaries[number],
+            output_args=boundaries[number + 1],
             group=processes.pp_group,
         )
         for number, stage in stages.items()
@@ -40,11 +40,13 @@ def planned(
         stage.processes = processes
     kind: Any = get_schedule_class(processes.config.schedule)
     given = watched[0] if issubclass(kind, PipelineScheduleSingle) else watched
+    # The loss of a microbatch is divided by the targets of the whole batch: torch must not divide
+    # the gradients by the number of microbatches as well.
     return kind(given, microbatches, loss_fn=loss, scale_grads=False)
 
 
 def require_schedule(name: str) -> None:
-    """Raise ConfigError where the installed torch does not know the schedule."""
+    """Raise ConfigError if the installed torch does not know the schedule."""
     try:
         get_schedule_class(name)
     except ValueError:
@@ -54,64 +56,68 @@ def require_schedule(name: str) -> None:
         ) from None
 
 
-class _Watched(PipelineStage):
-    """Tells the watchdog what it does, and has room for streams only while they are needed.
+class _WatchedStage(PipelineStage):
+    """Pipeline stage that reports progress, and frees receive buffers after use.
 
-    torch would keep room for those of all microbatches, and their gradients, as long as the run.
+    torch allocates receive buffers for the streams and gradients of all microbatches once, and
+    keeps them until the end of the run.
     """
 
     processes: Processes
 
     def _prepare_forward_infra(self, *rest: Any, **named: Any) -> Any:
-        made = super()._prepare_forward_infra(*rest, **named)
+        prepared = super()._prepare_forward_infra(*rest, **named)
         for received in self.args_recv_info.values():
-            _release(received)
-        return made
+            _free(received)
+        return prepared
 
     def _prepare_backward_infra(self, *rest: Any, **named: Any) -> Any:
-        made = super()._prepare_backward_infra(*rest, **named)
+        prepared = super()._prepare_backward_infra(*rest, **named)
         for received in self.grad_recv_info.values():
-            _release(received)
-        return made
+            _free(received)
+        return prepared
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:
-        _make_room(self.args_recv_info[fwd_chunk_id], self.device)
+        _allocate(self.args_recv_info[fwd_chunk_id], self.device)
         return super().get_fwd_recv_ops(fwd_chunk_id)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> Any:
-        _make_room(self.grad_recv_info.get(bwd_chunk_id, ()), self.device)
+        _allocate(self.grad_recv_info.get(bwd_chunk_id, ()), self.device)
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
     def forward_one_chunk(self, fwd_chunk_id: int, *rest: Any, **named: Any) -> Any:
-        self._begins(fwd_chunk_id, "forward")
-        made = super().forward_one_chunk(fwd_chunk_id, *rest, **named)
-        _release(self.args_recv_info[fwd_chunk_id])
-        self.processes.waits()
-        return made
+        with self.processes.phase(self._operation(fwd_chunk_id, "forward")):
+            out = super().forward_one_chunk(fwd_chunk_id, *rest, **named)
+            _free(self.args_recv_info[fwd_chunk_id])
+        # Between two operations the schedule waits for a neighbour. Stages are never equally far,
+        # so the watchdog must not take a waiting rank for the one that hangs.
+        self.processes.mark_waiting()
+        return out
 
     def backward_one_chunk(self, bwd_chunk_id: int, *rest: Any, **named: Any) -> Any:
-        self._begins(bwd_chunk_id, "backward")
-        made = super().backward_one_chunk(bwd_chunk_id, *rest, **named)
-        _release(self.grad_recv_info[bwd_chunk_id])
-        self.processes.waits()
-        return made
+        with self.processes.phase(self._operation(bwd_chunk_id, "backward")):
+            out = super().backward_one_chunk(bwd_chunk_id, *rest, **named)
+            _free(self.grad_recv_info[bwd_chunk_id])
+        self.processes.mark_waiting()
+        return out
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *rest: Any, **named: Any) -> Any:
-        self._begins(bwd_chunk_id, "backward of weights")
-        super().backward_weight_one_chunk(bwd_chunk_id, *rest, **named)
-        self.processes.waits()
+        with self.processes.phase(self._operation(bwd_chunk_id, "backward of weights")):
+            super().backward_weight_one_chunk(bwd_chunk_id, *rest, **named)
+        self.processes.mark_waiting()
 
-    def _begins(self, microbatch: int, what: str) -> None:
-        self.processes.at(f"stage {self.stage_index}, microbatch {microbatch}, {what}")
+    def _operation(self, microbatch: int, name: str) -> str:
+        return f"stage {self.stage_index}, microbatch {microbatch}, {name}"
 
 
-def _make_room(received: Sequence[Any], device: torch.device) -> None:
+def _allocate(received: Sequence[Any], device: torch.device) -> None:
+    """Allocate the buffers of a microbatch just before its receives are posted."""
     for info in received:
         if not info.is_root_arg and info.tensor_meta is not None:
             meta = info.tensor_meta
             info.buffer = torch.empty(meta.shape, dtype=meta.dtype, device=device)
 
 
-def _release(received: Sequence[Any]) -> None:
+def _free(received: Sequence[Any]) -> None:
     for info in received:
         info.buffer = None

@@ -1,8 +1,8 @@
-"""Ends a run in which a process hangs, and says which one and where.
+"""Watchdog: ends a run in which a rank hangs, and names the rank and its operation.
 
-A process that hangs leaves all others waiting for it in a collective operation. Every process
-counts its own progress and tells it through the store that torchrun keeps; of those that do not say
-that they wait, the one that has come least far is the one that the others wait for.
+A rank that hangs leaves all others waiting in a collective. Every rank counts its operations and
+publishes the count in torchrun's store; of the ranks that do not report themselves as waiting, the
+one with the lowest count is the one that the others wait for.
 """
 
 import json
@@ -21,35 +21,36 @@ from torch.distributed.distributed_c10d import Store
 logger = logging.getLogger("manifold_hc")
 
 BEATS = 10
-"""Times that a process tells its progress in the time that it may stand still."""
+"""Number of times that a rank publishes its progress within the timeout."""
 
-MOST = 5.0
-"""Seconds between two of them at most."""
+LONGEST_BEAT = 5.0
+"""Largest interval between two publications, in seconds."""
 
 WAITING = ", waiting for the others"
 
 STATUS = 70
-"""Exit status of a process that ends a run that hangs."""
+"""Exit status of a process that ends a hanging run."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a process has come."""
+    """Progress of one rank."""
 
     count: int
-    """Operations begun."""
+    """Number of operations begun."""
     operation: str
-    """The last one."""
+    """Name of the last operation."""
     told: float
-    """When it said so, seconds since 1970."""
+    """Time of publication, in seconds since 1970."""
 
 
 class Watchdog:
-    """Watches the progress of all processes in a thread of its own."""
+    """Thread that publishes this rank's progress and watches for a timeout."""
 
     def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
-        """timeout: seconds that an operation may take."""
-        self._store: Store = cast(Any, store).clone()  # the stubs do not know it
+        """timeout: longest duration of an operation, in seconds."""
+        # A client of its own: the main thread may block inside a call of the shared one.
+        self._store: Store = cast(Any, store).clone()  # missing in the type stubs
         self._store.set_timeout(timedelta(seconds=min(timeout, 10.0)))
         self._rank, self._size, self._timeout = rank, size, timeout
         self._progress = Progress(0, "start", time.time())
@@ -58,76 +59,80 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def at(self, operation: str) -> None:
-        """Begin an operation, as every other process does, in the same order."""
+    def begin(self, operation: str) -> None:
+        """Count an operation, which all ranks begin in the same order; restart the timeout."""
         self._progress = Progress(self._progress.count + 1, operation, time.time())
         self._since = time.monotonic()
 
-    def waits(self) -> None:
-        """Have done the own part of the operation, and wait for what the others have."""
+    def mark_waiting(self) -> None:
+        """Mark this rank as waiting for results of others; the timeout keeps running."""
         operation = self._progress.operation.removesuffix(WAITING) + WAITING
         self._progress = Progress(self._progress.count + 1, operation, time.time())
 
-    def goes_on(self) -> None:
-        """Have what the others have done, and go on with the operation."""
+    def mark_busy(self) -> None:
+        """Resume the operation after waiting; restart the timeout."""
         if self._progress.operation.endswith(WAITING):
-            self.at(self._progress.operation.removesuffix(WAITING))
+            self.begin(self._progress.operation.removesuffix(WAITING))
 
     def end(self) -> None:
-        """Watch no longer."""
+        """Stop the thread."""
         self._ended.set()
         self._thread.join()
 
     def _watch(self) -> None:
         answered = time.monotonic()
-        while not self._ended.wait(min(self._timeout / BEATS, MOST)):
-            stands = time.monotonic() - self._since > self._timeout
+        while not self._ended.wait(min(self._timeout / BEATS, LONGEST_BEAT)):
+            timed_out = time.monotonic() - self._since > self._timeout
             try:
                 told = replace(self._progress, told=time.time())
                 self._store.set(_key(self._rank), json.dumps(asdict(told)))
-                found = self._all() if stands else []
+                progress = self._read_all() if timed_out else []
                 answered = time.monotonic()
             except (DistError, RuntimeError):
-                found = []
-            if stands:
-                self._give_up(found)
+                progress = []
+            if timed_out:
+                self._abort(progress)
+            # A store without an answer means that torchrun, which serves it, has died.
             if time.monotonic() - answered > self._timeout:
                 logger.critical("TORCHRUN IS GONE: the run is saved and ends")
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 
-    def _all(self) -> list[Progress | None]:
+    def _read_all(self) -> list[Progress | None]:
         keys = [_key(rank) for rank in range(self._size)]
         return [
             Progress(**json.loads(self._store.get(key))) if self._store.check([key]) else None
             for key in keys
         ]
 
-    def _give_up(self, found: list[Progress | None]) -> None:
-        if len(found) < self._size:
-            what = f"the store does not answer; rank {self._rank} is at {self._progress.operation}"
+    def _abort(self, progress: list[Progress | None]) -> None:
+        if len(progress) < self._size:
+            operation = self._progress.operation
+            cause = f"the store does not answer; rank {self._rank} is at {operation}"
         else:
-            what = describe(found)
-        logger.critical("A PROCESS HANGS, nothing has moved for %.0f s: %s", self._timeout, what)
+            cause = describe(progress)
+        logger.critical("A PROCESS HANGS, nothing has moved for %.0f s: %s", self._timeout, cause)
+        # The main thread is blocked in a collective and cannot raise an error.
         os._exit(STATUS)
 
 
-def describe(found: list[Progress | None]) -> str:
-    """Which of the processes are behind, and where: those that the others wait for.
+def describe(progress: list[Progress | None]) -> str:
+    """Name the ranks that the others wait for, and their operations.
 
-    Stages of a pipeline are not equally far at any time; but those that wait say so.
+    progress: by rank; None for a rank that has published none.
     """
-    busy = [p for p in found if p is None or not p.operation.endswith(WAITING)] or found
-    least = min(progress.count if progress else -1 for progress in busy)
-    now = max(progress.told for progress in found if progress)
+    # Pipeline stages have different counts at any time, but waiting ranks are marked.
+    busy = [p for p in progress if p is None or not p.operation.endswith(WAITING)] or progress
+    least = min(one.count if one else -1 for one in busy)
+    now = max(one.told for one in progress if one)
     behind = []
-    for rank, progress in enumerate(found):
-        if progress is None:
+    for rank, one in enumerate(progress):
+        if one is None:
             behind.append(f"rank {rank} has not begun")
-        elif progress.count == least and progress in busy:
+        elif one.count == least and one in busy:
             behind.append(
-                f"rank {rank} is behind at {progress.operation!r}, last heard of "
-                f"{now - progress.told:.0f} s ago"
+                f"rank {rank} is behind at {one.operation!r}, last heard of "
+                f"{now - one.told:.0f} s ago"
             )
     return "; ".join(behind)
 

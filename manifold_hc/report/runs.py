@@ -14,7 +14,8 @@ from manifold_hc.compare import comparison_record
 from manifold_hc.diagnostics.gain import AmaxGain
 from manifold_hc.errors import RunFolderError
 from manifold_hc.training import RunConfig, RunFolder
-from manifold_hc.training.folder import damaged, resume_command
+from manifold_hc.training.folder import resume_command
+from manifold_hc.training.json_files import damaged
 
 Numbers = list[float | None]
 

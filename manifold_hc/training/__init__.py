@@ -1,4 +1,4 @@
-"""One trainer for every kind of connection."""
+"""Training of language models with any kind of connection."""
 
 from manifold_hc.extras import require_train
 
@@ -12,9 +12,11 @@ from manifold_hc.training.config import (
     TrainingConfig,
 )
 from manifold_hc.training.folder import RunFolder
-from manifold_hc.training.journal import Observer
+from manifold_hc.training.launch import run
+from manifold_hc.training.metrics import Observer
+from manifold_hc.training.preflight import check, require_memory
 from manifold_hc.training.presets import PRESETS, preset
-from manifold_hc.training.trainer import check, require_memory, train
+from manifold_hc.training.trainer import train
 
 __all__ = [
     "PRESETS",
@@ -28,5 +30,6 @@ __all__ = [
     "check",
     "preset",
     "require_memory",
+    "run",
     "train",
 ]

@@ -1,4 +1,4 @@
-"""Which checkpoints a run makes, keeps and goes on from."""
+"""Checkpoints of a run: when they are saved, which are kept, and which one to resume from."""
 
 import logging
 import math
@@ -17,13 +17,13 @@ from manifold_hc.errors import CheckpointError, ManifoldError, RunFolderError
 from manifold_hc.files import is_permanent
 from manifold_hc.parallel import Processes
 from manifold_hc.training.checkpoint_files import (
-    ONE_PROCESS,
+    NO_PROCESS_GROUP,
     WRITE_ERRORS,
     Manifest,
     Writer,
     as_os_error,
+    ignored_warning,
     is_interrupt,
-    one_process,
     path_step,
     read_manifest,
     verify,
@@ -34,11 +34,11 @@ from manifold_hc.training.state import TrainState
 logger = logging.getLogger("manifold_hc")
 
 RETRY_STEPS = 10
-"""Steps until a checkpoint that could not be written is tried again."""
+"""Steps until a failed save is retried."""
 
 
 class Checkpoints:
-    """The checkpoints of one run; all of its processes save and find together."""
+    """Checkpoints of one run; `save`, `write`, `finish_pending` and `find` are collective calls."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Checkpoints:
         data_sha256: str,
         processes: Processes | None = None,
     ) -> None:
-        """folder: where they lie, or will; nothing is made or read."""
+        """folder: of the checkpoints; nothing is created or read yet."""
         self.folder = folder
         self.config = config
         self.data_sha256 = data_sha256
@@ -56,87 +56,91 @@ class Checkpoints:
         self._pending: tuple[int, Writer, Future[Any]] | None = None
 
     def is_due(self, step: int, *, best: bool) -> bool:
-        """Whether to make one now: by the plan, as the `best` so far, or as one has failed."""
+        """Return True if a save is due: by interval, as the `best` so far, or after a failure."""
         planned = step % self.config.every == 0
         return planned or step >= self._retry_at or (best and self.config.best)
 
     def save(
         self, state: TrainState, validation_loss: float | None = None, *, wait: bool = False
     ) -> bool:
-        """Make the checkpoint of this step, drop those that are not kept; whether it is there.
+        """Save a checkpoint of this step and delete superseded ones; return False on a full disk.
 
-        With `checkpoint.asynchronous`, and unless told to `wait`, it is written while training goes
-        on, and `settle` says how that went. A full disk is logged, costs nothing that was saved,
-        and makes another attempt due soon. Raises ManifoldError where no attempt can help: the
-        folder cannot be written.
+        With `checkpoint.asynchronous`, and without `wait`, the checkpoint is written in the
+        background; `finish_pending` handles its outcome. A full disk is logged, keeps all earlier
+        checkpoints, and makes a retry due soon. Raises ManifoldError if the folder cannot be
+        written at all.
         """
-        self.settle(wait=True)
+        self.finish_pending(wait=True)
         try:
             self._start(state, validation_loss, wait=wait or not self.config.asynchronous)
         except OSError as error:
-            self._failed(state.step, error)
+            self._handle_failure(state.step, error)
             return False
         if self._pending is None:
-            self._made()
+            self._handle_success()
         return True
 
     def write(self, state: TrainState) -> None:
-        """Make the checkpoint of this step, if it is not there, and drop none.
+        """Save a checkpoint of this step, if there is none, and delete no other.
 
-        Raises OSError, whoever noticed that the disk did not take it.
+        Raises OSError on all ranks if any rank cannot write.
         """
-        self.settle(wait=True)
+        self.finish_pending(wait=True)
         self._start(state, None, wait=True)
 
-    def settle(self, *, wait: bool = False) -> None:
-        """Take note of a checkpoint that was written in the meantime, or `wait` until it is."""
+    def finish_pending(self, *, wait: bool = False) -> None:
+        """Handle the outcome of a background save if it has ended; with `wait`, block for it."""
         if self._pending is None:
             return
         step, writer, written = self._pending
+        # All ranks must agree that it has ended: what follows is collective.
         if not wait and not all(self.processes.all_gather(written.done())):
             return
         self._pending = None
         try:
             _finish(written.result, writer, self.processes)
         except OSError as error:
-            self._failed(step, error)
+            self._handle_failure(step, error)
         else:
-            self._made()
+            self._handle_success()
 
     def _start(self, state: TrainState, validation_loss: float | None, *, wait: bool) -> None:
+        """Write the checkpoint, or start writing it in the background."""
         path = self.folder / f"step-{state.step:08}"
-        self.processes.at(f"step {state.step}, checkpoint")
-        if self.processes.on_rank0(path.exists):
-            return
-        tensors = state.tensors()
-        manifest = self._manifest(state, tensors, validation_loss)
-        alone = self.processes.mesh is None
-        weights = tensors["model"] if alone else None
-        if weights is not None and not wait:
-            # torch copies what it writes itself.
-            weights = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
-        writer = Writer(path, manifest, weights)
-        self.processes.on_rank0(writer.clear)
-        if wait:
-            with one_process():
-                save = partial(save_tensors, tensors, storage_writer=writer, no_dist=alone)
-                _finish(save, writer, self.processes)
-            return
-        # It is said in another thread, at any time from now on.
-        warnings.filterwarnings("ignore", message=ONE_PROCESS)
-        written = async_save(
-            tensors,
-            storage_writer=writer,
-            process_group=self.processes.background,
-            no_dist=alone,
-        )
-        self._pending = (state.step, writer, cast(Future[Any], written))
+        with self.processes.phase("checkpoint"):
+            if self.processes.on_rank0(path.exists):
+                return
+            tensors = state.tensors()
+            manifest = self._manifest(state, tensors, validation_loss)
+            single = self.processes.mesh is None
+            weights = tensors["model"] if single else None
+            if weights is not None and not wait:
+                # torch copies the tensors that it writes itself; these go into model.safetensors.
+                weights = {name: weight.to("cpu", copy=True) for name, weight in weights.items()}
+            writer = Writer(path, manifest, weights)
+            self.processes.on_rank0(writer.clear)
+            if wait:
+                with ignored_warning():
+                    save = partial(save_tensors, tensors, storage_writer=writer, no_dist=single)
+                    _finish(save, writer, self.processes)
+                return
+            # The background thread may warn at any time from now on.
+            warnings.filterwarnings("ignore", message=NO_PROCESS_GROUP)
+            # Collectives of that thread need a process group of their own: in the main one they
+            # would interleave with those of training, in another order on every rank.
+            written = async_save(
+                tensors,
+                storage_writer=writer,
+                process_group=self.processes.background_group,
+                no_dist=single,
+            )
+            self._pending = (state.step, writer, cast(Future[Any], written))
 
-    def _made(self) -> None:
+    def _handle_success(self) -> None:
         self._retry_at = math.inf
         self.processes.on_rank0(self._prune)
 
-    def _failed(self, step: int, error: OSError) -> None:
+    def _handle_failure(self, step: int, error: OSError) -> None:
         if is_permanent(error):
             raise ManifoldError(
                 f"checkpoint: {self.folder} cannot be written ({error.strerror}), and step {step} "
@@ -144,7 +148,7 @@ class Checkpoints:
             )
         if not step < self._retry_at < math.inf:
             self._retry_at = step + RETRY_STEPS
-        if self.processes.is_first:
+        if self.processes.is_rank0:
             logger.error(
                 "CHECKPOINT NOT SAVED at step %d: %s; a run that goes on tries again at step %d; "
                 "free some space at %s",
@@ -155,22 +159,22 @@ class Checkpoints:
             )
 
     def paths(self) -> list[Path]:
-        """Those that are there, oldest first; whole or not."""
+        """Return the checkpoints on disk, oldest first, intact or damaged."""
         return sorted(path for path in self.folder.glob("step-*") if path.name[5:].isdigit())
 
     def find(self, step: int | None = None) -> Path | None:
-        """The newest whole one, or that of `step`; None where there is none.
+        """Return the newest intact checkpoint, or that of `step`; None if there is none.
 
-        A damaged one is passed over, loudly, for the one before it. Raises CheckpointError where
-        that of `step` is damaged, or all are.
+        Damaged checkpoints are skipped with an error in the log. Raises CheckpointError if the one
+        of `step` is missing or damaged, or all are damaged.
         """
         paths = self.processes.on_rank0(self.paths)
         if step is not None:
             chosen = [path for path in paths if path_step(path) == step]
             if not chosen:
-                there = ", ".join(str(path_step(path)) for path in paths) or "none"
+                known = ", ".join(str(path_step(path)) for path in paths) or "none"
                 raise CheckpointError(
-                    f"checkpoint: {self.folder} has none of step {step}; there are: {there}"
+                    f"checkpoint: {self.folder} has none of step {step}; there are: {known}"
                 )
             verify(chosen[0], self.processes)
             return chosen[0]
@@ -178,7 +182,7 @@ class Checkpoints:
             try:
                 verify(path, self.processes)
             except CheckpointError as error:
-                if self.processes.is_first:
+                if self.processes.is_rank0:
                     logger.error("CHECKPOINT DAMAGED AND PASSED OVER: %s", error)
                 continue
             return path
@@ -189,7 +193,7 @@ class Checkpoints:
         return None
 
     def abandon_after(self, step: int) -> None:
-        """Set aside the checkpoints of a future that a run started again before them leaves."""
+        """Rename the checkpoints of later steps, which a run resumed at `step` abandons."""
         for path in self.paths():
             if path_step(path) > step:
                 aside = _unused(path.with_name(f"{path.name}.abandoned"))
@@ -197,12 +201,12 @@ class Checkpoints:
                 logger.warning("checkpoint: %s is set aside as %s", path, aside.name)
 
     def clean(self) -> None:
-        """Remove what a killed process left half written."""
+        """Remove partial checkpoints of a killed process."""
         for path in self.folder.glob(".step-*"):
             shutil.rmtree(path, ignore_errors=True)
 
     def require_writable(self) -> None:
-        """Raise RunFolderError where no checkpoint could be written; leaves an empty folder."""
+        """Raise RunFolderError if the folder cannot be written; create it otherwise."""
         probe = self.folder / f".step-probe-{self.processes.rank}.tmp"
         try:
             probe.mkdir(parents=True, exist_ok=True)
@@ -236,7 +240,7 @@ class Checkpoints:
             kept.add(min(losses, key=lambda path: (losses[path], path)))
         for path in paths:
             if path not in kept:
-                # Renamed first, so that what is left of it is never taken for a checkpoint.
+                # Renamed first: a partial deletion must not look like a checkpoint.
                 doomed = path.with_name(f".{path.name}")
                 try:
                     path.rename(doomed)
@@ -246,11 +250,11 @@ class Checkpoints:
 
 
 def _finish(run: Callable[[], object], writer: Writer, processes: Processes) -> None:
-    """Run what writes a checkpoint; OSError, and nothing half written, where that fails."""
+    """Run the write of a checkpoint; raise OSError and remove the partial one if it fails."""
     try:
         run()
     except BaseException as error:
-        if processes.is_first:
+        if processes.is_rank0:
             writer.discard()
         if is_interrupt(error):
             raise KeyboardInterrupt from None
@@ -267,6 +271,7 @@ def _validation_loss(path: Path) -> float | None:
 
 
 def _unused(path: Path) -> Path:
+    """Return `path`, or the first of path-2, path-3, ... that does not exist."""
     number = 1
     found = path
     while found.exists():

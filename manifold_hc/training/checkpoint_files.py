@@ -1,9 +1,9 @@
-"""One checkpoint on disk: whole or not there.
+"""Files of one checkpoint, written atomically.
 
-One folder a checkpoint, `step-00000500`: the state as torch.distributed.checkpoint writes it, a
-file a process, which any other number of processes reads; the weights alone as `model.safetensors`,
-where one process has them all; `checkpoint.json`; and `SHA256SUMS` over all of them, which
-`sha256sum -c` reads too. It is written under another name and renamed when it is on disk.
+A checkpoint is a folder such as `step-00000500`: the state as torch.distributed.checkpoint writes
+it, one file per rank, readable by any number of ranks; the weights as `model.safetensors`, in runs
+of one process; `checkpoint.json`; and `SHA256SUMS` over all of them, for `sha256sum -c` too. It is
+written under a temporary name and renamed once it is on disk.
 """
 
 import errno
@@ -41,16 +41,16 @@ from manifold_hc.training.state import TrainState
 MANIFEST = "checkpoint.json"
 SUMS = "SHA256SUMS"
 WEIGHTS = "model.safetensors"
-PART_OF_SUMS = "sums"
+RANK_SUMS = "sums"
 
-ONE_PROCESS = "torch.distributed is disabled"
-"""What torch warns of where there is one process, as is wanted."""
+NO_PROCESS_GROUP = "torch.distributed is disabled"
+"""Warning of torch in a run of one process, which has no process group."""
 
 WRITE_ERRORS = (OSError, SafetensorError, CheckpointException)
-"""What a full disk is to Python, safetensors and torch."""
+"""Errors that a full disk causes in Python, safetensors and torch."""
 
 SHOWN = 3
-"""Keys that a message names; the rest is counted."""
+"""Number of keys that a message names; the rest is counted."""
 
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -58,33 +58,33 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint is of."""
+    """Description of a checkpoint: checkpoint.json."""
 
     step: Count
-    """Optimizer steps taken."""
+    """Number of optimizer steps taken."""
     sequences: Count
-    """Sequences seen: the position in the data."""
+    """Number of sequences seen: the position in the data."""
     validation_loss: float | None
-    """Measured at this step, if it was."""
+    """Validation loss of this step, if it was measured."""
     best: float | None
     """Lowest validation loss so far."""
     data_sha256: str
     """Digest of the corpus."""
     random: tuple[str, ...]
-    """Devices whose random states it holds."""
+    """Devices with a random state in the checkpoint."""
     tensors: dict[str, tuple[int, ...]]
-    """Name and shape of every tensor of the model."""
+    """Global shape of every weight, by name."""
     config: RunConfig
-    """What the run was told to do."""
+    """Configuration of the run."""
 
 
 def path_step(path: Path) -> int:
-    """The step in a checkpoint's name."""
+    """Return the step in a checkpoint's name."""
     return int(path.name.removeprefix("step-"))
 
 
 def read_manifest(path: Path) -> Manifest:
-    """What the checkpoint is of; CheckpointError when that cannot be read."""
+    """Read the description of a checkpoint; raise CheckpointError if that fails."""
     try:
         return msgspec.json.decode(read_regular(path / MANIFEST), type=Manifest)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -92,26 +92,26 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def verify(path: Path, processes: Processes | None = None) -> None:
-    """Raise CheckpointError unless every file is there, whole and unaltered.
+    """Raise CheckpointError unless every file is present and has its digest.
 
-    The processes share the work, and raise together.
+    A collective call: ranks divide the files and raise the same error.
     """
     processes = processes or Processes()
     listed = list(processes.on_rank0(lambda: _listed(path)).items())
-    processes.each(lambda: _verify_files(path, listed[processes.rank :: processes.size]))
+    processes.on_every_rank(lambda: _verify_files(path, listed[processes.rank :: processes.size]))
 
 
 def _listed(path: Path) -> dict[str, str]:
-    """Digests by file; CheckpointError where they are not those of all files in the folder."""
+    """Read the digests by file; raise CheckpointError if a file of the folder has none."""
     try:
         lines = read_regular(path / SUMS).decode().splitlines()
         listed = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
-        there = {file.name for file in path.iterdir()}
+        present = {file.name for file in path.iterdir()}
     except OSError as error:
         raise CheckpointError(f"checkpoint: {path / SUMS}: {error.strerror}") from None
     except ValueError:
         raise CheckpointError(f"checkpoint: {path / SUMS} is truncated or altered") from None
-    if missing := (there | {MANIFEST, INDEX}) - {SUMS} - listed.keys():
+    if missing := (present | {MANIFEST, INDEX}) - {SUMS} - listed.keys():
         raise CheckpointError(f"checkpoint: {path / SUMS} is cut short: no {min(missing)}")
     return listed
 
@@ -127,7 +127,7 @@ def _verify_files(path: Path, listed: list[tuple[str, str]]) -> None:
 
 
 def load(path: Path, state: TrainState) -> Manifest:
-    """Put a verified checkpoint into `state`; CheckpointError when it is of another run."""
+    """Load a verified checkpoint into `state`; raise CheckpointError if it is of another run."""
     manifest = read_manifest(path)
     metadata = read_metadata(path)
     require_same_model(path, manifest.tensors, state.shapes())
@@ -137,12 +137,12 @@ def load(path: Path, state: TrainState) -> Manifest:
         raise CheckpointError(f"checkpoint: {path} is really that of step {manifest.step}")
     tensors = state.tensors()
     known = tensors["random"]
-    # A device that this state lacks still needs a place to be read to.
+    # torch reads every entry into a tensor, also the random state of a device that is not used.
     tensors["random"] = {name: known.get(name, known["cpu"].clone()) for name in manifest.random}
-    alone = state.processes.mesh is None
+    single = state.processes.mesh is None
     try:
-        with one_process():
-            load_tensors(tensors, storage_reader=Reader(path, metadata), no_dist=alone)
+        with ignored_warning():
+            load_tensors(tensors, storage_reader=Reader(path, metadata), no_dist=single)
     except CheckpointException as error:
         raise CheckpointError(f"checkpoint: {path} cannot be loaded: {reason_of(error)}") from None
     state.restore(tensors)
@@ -154,8 +154,8 @@ def load(path: Path, state: TrainState) -> Manifest:
 def require_same_model(
     where: Path, found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]
 ) -> None:
-    """Raise CheckpointError, naming the keys, where the tensors are not those of the model."""
-    parts = {
+    """Raise CheckpointError, with the keys, if names or shapes differ from the model's."""
+    differences = {
         "missing": [key for key in wanted if key not in found],
         "unknown": [key for key in found if key not in wanted],
         "of another shape": [
@@ -164,8 +164,8 @@ def require_same_model(
             if key in found and tuple(found[key]) != tuple(wanted[key])
         ],
     }
-    if any(parts.values()):
-        told = "; ".join(f"{what}: {_some(keys)}" for what, keys in parts.items() if keys)
+    if any(differences.values()):
+        told = "; ".join(f"{kind}: {_some(keys)}" for kind, keys in differences.items() if keys)
         raise CheckpointError(f"checkpoint: {where} is of another model; {told}")
 
 
@@ -175,43 +175,43 @@ def _some(keys: list[str]) -> str:
 
 
 class Writer(FileSystemWriter):
-    """Writes a checkpoint under another name: every process its file, the first one all others.
+    """Writes a checkpoint under a temporary name: every rank its file, rank 0 the others.
 
-    The last thing that the first one does, when everything is on disk, is to give it its name.
+    When all files are on disk, rank 0 renames the folder.
     """
 
     def __init__(self, path: Path, manifest: Manifest, weights: dict[str, Tensor] | None) -> None:
-        """weights: all of them, where this process has them."""
+        """weights: all weights, if this process holds them unsharded."""
         self.final, self.temporary = path, path.with_name(f".{path.name}.tmp")
         super().__init__(self.temporary)
         self.manifest, self.weights = manifest, weights
 
     def clear(self) -> None:
-        """Make room."""
+        """Remove a partial checkpoint and create the temporary folder."""
         self.discard()
         self.temporary.mkdir(parents=True)
 
     def discard(self) -> None:
-        """Remove what is half written."""
+        """Remove the temporary folder."""
         shutil.rmtree(self.temporary, ignore_errors=True)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Written[list[WriteResult]]:
-        """Write this process's file, and its digest for the first one."""
+        """Write this rank's file, and its digest for rank 0."""
         written = super().write_data(plan, planner)
         own: str = plan.storage_data.prefix
         files = sorted(self.temporary.glob(f"{own}*.distcp"))
-        (self.temporary / f"{own}{PART_OF_SUMS}").write_text(_sums(files))
+        (self.temporary / f"{own}{RANK_SUMS}").write_text(_sums(files))
         return written
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """In the first process: all that is not a process's own, and the name."""
+        """Write the remaining files and rename the folder; torch calls it on rank 0."""
         super().finish(metadata, results)
         if self.weights is not None:
             save_weights(self.weights, self.temporary / WEIGHTS)
         content = msgspec.json.format(msgspec.json.encode(asdict(self.manifest)))
         (self.temporary / MANIFEST).write_bytes(content)
-        parts = sorted(self.temporary.glob(f"*{PART_OF_SUMS}"))
-        sums = "".join(part.read_text() for part in parts)
+        rank_sums = sorted(self.temporary.glob(f"*{RANK_SUMS}"))
+        sums = "".join(file.read_text() for file in rank_sums)
         wanted = {info.relative_path for info in metadata.storage_data.values()}
         if missing := wanted - {line.split("  ", 1)[1] for line in sums.splitlines()}:
             raise OSError(
@@ -220,8 +220,9 @@ class Writer(FileSystemWriter):
                 "all must see the run folder, on a file system that they share",
                 str(self.temporary),
             )
-        for part in parts:
-            part.unlink()
+        for file in rank_sums:
+            file.unlink()
+        # Everything is flushed before the rename: a checkpoint with its name is complete.
         rest = sorted(set(self.temporary.iterdir()) - set(self.temporary.glob("*.distcp")))
         (self.temporary / SUMS).write_text(sums + _sums(rest))
         for file in [*rest, self.temporary / SUMS, self.temporary]:
@@ -235,19 +236,19 @@ def _sums(files: list[Path]) -> str:
 
 
 def save_weights(weights: dict[str, Tensor], file: Path) -> None:
-    """Weights alone, as safetensors, with the umask's mode; not atomic."""
+    """Write weights as safetensors, with the umask's mode; not atomic."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     file.touch()
     mode = stat.S_IMODE(file.stat().st_mode)
     save_file(plain, file, metadata={"format": "pt"})
-    file.chmod(mode)  # safetensors makes its files private
+    file.chmod(mode)  # safetensors creates private files
 
 
 @contextmanager
-def one_process() -> Iterator[None]:
-    """torch.distributed.checkpoint warns where no process group is; here none is wanted."""
+def ignored_warning() -> Iterator[None]:
+    """Silence the warning of torch.distributed.checkpoint about a missing process group."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=ONE_PROCESS)
+        warnings.filterwarnings("ignore", message=NO_PROCESS_GROUP)
         yield
 
 
@@ -265,27 +266,27 @@ def _sha256(file: Path) -> str:
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Whether torch has wrapped a Ctrl-C."""
+    """Return True if torch has wrapped a KeyboardInterrupt."""
     return isinstance(error, CheckpointException) and any(
         isinstance(inner, KeyboardInterrupt) for inner, _ in error.failures.values()
     )
 
 
 def as_os_error(error: BaseException, path: Path) -> OSError:
-    """The same as an error of the disk at `path`, with its number where there is one."""
+    """Convert an error of a write to an OSError at `path`, with its errno if it has one."""
     number = getattr(innermost(error), "errno", None) or errno.EIO
     return OSError(number, reason_of(error), str(path))
 
 
 def innermost(error: BaseException) -> BaseException:
-    """The first cause: torch wraps a disk's error twice."""
+    """Return the first cause: torch wraps an error of the disk twice."""
     while isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return error
 
 
 def reason_of(error: BaseException) -> str:
-    """What the innermost error says."""
+    """Return the message of the innermost error."""
     error = innermost(error)
     if "inline_container" in str(error):
         return "torch could not write a file whole, as on a full disk"

@@ -1,8 +1,9 @@
-"""The index of a checkpoint, `.metadata`, read without running anything that it names.
+"""Index of a checkpoint, `.metadata`, read without executing its pickle.
 
 torch.distributed.checkpoint writes the index with pickle and reads it with `pickle.load`, which
-calls whatever the file says. Here a class that the file names becomes a record without behaviour, a
-name that no index needs is refused, and the values are checked and put into torch's own classes.
+calls any function that the file names. Here a class named in the file becomes a record without
+behaviour, every name that an index does not need is refused, and the values are checked and
+converted to torch's own classes.
 """
 
 import io
@@ -42,36 +43,36 @@ NAMES = {
     "_StorageInfo": ("torch.distributed.checkpoint.filesystem",),
     "Size": ("torch",),
     "_get_layout": ("torch.serialization",),
-    # Of the folder it was written to; Python 3.13 has them in another module.
+    # Path of the folder it was written to; Python 3.13 has the classes in another module.
     "PosixPath": ("pathlib", "pathlib._local"),
     "WindowsPath": ("pathlib", "pathlib._local"),
 }
-"""What an index of a checkpoint of tensors may name, and in which modules, dtypes aside.
+"""Names that the index may contain besides dtypes, with their modules.
 
-BytesStorageMetadata is not among them: torch unpickles such entries with `weights_only=False`, and
-our checkpoints have none.
+BytesStorageMetadata is missing: torch unpickles such entries with `weights_only=False`, and our
+checkpoints have none.
 """
 
 
 class Record:
-    """Stands for a class that the index names: keeps what it is given and does nothing."""
+    """Stand-in for a class that the index names: keeps its arguments and state."""
 
     state: Any = None
 
     def __init__(self, *arguments: Any) -> None:
-        """arguments: of the call in the file."""
+        """arguments: as in the file."""
         self.arguments = arguments
 
     def __setstate__(self, state: Any) -> None:
-        """Keep the state as it is."""
+        """Keep the state unchanged."""
         self.state = state
 
 
 class IndexUnpickler(pickle.Unpickler):
-    """Makes records and dtypes, and nothing else that has a name."""
+    """Unpickler that creates records and dtypes only."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """A new record class, or a dtype; UnpicklingError for every other name."""
+        """Return a new record class or a dtype; raise UnpicklingError for every other name."""
         if module in NAMES.get(name, ()):
             return type(name, (Record,), {})
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
@@ -80,10 +81,10 @@ class IndexUnpickler(pickle.Unpickler):
 
 
 def read_metadata(path: Path) -> Metadata:
-    """The index of the checkpoint in the folder `path`.
+    """Read the index of the checkpoint in the folder `path`.
 
-    Nothing that the file names is imported or called. Raises CheckpointError where it cannot be
-    read, names what no index needs, or points to files outside the folder.
+    No name in the file is imported or called. Raises CheckpointError if the file cannot be read,
+    contains an unknown name, or points to files outside the folder.
     """
     try:
         found = IndexUnpickler(io.BytesIO(read_regular(path / INDEX))).load()
@@ -95,25 +96,25 @@ def read_metadata(path: Path) -> Metadata:
 
 
 class Reader(FileSystemReader):
-    """Reads the tensors that an index, read before, points to; torch has no part in reading it."""
+    """Storage reader with an index from `read_metadata`; torch does not read the index."""
 
     def __init__(self, path: Path, metadata: Metadata) -> None:
-        """metadata: as `read_metadata` gives it for `path`."""
+        """metadata: result of `read_metadata(path)`."""
         super().__init__(path)
         self._metadata = metadata
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """The index that is known."""
+        """Return the index."""
         return self._metadata
 
 
 def _metadata(found: Any, files: set[str]) -> Metadata:
     fields = _fields(found, "Metadata")
     tensors = _typed(fields["state_dict_metadata"], dict)
-    places = _typed(fields["storage_data"], dict)
+    locations = _typed(fields["storage_data"], dict)
     return Metadata(
         state_dict_metadata={_typed(name, str): _tensor(entry) for name, entry in tensors.items()},
-        storage_data={_key(key): _place(place, files) for key, place in places.items()},
+        storage_data={_key(key): _location(entry, files) for key, entry in locations.items()},
         storage_meta=StorageMeta(),
     )
 
@@ -138,7 +139,7 @@ def _key(found: Any) -> MetadataIndex:
     )
 
 
-def _place(found: Any, files: set[str]) -> _StorageInfo:
+def _location(found: Any, files: set[str]) -> _StorageInfo:
     fields = _fields(found, "_StorageInfo")
     file = _typed(fields.pop("relative_path"), str)
     offset, length = (_typed(fields.pop(name), int) for name in ("offset", "length"))
@@ -166,7 +167,7 @@ def _state(found: Any, name: str, kind: Any) -> Any:
 
 
 def _typed(value: Any, kind: Any) -> Any:
-    """The value; TypeError where it is not of the kind."""
+    """Return the value; raise TypeError if it is not of the kind."""
     if not isinstance(value, kind):
         raise TypeError(f"it has a {type(value).__name__} where {kind} belongs")
     return value

@@ -1,4 +1,4 @@
-"""The configuration of a run: one tree, every key usable as `key=value` on the command line."""
+"""Configuration of a run: one tree, each key usable as `key=value` on the command line."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -11,7 +11,7 @@ from manifold_hc.data import DataConfig
 from manifold_hc.errors import ConfigError, require_at_least_one, require_number, shown
 from manifold_hc.files import is_utf8
 from manifold_hc.models import DecoderConfig
-from manifold_hc.parallel.config import SPLITTING, ParallelConfig
+from manifold_hc.parallel.config import SPLIT_BACKWARD, ParallelConfig
 from manifold_hc.training.size import require_possible
 
 LARGEST_SEED = 2**32 - 1
@@ -19,25 +19,25 @@ LARGEST_SEED = 2**32 - 1
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its learning rate; defaults as in the mHC paper but for the rate and warm-up."""
+    """AdamW and its learning rate; defaults as in the mHC paper except for lr and warmup."""
 
     lr: float = 4e-3
     """Base learning rate."""
     warmup: int = 50
     """Steps of linear warm-up."""
     schedule: Literal["step", "cosine", "constant"] = "step"
-    """After warm-up: the paper's two steps down, a cosine to a tenth, or nothing."""
+    """Schedule after warm-up: the paper's two steps down, a cosine to a tenth, or constant."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the two moments."""
+    """Decay rates of the two moments."""
     eps: float = 1e-20
-    """Added to the root of the second moment."""
+    """Epsilon added to the root of the second moment."""
     weight_decay: float = 0.1
-    """Decay of matrices; norms, gates and static coefficients have none."""
+    """Weight decay of matrices; norms, gates and static coefficients have none."""
     clip: float = 1.0
-    """Largest norm of the whole gradient; 0 leaves it alone."""
+    """Largest norm of the whole gradient; 0 turns clipping off."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for values that cannot be used."""
+        """Raise ConfigError for invalid values."""
         require_number(self, "lr", positive=True)
         require_number(self, "warmup", "eps", "weight_decay", "clip")
         if self.schedule not in ("step", "cosine", "constant"):
@@ -50,35 +50,35 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The budget of a run and how often it is looked at."""
+    """Length of a run, its precision, and how often it is measured."""
 
     steps: int = 300
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch: int = 8
-    """Sequences in a step."""
+    """Sequences per step."""
     accumulate: int = 1
-    """Pieces in which a step's batch goes through the model; a pipeline's microbatches."""
+    """Microbatches per step of each data-parallel rank; their gradients are accumulated."""
     recompute: int | Literal["none", "auto"] = "none"
-    """Sublayers a block whose streams backward rebuilds: none, auto for the best, or a number."""
+    """Sublayers per recompute block: none, auto for the least memory, or a number."""
     compile: bool = False
-    """Whether torch.compile takes dense branches and shared experts; slow to start."""
+    """Apply torch.compile to dense branches and shared experts; slow to start."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """What matrix products and streams are computed in; weights stay in float32."""
+    """Dtype of matrix products and streams; weights stay in float32."""
     seed: int = 0
-    """Seed of the initial weights and of the order of the data."""
+    """Seed of the initial weights and of the data order."""
     validate_every: int = 100
-    """Steps between validations; there is always one at the end."""
+    """Steps between validations; the last step is always validated."""
     validation_batches: int = 20
-    """Batches in a validation, the same every time."""
+    """Batches per validation, the same ones every time."""
     probe_every: int = 10
-    """Steps between two looks at the stability figures."""
+    """Steps between measurements of the stability figures."""
     device: str = "auto"
-    """auto, cpu, cuda or mps."""
+    """Device: auto, cpu, cuda or mps."""
     tensorboard: bool = False
-    """Whether the figures also go to the run folder's `tensorboard`."""
+    """Write the metrics to `tensorboard` in the run folder as well."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for values that cannot be used."""
+        """Raise ConfigError for invalid values."""
         require_at_least_one(
             self, "steps", "batch", "accumulate", "validate_every", "validation_batches"
         )
@@ -96,56 +96,56 @@ class TrainingConfig:
 
     @property
     def torch_precision(self) -> torch.dtype:
-        """What matrix products and streams are computed in."""
+        """Dtype of matrix products and streams, as torch names it."""
         return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """How much of a run a crash can take."""
+    """Checkpoints: how many steps a crash can lose."""
 
     every: int = 500
-    """Steps between two checkpoints; there is always one at the end."""
+    """Steps between checkpoints; the last step always has one."""
     keep: int = 2
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     best: bool = True
-    """Whether the one with the lowest validation loss is made and kept too."""
+    """Also write and keep the checkpoint with the lowest validation loss."""
     asynchronous: bool = False
-    """Whether they are written while training goes on; takes a second copy of the state."""
+    """Write checkpoints in the background; needs memory for a second copy of the state."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for values that cannot be used."""
+        """Raise ConfigError for invalid values."""
         require_at_least_one(self, "every", "keep")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides what a run computes."""
+    """Configuration of a run; it determines the result."""
 
     model: DecoderConfig = field(default_factory=DecoderConfig)
     """Sizes of the decoder."""
     connection: ConnectionConfig = field(default_factory=ConnectionConfig)
-    """What joins its sublayers."""
+    """Connections between the sublayers."""
     data: DataConfig = field(default_factory=DataConfig)
-    """The training text."""
+    """Training text."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and its learning rate."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The budget of the run."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """How much of it a crash can take."""
+    """Checkpoints: how many steps a crash can lose."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """How many processes share it."""
+    """Degrees of parallelism."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for sections that do not go together, or cannot be saved."""
+        """Raise ConfigError for sections that contradict each other, or that JSON cannot hold."""
         for key, value in leaves(self):
             _require_storable(key, value)
         require_possible(self.model, self.connection)
-        experts, sharing = self.model.experts.routed, self.parallel.experts
-        if sharing > 1 and (experts == 0 or experts % sharing):
+        experts, degree = self.model.experts.routed, self.parallel.experts
+        if degree > 1 and (experts == 0 or experts % degree):
             raise ConfigError(
-                f"parallel.experts: must divide model.experts.routed={experts} but is {sharing}"
+                f"parallel.experts: must divide model.experts.routed={experts} but is {degree}"
             )
         sizes = {
             "data.sequence": self.data.sequence,
@@ -157,18 +157,18 @@ class RunConfig:
                 raise ConfigError(
                     f"parallel.tensor: must divide {name}={size} but is {self.parallel.tensor}"
                 )
-        pieces = self.parallel.dp_size * self.training.accumulate
-        if self.training.batch % pieces:
+        slices = self.parallel.dp_size * self.training.accumulate
+        if self.training.batch % slices:
             raise ConfigError(
-                f"training.batch: must be a multiple of {pieces}, parallel.replicate x "
+                f"training.batch: must be a multiple of {slices}, parallel.replicate x "
                 f"parallel.shard x training.accumulate, but is {self.training.batch}"
             )
         self._require_stages()
 
     def _require_stages(self) -> None:
-        """Raise ConfigError for blocks and microbatches that a pipeline cannot take."""
+        """Raise ConfigError for numbers of blocks and microbatches that do not fit the pipeline."""
         parallel, training, blocks = self.parallel, self.training, self.model.blocks
-        stages = parallel.all_stages
+        stages = parallel.num_stages
         if blocks % stages:
             raise ConfigError(
                 f"model.blocks: must be a multiple of {stages}, the stages of "
@@ -181,8 +181,8 @@ class RunConfig:
                 f"training.recompute: must be at most {length}, the sublayers of "
                 f"{'a stage' if stages > 1 else 'the model'}, but is {training.recompute}"
             )
-        splits = stages > 1 and parallel.schedule in SPLITTING
-        # A static bias is used twice in a sublayer; torch then loses what lies between.
+        splits = stages > 1 and parallel.schedule in SPLIT_BACKWARD
+        # A static bias enters a sublayer twice; torch then splits the backward graph wrongly.
         static = self.connection.kind != "residual" and not self.connection.dynamic
         for name, wanted in {
             "training.compile": training.compile,
@@ -191,13 +191,13 @@ class RunConfig:
             if splits and wanted:
                 raise ConfigError(
                     f"{name}: cannot go with parallel.schedule={parallel.schedule}, which "
-                    "computes gradients of inputs and of weights apart; "
+                    "computes gradients of inputs and of weights in two passes; "
                     "take 1F1B or Interleaved1F1B"
                 )
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(key, value) of every key of a configuration, or of a section of it."""
+    """Yield (key, value) for every key of a configuration, or of a section of it."""
     for member in fields(config):
         key, value = f"{prefix}{member.name}", getattr(config, member.name)
         if is_dataclass(value):
@@ -207,7 +207,7 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _require_storable(key: str, value: Any) -> None:
-    """Raise ConfigError for a value that `config.json` cannot hold, or that names no file."""
+    """Raise ConfigError for a value that config.json or a file name cannot hold."""
     for item in value if isinstance(value, tuple) else (value,):
         if isinstance(item, int) and not -(2**63) <= item < 2**63:
             raise ConfigError(f"{key}: must fit into 64 bits but is {shown(item)}")
@@ -216,14 +216,14 @@ def _require_storable(key: str, value: Any) -> None:
 
 
 FIXED = ("model", "connection", "data", "training.seed")
-"""What a run keeps when it goes on: sections and keys that decide on its weights and its data."""
+"""Sections and keys that must not change in a resumed run: they determine weights and data."""
 
 FREE = ("connection.backend", "data.paths", "data.verify")
-"""Keys in these sections that it need not keep: results or the data's digest say the same."""
+"""Exceptions to FIXED: they do not change the result, or the digest of the data checks them."""
 
 
 def differences(one: Any, other: Any, prefix: str = "") -> list[str]:
-    """Keys in which two configurations, or sections of them, differ."""
+    """Return the keys in which two configurations, or sections of them, differ."""
     found = []
     for member in fields(one):
         key = f"{prefix}{member.name}"
@@ -236,7 +236,7 @@ def differences(one: Any, other: Any, prefix: str = "") -> list[str]:
 
 
 def fixed_differences(one: RunConfig, other: RunConfig) -> list[str]:
-    """Keys in which two configurations differ though a run must keep them when it goes on."""
+    """Return the keys that differ although a resumed run must not change them."""
     return [
         key
         for key in differences(one, other)

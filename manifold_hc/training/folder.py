@@ -1,10 +1,10 @@
-"""A run folder: the one place that knows where a run keeps what.
+"""Run folder: the files of one run.
 
-config.json        the configuration
-metrics.jsonl      one record a line: {"event": "step" | "validation" | ..., "step": ...}
-checkpoints/       what the run goes on from, a folder a step
-model.safetensors  the final weights
-summary.json       the run's figures; its presence means that the run is complete
+config.json        configuration
+metrics.jsonl      one record per line: {"event": "step" | "validation" | ..., "step": ...}
+checkpoints/       one folder per checkpoint
+model.safetensors  final weights
+summary.json       final figures; it marks the run as complete
 """
 
 import logging
@@ -12,7 +12,7 @@ import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,22 +22,16 @@ import msgspec
 from safetensors.torch import save
 from torch import Tensor
 
-from manifold_hc.errors import ManifoldError, RunFolderError
-from manifold_hc.files import (
-    is_permanent,
-    read_regular,
-    remove_temporaries,
-    write_atomically,
-)
+from manifold_hc.errors import RunFolderError
+from manifold_hc.files import read_regular, remove_temporaries, write_atomically
 from manifold_hc.training.config import RunConfig
+from manifold_hc.training.json_files import damaged, is_number, read_json, unreadable
+from manifold_hc.training.metrics_file import MetricsFile
 
 logger = logging.getLogger("manifold_hc")
 
-RECORDS = {"step": ("loss", "gradient_norm", "seconds"), "validation": ("loss",)}
-"""What the trainer's own records always hold; observers' records are their own."""
-
 LOOKS, PAUSE = 20, 0.5
-"""How often, and how many seconds apart, a process looks for what another one has written."""
+"""Attempts, and seconds between two, to see a file that rank 0 has written."""
 
 SUMMARY = {
     "validation_loss",
@@ -46,12 +40,12 @@ SUMMARY = {
     "parameters",
     "steps",
 }
-"""What the summary of a run that reached its end holds."""
+"""Required numbers in the summary of a run that reached its last step."""
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the folder for this process; RunFolderError when that cannot be."""
+    """Hold the lock of a run folder; raise RunFolderError if it is in use or not writable."""
     lock = filelock.FileLock(path / ".lock", timeout=0)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -73,86 +67,53 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def refuse_if_in_use(path: Path) -> None:
-    """Raise RunFolderError when another process holds the folder; leaves nothing in any other."""
+    """Raise RunFolderError if another process holds the folder; create no lock file."""
     if (path / ".lock").exists():
         with locked(path):
             pass
 
 
 def is_empty(path: Path) -> bool:
-    """Whether nothing but hidden files, such as the lock, is at `path`."""
+    """Return True if a folder is missing or holds only hidden files, such as the lock."""
     return not path.is_dir() or all(found.name.startswith(".") for found in path.iterdir())
 
 
-def damaged(file: Path, how: str, cure: str) -> RunFolderError:
-    """The error for a file of a run that does not hold what it should."""
-    return RunFolderError(f"run folder: {file} is damaged: {how}; {cure}")
-
-
-def read_json(file: Path, cure: str) -> Any:
-    """What a JSON file of a run holds; RunFolderError, with the `cure`, when it is damaged."""
-    try:
-        return msgspec.json.decode(read_regular(file))
-    except FileNotFoundError:
-        raise RunFolderError(f"run folder: {file.parent} has no {file.name}") from None
-    except OSError as error:
-        raise RunFolderError(f"run folder: {file} cannot be read: {error.strerror}") from None
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise damaged(file, str(error), cure) from None
-
-
-def _is_number(value: object) -> bool:
-    """Whether a value of a record is a number, or the null of one that was not finite."""
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-
-
-def _problem(record: Mapping[str, Any]) -> str:
-    """What makes a line of the metrics no record; empty if nothing does."""
-    event, step = record.get("event"), record.get("step")
-    if not isinstance(event, str):
-        return "has no event"
-    if not isinstance(step, int) or isinstance(step, bool):
-        return "has no step"
-    wrong = (key for key in RECORDS.get(event, ()) if not _is_number(record.get(key, "missing")))
-    return next((f"has no number as {key}" for key in wrong), "")
-
-
 def resume_command(path: Path, config: RunConfig) -> str:
-    """The command that goes on with the run in a folder."""
+    """Return the command that resumes the run in a folder."""
     size = config.parallel.size
     command = f"torchrun --nproc-per-node {size} -m manifold_hc" if size > 1 else "mhc"
     return f"{command} train --resume {shlex.quote(str(path))}"
 
 
 class RunFolder:
-    """What a run has written, and where the next thing goes."""
+    """Files of one run."""
 
     def __init__(self, path: Path) -> None:
-        """Nothing is created or read."""
+        """path: of the folder; nothing is created or read yet."""
         self.path = path
         self.checkpoints = path / "checkpoints"
-        self._held = b""
         self.config_file = path / "config.json"
         self.metrics_file = path / "metrics.jsonl"
+        self.records = MetricsFile(self.metrics_file)
         self.model_file = path / "model.safetensors"
         self.summary_file = path / "summary.json"
         self._job_file = path / ".job"
 
-    def belong_to(self, job: str) -> None:
-        """Remember which job of torchrun's trains here."""
+    def set_job(self, job: str) -> None:
+        """Write the identity of the torchrun job that trains here."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(self._job_file, job)
 
-    def is_of(self, job: str | None) -> bool:
-        """Whether it belongs to that job."""
+    def has_job(self, job: str | None) -> bool:
+        """Return True if the torchrun job `job` trains here."""
         try:
             known = read_regular(self._job_file) if self._job_file.exists() else None
         except OSError as error:
-            raise self._unreadable(self._job_file, error) from None
+            raise unreadable(self._job_file, error) from None
         return known is not None and job is not None and known == job.encode()
 
     def require_shared(self, config: RunConfig) -> None:
-        """Raise RunFolderError where this process does not see what the first one has begun."""
+        """Raise RunFolderError if this process does not see the configuration of rank 0."""
         for _ in range(LOOKS):
             if self.config_file.exists() and self.config() == config:
                 return
@@ -163,29 +124,30 @@ class RunFolder:
         )
 
     def is_new(self) -> bool:
-        """Whether a run may start here.
+        """Return True if a run may start here.
 
-        Nothing is there but hidden files and what a run killed before its configuration leaves.
+        The folder may hold hidden files, and the remains of a run killed before its configuration
+        was written.
         """
         if not self.path.is_dir():
             return True
         shown = {found for found in self.path.iterdir() if not found.name.startswith(".")}
-        worthless = {self.checkpoints} if is_empty(self.checkpoints) else set()
+        remains = {self.checkpoints} if is_empty(self.checkpoints) else set()
         if self.metrics_file in shown and not self.metrics_file.stat().st_size:
-            worthless.add(self.metrics_file)
-        return shown <= worthless
+            remains.add(self.metrics_file)
+        return shown <= remains
 
     def clean(self) -> None:
-        """Remove temporary files that a killed run left; for the process that holds the folder."""
+        """Remove temporary files of a killed run; only the process with the lock may call it."""
         files = (self.config_file, self.metrics_file, self.model_file, self.summary_file)
         remove_temporaries(*files, self._job_file)
 
     def is_complete(self) -> bool:
-        """Whether the run reached its end."""
+        """Return True if the run has a summary: it reached its end."""
         return self.summary_file.exists()
 
     def config(self) -> RunConfig:
-        """The run's configuration; RunFolderError unless it is whole and of this version."""
+        """Return the configuration; raise RunFolderError if it is damaged or of another version."""
         if not self.config_file.exists():
             where = "" if self.is_new() else " in another folder"
             raise RunFolderError(
@@ -207,9 +169,9 @@ class RunFolder:
         return config
 
     def begin(self, config: RunConfig, step: int = 0) -> None:
-        """Start a run at `step`: metrics from there on, of a run cut short, are dropped.
+        """Begin or resume a run at `step`; drop metrics of later steps.
 
-        The configuration is written first: from then on a run that is killed can go on. Raises
+        The configuration is written first: from then on a killed run can be resumed. Raises
         RunFolderError for a complete run, unless `config` asks for more steps, and for a folder
         that cannot be written.
         """
@@ -235,63 +197,12 @@ class RunFolder:
                 "choose another place with --out"
             ) from None
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Add one line to the metrics, null for a number that is not finite.
-
-        Lines that a full disk does not take are held, and written with the next. Raises
-        ManifoldError where the file cannot be written at all.
-        """
-        held = bool(self._held)
-        self._held += msgspec.json.encode(record) + b"\n"
-        try:
-            self.flush()
-        except OSError as error:
-            if is_permanent(error):
-                raise ManifoldError(
-                    f"run folder: {self.metrics_file} cannot be written: {error.strerror}; "
-                    "mend that and go on with --resume"
-                ) from None
-            if not held:
-                logger.error("METRICS CANNOT BE WRITTEN, held in memory: %s", error.strerror)
-
-    def flush(self) -> None:
-        """Write what `append` holds; OSError, and a file as before, where that cannot be."""
-        if not self._held:
-            return
-        before = self.metrics_file.stat().st_size if self.metrics_file.exists() else 0
-        try:
-            with self.metrics_file.open("ab") as file:
-                file.write(self._held)
-        except OSError:
-            with suppress(OSError):
-                os.truncate(self.metrics_file, before)
-            raise
-        self._held = b""
-
     def metrics(self) -> list[dict[str, Any]]:
-        """All records so far; a last line cut short by a crash is left out.
-
-        Raises RunFolderError for a line that is no record.
-        """
-        try:
-            written = read_regular(self.metrics_file) if self.metrics_file.exists() else b""
-        except OSError as error:
-            raise self._unreadable(self.metrics_file, error) from None
-        lines = [*written.split(b"\n")[:-1], *self._held.split(b"\n")[:-1]]
-        records: list[dict[str, Any]] = []
-        for number, line in enumerate(lines, start=1):
-            cure = f"delete line {number}"
-            try:
-                record = msgspec.json.decode(line, type=dict[str, Any])
-            except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-                raise damaged(self.metrics_file, f"line {number}: {error}", cure) from None
-            if problem := _problem(record):
-                raise damaged(self.metrics_file, f"line {number} {problem}", cure)
-            records.append(record)
-        return records
+        """Return all records of the metrics; raise RunFolderError for an invalid line."""
+        return self.records.read()
 
     def has_validation(self, step: int) -> bool:
-        """Whether the metrics hold a validation after `step`, counted from 0."""
+        """Return True if there is a validation after `step`, counted from 0."""
         return any(r["event"] == "validation" and r["step"] == step for r in self.metrics())
 
     def save_model(self, weights: Mapping[str, Tensor]) -> None:
@@ -304,7 +215,7 @@ class RunFolder:
         write_atomically(self.summary_file, msgspec.json.format(msgspec.json.encode(summary)))
 
     def figures(self) -> dict[str, Any]:
-        """The summary of a run that reached its end, from its metrics."""
+        """Compute the figures of the summary from the metrics of all steps."""
         records = self.metrics()
         steps = [record for record in records if record["event"] == "step"]
         losses = [record["loss"] for record in records if record["event"] == "validation"]
@@ -316,7 +227,7 @@ class RunFolder:
         }
 
     def summary(self) -> dict[str, Any]:
-        """The figures of a complete run; RunFolderError when they are not there."""
+        """Return the summary of a complete run; raise RunFolderError if figures are missing."""
         again = f"mhc train --resume {shlex.quote(str(self.path))}"
         cure = f"delete it, and {again} writes it again"
         summary = read_json(self.summary_file, cure)
@@ -327,9 +238,6 @@ class RunFolder:
                 raise damaged(self.summary_file, "diverged_at is no step", cure)
             return summary
         for key in sorted(SUMMARY):
-            if not _is_number(summary.get(key, "missing")):
+            if not is_number(summary.get(key, "missing")):
                 raise damaged(self.summary_file, f"{key} is missing or no number", cure)
         return summary
-
-    def _unreadable(self, file: Path, error: OSError) -> RunFolderError:
-        return RunFolderError(f"run folder: {file} cannot be read: {error.strerror}")

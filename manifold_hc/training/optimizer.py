@@ -1,4 +1,4 @@
-"""AdamW with decay where it belongs, and the learning rate of every step."""
+"""AdamW with named parameter groups, and the learning-rate schedule."""
 
 import math
 
@@ -16,14 +16,14 @@ GROUPS = {
     "experts": (RoutedExperts,),
     "norms": (nn.RMSNorm, nn.LayerNorm),
 }
-"""Parameter groups by the module that holds the parameter; all others are "layers"."""
+"""Parameter groups by the class of the module that holds a parameter; others are "layers"."""
 
 
 def build(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over named groups: matrices decay; norms, gates and static coefficients do not.
+    """Build AdamW over named groups: matrices decay; norms, gates and static coefficients do not.
 
-    HC decays its dynamic part only (arXiv 2409.19606, section 3), DeepSeek-V4 keeps the static
-    biases and gates of mHC apart from the matrices (arXiv 2606.19348); `phi` is a matrix.
+    HC decays its dynamic part only (arXiv 2409.19606, section 3); DeepSeek-V4 separates the static
+    biases and gates of mHC from the matrices (arXiv 2606.19348); `phi` is a matrix.
     """
     groups = [
         {
@@ -38,7 +38,10 @@ def build(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
 
 
 def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The trained parameters by group; vectors and matrices apart, as "connections, vectors"."""
+    """Return the trainable parameters by group; vectors have groups of their own.
+
+    For example "connections" and "connections, vectors".
+    """
     groups: dict[str, list[nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()
     for module in model.modules():
@@ -53,10 +56,10 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """The rate of `step`, counted from 0, in a run of `steps`.
+    """Return the learning rate of `step`, counted from 0, in a run of `steps`.
 
-    Linear warm-up over `config.warmup` steps, then by `config.schedule`: "step" is the paper's,
-    0.316 of the base rate from 80 % of the steps on and 0.1 from 90 % on.
+    Linear warm-up over `config.warmup` steps, then `config.schedule`. The paper's "step" schedule
+    has 0.316 of the base rate from 80 % of the steps on and 0.1 from 90 % on.
     """
     warm = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
     if config.schedule == "step":

@@ -1,7 +1,8 @@
-"""Ready configurations: small ones to try things, and the models of the mHC paper.
+"""Presets: small configurations for experiments, and the models of the mHC paper.
 
-The paper's sizes and recipes are those of arXiv 2512.24880, appendix. It names no initial standard
-deviation and no step of the balancing bias; 0.006 and 0.001 are DeepSeek-V3's (arXiv 2412.19437).
+Sizes and recipes are those of arXiv 2512.24880, appendix. The paper gives no initial standard
+deviation and no step size of the balancing bias; 0.006 and 0.001 are from DeepSeek-V3
+(arXiv 2412.19437).
 """
 
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ def _paper(
     steps: int,
     lr: float,
 ) -> RunConfig:
-    """A model of the paper: what its table varies; the rest is shared."""
+    """Configuration of one model of the paper; arguments are the columns of its table."""
     experts = ExpertsConfig(routed=routed, active=6, shared=2, width=width)
     return RunConfig(
         model=DecoderConfig(
@@ -89,11 +90,11 @@ PRESETS: Mapping[str, RunConfig] = {
     ),
     "3b-long": _paper(**_SMALLEST, batch=2560, steps=100_000, lr=9.0e-4),
 }  # fmt: skip
-"""By name. `tiny` is the default; `small` has about 100 million parameters."""
+"""Presets by name; `tiny` is the default, `small` has about 100 million parameters."""
 
 
 def preset(name: str) -> RunConfig:
-    """The configuration called `name`; ConfigError for a name that there is not."""
+    """Return the preset called `name`; raise ConfigError for an unknown name."""
     if name not in PRESETS:
         raise ConfigError(f"preset: must be one of {', '.join(PRESETS)} but is {name!r}")
     return PRESETS[name]

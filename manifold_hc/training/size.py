@@ -1,4 +1,4 @@
-"""How large a run's model is, known before any of it is built."""
+"""Size limits of a model, checked before it is built."""
 
 import os
 
@@ -10,17 +10,17 @@ from manifold_hc.errors import ConfigError
 from manifold_hc.models import DecoderConfig
 
 MOST_BLOCKS = 4096
-"""Blocks of a decoder; building more takes minutes, without weights too."""
+"""Largest number of blocks; building more takes minutes, even without weights."""
 
 MOST_WEIGHTS = 2**50
-"""Numbers in all weight matrices: no tensor's size in bytes then leaves 64 bits."""
+"""Largest number of weights; every tensor's size in bytes then fits into 64 bits."""
 
 STATE_BYTES = 16
-"""Bytes a parameter in training: weight, gradient and AdamW's two moments in float32."""
+"""Bytes per parameter in training: weight, gradient and AdamW's two moments in float32."""
 
 
 def weights_of(model: DecoderConfig, connection: ConnectionConfig) -> int:
-    """Numbers in the weight matrices of a decoder; vectors are left out."""
+    """Return the number of weights in the matrices of a decoder, without vectors."""
     C, attention, experts = model.channels, model.attention, model.experts
     heads, size, rotary = attention.heads, attention.head_size, attention.rotary_size
     latent = attention.latent_size
@@ -36,7 +36,7 @@ def weights_of(model: DecoderConfig, connection: ConnectionConfig) -> int:
 
 
 def _projection(channels: int, connection: ConnectionConfig) -> int:
-    """Numbers in the projection `phi` of one sublayer's maps."""
+    """Number of weights in the projection `phi` of one sublayer."""
     n = connection.n
     if connection.kind == "residual" or not connection.dynamic:
         return 0
@@ -46,7 +46,7 @@ def _projection(channels: int, connection: ConnectionConfig) -> int:
 
 
 def require_possible(model: DecoderConfig, connection: ConnectionConfig) -> None:
-    """Raise ConfigError for a decoder that no machine can build."""
+    """Raise ConfigError for a decoder beyond the limits above."""
     if model.blocks > MOST_BLOCKS:
         raise ConfigError(f"model.blocks: must be at most {MOST_BLOCKS} but is {model.blocks}")
     if (weights := weights_of(model, connection)) > MOST_WEIGHTS:
@@ -57,16 +57,16 @@ def require_possible(model: DecoderConfig, connection: ConnectionConfig) -> None
 
 
 def require_room(
-    model: DecoderConfig, connection: ConnectionConfig, device: torch.device, shares: int
+    model: DecoderConfig, connection: ConnectionConfig, device: torch.device, shards: int
 ) -> None:
-    """Raise ConfigError where the weights and their optimizer state exceed a device's memory.
+    """Raise ConfigError if weights and optimizer state exceed a device's memory.
 
-    shares: processes that share them. On the CPU, the processes that torchrun has started on this
-    machine share its memory too.
+    shards: number of ranks that shard them. On the CPU all processes that torchrun has started on
+    this machine divide its memory.
     """
     memory = _memory(device)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
-    needed = weights_of(model, connection) * STATE_BYTES * here // shares
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+    needed = weights_of(model, connection) * STATE_BYTES * local // shards
     if memory is not None and needed > memory:
         raise ConfigError(
             f"model: weights, gradients and optimizer state need {needed / 2**30:,.0f} GiB but "
@@ -76,7 +76,7 @@ def require_room(
 
 
 def _memory(device: torch.device) -> int | None:
-    """Bytes of memory; None where nobody tells."""
+    """Memory of a device in bytes; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if device.type != "cpu" or not hasattr(os, "sysconf"):

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that the loop answers between two steps."""
+"""Stop requests: Ctrl-C and SIGTERM, handled by the training loop between two steps."""
 
 import os
 import signal
@@ -11,22 +11,23 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Whether somebody has asked the run to stop, and how."""
+    """Signal that asks the run to stop, if one has arrived."""
 
     def __init__(self) -> None:
-        """Nobody has."""
+        """Start without a request and without handlers."""
         self.signal: signal.Signals | None = None
         self._before: dict[signal.Signals, signal._HANDLER] = {}
 
     def listen(self) -> None:
-        """Hold back the first signal; a second one has its usual effect.
+        """Record the first signal; a second one has its usual effect.
 
-        Under torchrun a second SIGTERM has none: it sends one to whom a cluster has sent one.
+        Under torchrun a second SIGTERM is ignored: torchrun forwards the one of the cluster to
+        processes that have received it already.
         """
         self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
 
     def end(self) -> None:
-        """Give signals their usual effect again."""
+        """Restore the previous signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
@@ -40,7 +41,7 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Listen for signals; in the main thread alone, for Python has none elsewhere."""
+    """Listen for signals; only in the main thread, where Python delivers them."""
     request = StopRequest()
     if threading.current_thread() is threading.main_thread():
         request.listen()

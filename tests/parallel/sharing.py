@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from manifold_hc.models.experts import mixtures
-from manifold_hc.parallel import ParallelConfig, joined
+from manifold_hc.parallel import ParallelConfig, join_process_group
 from manifold_hc.training import Checkpoints, RunConfig, RunFolder, check, train
 from tests.training.runs import text
 
@@ -41,7 +41,7 @@ def run(config: RunConfig, folder: Path, observers=(), documents: int = 1) -> di
     """Start the run, or go on from its last checkpoint; returns the summary."""
     corpus, there = text(documents), RunFolder(folder)
     check(config, corpus)
-    with joined(config.parallel, CPU) as processes:
+    with join_process_group(config.parallel, CPU) as processes:
         saved = Checkpoints(there.checkpoints, config.checkpoint, corpus.digest, processes)
         return train(config, corpus, there, observers, resume=saved.find(), processes=processes)
 

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from manifold_hc.errors import CheckpointError, RunFolderError, StoppedError
-from manifold_hc.parallel import ParallelConfig, joined
+from manifold_hc.parallel import ParallelConfig, join_process_group
 from manifold_hc.training import CheckpointConfig, Checkpoints, RunFolder, checkpoint_files
 from manifold_hc.training.checkpoint_files import load, verify
 from manifold_hc.training.state import TrainState
@@ -102,7 +102,7 @@ def test_a_checkpoint_of_the_first_moment(tmp_path):
 
 
 def saved_at_once(config, folder):
-    with joined(config.parallel, CPU) as processes:
+    with join_process_group(config.parallel, CPU) as processes:
         saved = Checkpoints(folder, config.checkpoint, "", processes)
         saved.write(TrainState(config, CPU, processes))
         other = TrainState(config, CPU, processes)
@@ -134,7 +134,7 @@ def found_by(config, folder, step=None):
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
     logging.getLogger("manifold_hc").addHandler(handler)
-    with joined(config.parallel, CPU) as processes:
+    with join_process_group(config.parallel, CPU) as processes:
         saved = Checkpoints(folder / "checkpoints", config.checkpoint, "", processes)
         try:
             return saved.find(step), messages
@@ -231,7 +231,7 @@ def without_the_other_part(config, folder):
         return written
 
     checkpoint_files.Writer.write_data = elsewhere
-    with joined(config.parallel, CPU) as processes:
+    with join_process_group(config.parallel, CPU) as processes:
         saved = Checkpoints(folder, config.checkpoint, "", processes)
         with pytest.raises(OSError, match=r"__1_0.distcp of another process is not there"):
             saved.write(TrainState(config, CPU, processes))

@@ -9,7 +9,8 @@ import pytest
 from manifold_hc.config import ConnectionConfig
 from manifold_hc.errors import ConfigError
 from manifold_hc.parallel import ParallelConfig
-from manifold_hc.parallel.config import SCHEDULES, SPLITTING, require_started
+from manifold_hc.parallel.config import SCHEDULES, SPLIT_BACKWARD
+from manifold_hc.parallel.torchrun import require_world_size
 from manifold_hc.training import RunFolder, train
 from tests.training import runs
 
@@ -62,7 +63,7 @@ def test_degrees_that_there_are_not(parallel, message):
 def test_as_many_processes_as_the_degrees_say(started, degrees, message, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", started)
     with pytest.raises(ConfigError, match=message):
-        require_started(ParallelConfig(**degrees))
+        require_world_size(ParallelConfig(**degrees))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,8 @@ def test_a_run_without_its_processes(tmp_path):
             {"accumulate": 4, "compile": True},
             {"schedule": "InterleavedZeroBubble", "stages": 2},
             "training.compile: cannot go with parallel.schedule=InterleavedZeroBubble, which "
-            "computes gradients of inputs and of weights apart; take 1F1B or Interleaved1F1B",
+            "computes gradients of inputs and of weights in two passes; "
+            "take 1F1B or Interleaved1F1B",
         ),
     ],
 )
@@ -124,7 +126,7 @@ def test_what_a_pipeline_divides(training, parallel, message):
         replace(base, parallel=ParallelConfig(pipeline=2, **parallel))
 
 
-@pytest.mark.parametrize("schedule", SPLITTING)
+@pytest.mark.parametrize("schedule", SPLIT_BACKWARD)
 def test_static_connections_and_schedules_that_split_backward(schedule):
     """torch would fail at the first step, or give wrong gradients."""
     base = runs.config(accumulate=4)
@@ -170,12 +172,12 @@ def told_by_torch(config, microbatches, process):
     stages = [
         SimpleNamespace(
             stage_index=stage,
-            num_stages=config.all_stages,
+            num_stages=config.num_stages,
             group_size=config.pipeline,
             group_rank=process,
             submod=None,
             is_first=stage == 0,
-            is_last=stage == config.all_stages - 1,
+            is_last=stage == config.num_stages - 1,
         )
         for stage in config.stages_of(process)
     ]

@@ -16,13 +16,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from manifold_hc.config import ConnectionConfig
 from manifold_hc.diagnostics import GainMonitor
 from manifold_hc.errors import DivergedError, LostProcessError
-from manifold_hc.parallel import joined
+from manifold_hc.parallel import join_process_group
 from manifold_hc.parallel.config import SCHEDULES
 from manifold_hc.parallel.watchdog import STATUS
-from manifold_hc.training import RunFolder
+from manifold_hc.training import RunFolder, check
 from manifold_hc.training.state import TrainState
 from manifold_hc.training.step import backward, count_targets
-from manifold_hc.training.trainer import check, own_part
+from manifold_hc.training.validation import rank_slice
 from tests.parallel.groups import Ended, outcomes, together
 from tests.parallel.sharing import CPU, in_pieces, layouts, run, run_all, shared
 from tests.parallel.test_golden_together import RUNS, compare
@@ -132,7 +132,7 @@ def distance(ours, theirs):
 
 def all_gradients(configs):
     """Of every weight, whole, after one batch: a dictionary for each run, in the first process."""
-    with joined(configs[0].parallel, CPU) as processes:
+    with join_process_group(configs[0].parallel, CPU) as processes:
         return [gradients(config, processes) for config in configs]
 
 
@@ -155,7 +155,7 @@ def after_a_batch(config, processes):
             if isinstance(weight, DTensor):
                 noise = distribute_tensor(noise, weight.device_mesh, weight.placements)
             weight += noise
-    batch = own_part(check(config, runs.text()).training, 0, processes)
+    batch = rank_slice(check(config, runs.text()).training, 0, processes)
     targets = int(processes.all_reduce_data(count_targets(batch.targets)))
     backward(state.model, batch, targets, config.training)
     return state
@@ -267,7 +267,7 @@ def hanging(how, config, folder):
         pytest.param(
             sleep_in_backward,
             "1F1B",
-            "rank 1 is behind at 'stage 1, microbatch 0, backward'",
+            "rank 1 is behind at 'step 4, forward and backward, stage 1, microbatch 0, backward'",
             marks=pytest.mark.wide,
         ),
         pytest.param(
@@ -312,7 +312,7 @@ def test_what_fails_in_a_stage_is_told_as_it_is(tmp_path):
 
 def streams_alive(config):
     """How many microbatches' streams a state holds between two batches."""
-    with joined(config.parallel, CPU) as processes:
+    with join_process_group(config.parallel, CPU) as processes:
         state = after_a_batch(config, processes)
         gc.collect()
         size = (1, config.data.sequence, 4, config.model.channels)

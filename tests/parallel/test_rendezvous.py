@@ -33,7 +33,7 @@ def test_what_dead_processes_have_written_is_not_followed():
     """Of a first process that had answered, and of another that had agreed to its name."""
     known = store()
     for rank in (1, 2):
-        known.set(f"word {rank}", "dead")
+        known.set(f"token {rank}", "dead")
         known.set(f"answer {rank}", "dead old")
         known.set(f"agreed {rank}", "old")
     found = meet(known, 3)

@@ -16,7 +16,7 @@ import torch
 
 from manifold_hc import files
 from manifold_hc.cli.terminal import log_to_stderr
-from manifold_hc.files import insist
+from manifold_hc.files import retry_write
 from manifold_hc.training import CheckpointConfig, Checkpoints, RunFolder, train
 from manifold_hc.training.checkpoint_files import WRITE_ERRORS, save_weights
 from manifold_hc.training.state import TrainState
@@ -187,13 +187,13 @@ def test_the_end_of_a_run_waits_for_room(monkeypatch, caplog):
         if len(calls) <= fails:
             raise OSError(28, "No space left on device")
 
-    insist(lambda: write(2), "the weights", lambda: False)
+    retry_write(lambda: write(2), "the weights", lambda: False)
     assert caplog.text.count("THE WEIGHTS CANNOT BE WRITTEN: No space left on device") == 2
     calls.clear()
     with pytest.raises(OSError, match="No space left"):
-        insist(lambda: write(99), "the weights", lambda: False)
+        retry_write(lambda: write(99), "the weights", lambda: False)
     assert len(calls) == 4
     calls.clear()
     with pytest.raises(OSError, match="No space left"):
-        insist(lambda: write(99), "the weights", lambda: len(calls) == 2)
+        retry_write(lambda: write(99), "the weights", lambda: len(calls) == 2)
     assert len(calls) == 2

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from manifold_hc.training.progress import ProgressView
+from manifold_hc.training.sinks.progress import ProgressView
 
 FIGURES = {
     "loss": 2.1571,
@@ -23,9 +23,9 @@ def test_no_figure_is_broken_at_any_width(width):
     screen = io.StringIO()
     console = Console(file=screen, width=width, force_terminal=True, color_system=None)
     view = ProgressView(console, "mhc constraint=identity, seed 2", 300)
-    view.start()
-    view.update(299, FIGURES)
-    view.stop()
+    view.open()
+    view.end_step(299, FIGURES)
+    view.close()
     last = screen.getvalue().rpartition("\x1b[2K")[2].splitlines()
     assert all(len(line) <= width for line in last)
     for name, value in FIGURES.items():

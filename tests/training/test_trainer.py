@@ -15,10 +15,10 @@ from manifold_hc.errors import BackendError, ConfigError, DataError, DivergedErr
 from manifold_hc.files import write_atomically
 from manifold_hc.models import AttentionConfig, Decoder, DecoderConfig
 from manifold_hc.training import OptimizerConfig, RunFolder, TrainingConfig, train
+from manifold_hc.training.device import find_device
 from manifold_hc.training.folder import SUMMARY, locked
 from manifold_hc.training.state import TrainState
 from manifold_hc.training.step import loss_of, take_step
-from manifold_hc.training.trainer import find_device
 from tests import golden
 from tests.conftest import generated_text
 from tests.training import runs
@@ -128,7 +128,7 @@ def test_equal_data_for_every_kind(tmp_path):
 
 
 def test_a_metrics_line_cut_short_by_a_crash_is_left_out(folder):
-    folder.append({"event": "validation", "step": 0, "loss": 1.0})
+    folder.records.append({"event": "validation", "step": 0, "loss": 1.0})
     with folder.metrics_file.open("ab") as file:
         file.write(b'{"event": "ste')
     assert folder.metrics() == [{"event": "validation", "step": 0, "loss": 1.0}]
@@ -170,7 +170,7 @@ def test_a_damaged_summary_is_named(folder, content):
 
 
 def test_numbers_that_are_not_finite_are_null_in_the_metrics(folder):
-    folder.append({"gain": float("inf"), "list": [float("nan"), 1.0]})
+    folder.records.append({"gain": float("inf"), "list": [float("nan"), 1.0]})
     assert json.loads(folder.metrics_file.read_text()) == {"gain": None, "list": [None, 1.0]}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from manifold_hc.errors import CheckpointError, ManifoldError, RunFolderError, StoppedError
-from manifold_hc.files import insist, remove_temporaries, write_atomically
+from manifold_hc.files import remove_temporaries, retry_write, write_atomically
 from manifold_hc.training import CheckpointConfig, Checkpoints, RunFolder
 from manifold_hc.training.checkpoint_files import read_manifest, verify
 from tests.training import runs
@@ -102,7 +102,7 @@ def test_the_end_of_a_run_waits_for_no_place_that_cannot_be_written(tmp_path):
         write_atomically(tmp_path / "file" / "weights", "content")
 
     with pytest.raises(NotADirectoryError):
-        insist(write, "the weights", lambda: asked.append(1) or True)
+        retry_write(write, "the weights", lambda: asked.append(1) or True)
     assert not asked, "another attempt was due"
 
 
@@ -129,7 +129,7 @@ def test_a_run_reads_regular_files_alone(tmp_path, monkeypatch, name, kind):
     read = {
         "config.json": run.config,
         "metrics.jsonl": run.metrics,
-        ".job": lambda: run.is_of("7"),
+        ".job": lambda: run.has_job("7"),
         "summary.json": run.summary,
     }
     with pytest.raises(RunFolderError, match=rf"{name} cannot be read: is not a regular file"):
@@ -138,13 +138,13 @@ def test_a_run_reads_regular_files_alone(tmp_path, monkeypatch, name, kind):
 
 def test_a_job_that_is_no_text_is_another(tmp_path):
     run = RunFolder(tmp_path)
-    assert not run.is_of("7")
-    run.belong_to("7")
-    assert run.is_of("7")
-    assert not run.is_of("8")
-    assert not run.is_of(None)
+    assert not run.has_job("7")
+    run.set_job("7")
+    assert run.has_job("7")
+    assert not run.has_job("8")
+    assert not run.has_job(None)
     (tmp_path / ".job").write_bytes(b"\xff")
-    assert not run.is_of("7")
+    assert not run.has_job("7")
 
 
 @pytest.mark.parametrize("kind", KINDS)

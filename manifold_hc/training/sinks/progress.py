@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar in a terminal, plain lines elsewhere."""
+"""Sink that shows progress: a bar in a terminal, plain lines elsewhere."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -6,19 +6,21 @@ from contextlib import suppress
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
+from manifold_hc.training.sinks.sink import Sink
+
 LINE_EVERY = 50
-"""Steps between two lines where there is no terminal."""
+"""Steps between two lines without a terminal."""
 
 
 WIDE = 170
-"""Columns from which bar and figures have room side by side."""
+"""Terminal width from which bar and figures fit on one line, in columns."""
 
 
-class ProgressView:
+class ProgressView(Sink):
     """Shows the newest figures of a run."""
 
     def __init__(self, console: Console, title: str, steps: int, done: int = 0) -> None:
-        """`title` names the run; `steps` is its length, `done` of them lie behind."""
+        """title: name of the run. steps: its length. done: steps taken before this start."""
         self.console = console
         self.title = title
         self.steps = steps
@@ -33,29 +35,28 @@ class ProgressView:
         self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
         self._task = self._bar.add_task(title, total=steps, completed=done, figures="")
 
-    def update(self, step: int, figures: Mapping[str, float]) -> None:
-        """Show `figures`; `step` counts from 0."""
-        texts = [f"{name} {value:.4g}" for name, value in figures.items()]
-        text = "  ".join(texts)
-        shown = "\n".join(lines_of(texts, self.console.width))
-        self._bar.update(self._task, completed=step + 1, figures=shown)
-        due = (step + 1) % LINE_EVERY == 0 or step + 1 == self.steps
-        if due and not self.console.is_terminal:
-            line = f"{self.title}  step {step + 1}/{self.steps}  {text}"
-            with suppress(OSError):  # a log on a full disk, or a reader that has left
-                self.console.print(line, soft_wrap=True, highlight=False)
-
-    def start(self) -> None:
+    def open(self) -> None:
         """Show the bar."""
         self._bar.start()
 
-    def stop(self) -> None:
-        """Leave the last figures standing."""
+    def end_step(self, step: int, shown: Mapping[str, float]) -> None:
+        """Show figures by label; `step` counts from 0."""
+        texts = [f"{name} {value:.4g}" for name, value in shown.items()]
+        lines = "\n".join(wrap_texts(texts, self.console.width))
+        self._bar.update(self._task, completed=step + 1, figures=lines)
+        due = (step + 1) % LINE_EVERY == 0 or step + 1 == self.steps
+        if due and not self.console.is_terminal:
+            line = f"{self.title}  step {step + 1}/{self.steps}  {'  '.join(texts)}"
+            with suppress(OSError):  # a log on a full disk, or a reader that has left
+                self.console.print(line, soft_wrap=True, highlight=False)
+
+    def close(self) -> None:
+        """Stop the bar; the last figures stay on the screen."""
         self._bar.stop()
 
 
-def lines_of(texts: Sequence[str], width: int) -> list[str]:
-    """The texts in lines of at most `width` columns, none of them broken."""
+def wrap_texts(texts: Sequence[str], width: int) -> list[str]:
+    """Join texts into lines of at most `width` columns; no text is broken."""
     lines: list[str] = []
     for text in texts:
         if lines and len(lines[-1]) + 2 + len(text) <= width:

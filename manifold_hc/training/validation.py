@@ -1,0 +1,41 @@
+"""Validation loss, and each rank's slice of a batch."""
+
+import torch
+
+from manifold_hc.data import Batch, Batches
+from manifold_hc.parallel import Processes
+from manifold_hc.training.state import TrainState
+from manifold_hc.training.step import count_targets, loss_of
+
+
+def rank_slice(batches: Batches, first: int, processes: Processes) -> Batch:
+    """Return this rank's slice of the batch that begins with sequence `first`.
+
+    Data-parallel ranks take consecutive sequences, tensor-parallel ranks consecutive tokens.
+    """
+    size = batches.batch // processes.dp_size
+    return batches.take(first + size * processes.dp_rank, size).span(
+        processes.tp_rank, processes.tp_size
+    )
+
+
+@torch.no_grad()
+def validate(state: TrainState, batches: Batches) -> float:
+    """Return the mean loss over `training.validation_batches`, or over one epoch if shorter."""
+    model, processes, training = state.model, state.processes, state.config.training
+    model.eval()
+    epoch = max(1, batches.count // batches.batch)
+    loss = torch.zeros((), dtype=torch.float64, device=state.device)
+    targets = torch.zeros((), dtype=torch.int64, device=state.device)
+    for number in range(min(training.validation_batches, epoch)):
+        with processes.phase(f"validation batch {number}"):
+            batch = rank_slice(batches, number * batches.batch, processes)
+            for microbatch in batch.to(state.device).pieces(training.accumulate):
+                count = count_targets(microbatch.targets)
+                loss += loss_of(model, microbatch, training.precision).double() * count
+                targets += count
+    model.train()
+    # Only ranks with the last stage have a loss, but every stage counts the targets: the loss is
+    # summed over all ranks, the targets over the ranks of one stage.
+    total = processes.all_reduce(loss).item()
+    return total / max(1, processes.all_reduce_data(targets).item())
