@@ -125,12 +125,14 @@ class ParallelConfig:
         """Raise ConfigError if the schedule cannot run `count` microbatches, by torch's rules."""
         if self.pipeline == 1:
             return
+        # torch checks the same when it builds the schedule, but after the processes have joined.
         least = {"1F1B": self.pipeline, "DualPipeV": self.num_stages}.get(self.schedule, 1)
         if count < least:
             raise ConfigError(
                 f"training.accumulate: {self.schedule} over {self.num_stages} stages needs at "
                 f"least {least} microbatches but it is {count}"
             )
+        # Interleaved schedules run microbatches in equal rounds, about one per pipeline rank.
         rounds = max(1, count // self.pipeline)
         if self.schedule.startswith("Interleaved") and count % rounds:
             raise ConfigError(

@@ -78,6 +78,7 @@ class TokenExchange:
         assert self._route is not None
         sent, received, arrived = self._route
         self._route = None
+        # The inverse permutation: from sorted by local expert back to sorted by source rank.
         order = torch.empty_like(arrived).scatter_(
             0, arrived, torch.arange(len(arrived), device=arrived.device)
         )

@@ -31,7 +31,8 @@ def build_meshes(world: DeviceMesh, degrees: ParallelConfig) -> Meshes:
         sizes = {"pipeline": degrees.pipeline, "replicate": degrees.replicate, **inner}
         return world._unflatten(0, tuple(sizes.values()), tuple(sizes))
 
-    # Process groups are created here, so that all ranks create the same ones in the same order.
+    # Creating a process group is a collective of all ranks: every rank creates the same groups in
+    # the same order, also those that it is not a member of.
     dense = tensor = experts = unflatten({"shard": replica})
     if degrees.tensor > 1:
         tensor = unflatten({"shard": degrees.shard, "tensor": degrees.tensor})

@@ -69,6 +69,8 @@ def shard_branch(branch: nn.Module, mesh: DeviceMesh) -> list[nn.Module]:
         setattr(module, key, nn.Parameter(weight))
         # As fully_shard does: a new class keeps the module's name, its hooks and its state_dict.
         module.__class__ = FORWARDS[type(module)]
+    # The first projections need all tokens of u; the last one leaves, for all tokens, a partial sum
+    # over the local heads.
     group = mesh.get_group()
     branch.register_forward_pre_hook(lambda _, given: (_AllGatherTokens.apply(given[0], group),))
     branch.register_forward_hook(lambda _, given, out: _ReduceScatterTokens.apply(out, group))

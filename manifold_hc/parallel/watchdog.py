@@ -40,7 +40,7 @@ class Progress:
     """Number of operations begun."""
     operation: str
     """Name of the last operation."""
-    told: float
+    published: float
     """Time of publication, in seconds since 1970."""
 
 
@@ -84,8 +84,8 @@ class Watchdog:
         while not self._ended.wait(min(self._timeout / BEATS, LONGEST_BEAT)):
             timed_out = time.monotonic() - self._since > self._timeout
             try:
-                told = replace(self._progress, told=time.time())
-                self._store.set(_key(self._rank), json.dumps(asdict(told)))
+                own = replace(self._progress, published=time.time())
+                self._store.set(_key(self._rank), json.dumps(asdict(own)))
                 progress = self._read_all() if timed_out else []
                 answered = time.monotonic()
             except (DistError, RuntimeError):
@@ -124,7 +124,7 @@ def describe(progress: list[Progress | None]) -> str:
     # Pipeline stages have different counts at any time, but waiting ranks are marked.
     busy = [p for p in progress if p is None or not p.operation.endswith(WAITING)] or progress
     least = min(one.count if one else -1 for one in busy)
-    now = max(one.told for one in progress if one)
+    now = max(one.published for one in progress if one)
     behind = []
     for rank, one in enumerate(progress):
         if one is None:
@@ -132,7 +132,7 @@ def describe(progress: list[Progress | None]) -> str:
         elif one.count == least and one in busy:
             behind.append(
                 f"rank {rank} is behind at {one.operation!r}, last heard of "
-                f"{now - one.told:.0f} s ago"
+                f"{now - one.published:.0f} s ago"
             )
     return "; ".join(behind)
 

@@ -93,7 +93,7 @@ class Checkpoints:
         if self._pending is None:
             return
         step, writer, written = self._pending
-        # All ranks must agree that it has ended: what follows is collective.
+        # All ranks must agree that it has ended: the rest is collective.
         if not wait and not all(self.processes.all_gather(written.done())):
             return
         self._pending = None

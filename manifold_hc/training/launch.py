@@ -123,8 +123,8 @@ def _lock(
     empty if the run is `new`, and for a complete run without more steps.
     """
     refuse_if_in_use(folder.path)
-    # torchrun restarts processes whatever their error was: only the folder tells whether the job
-    # had begun its run, or had been refused.
+    # torchrun restarts processes after any error: only the folder shows whether the job had begun
+    # its run or had been refused.
     own = restarted and folder.has_job(job_id())
     if new and not own and not folder.is_new():
         raise RunFolderError(

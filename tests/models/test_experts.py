@@ -93,7 +93,7 @@ def test_no_token_is_dropped_even_if_all_want_the_same_expert():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_torchs_grouped_product_is_the_loop(dtype):
-    """Sizes that torch serves, with an expert that nobody visits; outputs and both gradients."""
+    """Sizes that torch supports, with an expert without tokens; outputs and both gradients."""
     sizes = torch.tensor([5, 0, 11, 1])
     rows = torch.randn(17, 16, dtype=dtype, requires_grad=True)
     weights = torch.randn(4, 16, 32, dtype=dtype, requires_grad=True)

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.parallel.sharing import figures
+from tests.parallel.layouts import figures
 
 SIZE = 2
 PATIENCE = 300.0
@@ -24,7 +24,7 @@ PATIENCE = 300.0
 
 
 def training(text: Path, folder: Path, steps: int, *more: str) -> list[str]:
-    """What torchrun runs."""
+    """Program and options for torchrun."""
     return [
         *("-m", "manifold_hc", "train", "--data", str(text), "--out", str(folder)),
         *(f"parallel.shard={SIZE}", f"training.steps={steps}", "training.batch=4"),
@@ -97,7 +97,7 @@ def wait_until(condition, agent: subprocess.Popen, log: Path) -> None:
 
 
 def drill(text: Path, folder: Path, steps: int, moments: list[str], draw: random.Random) -> dict:
-    """Kill once at each of the moments: "running", "saving" or "starting"; what was done."""
+    """Kill once at each moment: "running", "saving" or "starting"; return counts and result."""
     calm, log = folder / "calm", folder / "log"
     agent = start(text, calm, steps, 0, folder / "log of the calm run")
     if agent.wait(PATIENCE):

@@ -1,4 +1,4 @@
-"""What is refused before any process starts training."""
+"""Configurations that are refused before training."""
 
 from dataclasses import replace
 from itertools import product
@@ -165,8 +165,8 @@ def test_a_schedule_that_this_torch_does_not_know(monkeypatch):
         schedule.require_schedule("QuadPipe")
 
 
-def told_by_torch(config, microbatches, process):
-    """Whether torch's schedule takes so many, and the stages that it gives a process."""
+def torch_placement(config, microbatches, process):
+    """Return whether torch's schedule takes the microbatches, and its stages of a rank."""
     from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_schedule_class
 
     stages = [
@@ -205,6 +205,6 @@ def test_torch_takes_what_we_take_and_places_stages_as_we_do(name):
             else:
                 taken = True
             for process in range(pipeline):
-                theirs, placed = told_by_torch(config, microbatches, process)
+                theirs, placed = torch_placement(config, microbatches, process)
                 assert theirs == taken, (config, microbatches)
                 assert not taken or placed == config.stages_of(process)

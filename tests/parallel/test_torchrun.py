@@ -89,7 +89,7 @@ def test_without_torchrun_nothing_starts(capfd, tmp_path):
 
 
 def test_a_folder_of_another_run_is_refused_after_a_restart_too(tmp_path):
-    """Torchrun starts the processes again whatever their error was."""
+    """torchrun restarts the processes after any error."""
     text = tmp_path / "text.txt"
     text.write_text(generated_text(40_000))
     (tmp_path / "run").mkdir()

@@ -1,4 +1,4 @@
-"""Small runs that the tests of the trainer share."""
+"""Small runs for the tests of the trainer."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ from tests.conftest import generated_text
 
 
 def text(documents: int = 1) -> Corpus:
-    """The golden run's text, cut into so many documents."""
+    """The text of the golden run, split into equal documents."""
     ids = np.frombuffer(generated_text(40_000).encode(), dtype=np.uint8)
     starts = np.arange(documents) * (len(ids) // documents)
     return Corpus([Tokens([ArrayPart(ids, starts)])], 256)
@@ -45,8 +45,10 @@ def with_experts(config: RunConfig) -> RunConfig:
     return replace(config, model=replace(config.model, experts=experts))
 
 
-def go_on(config: RunConfig, corpus: Corpus, folder: Path, observers=(GainMonitor,)) -> None:
-    """Start the run in `folder`, or go on from its last checkpoint."""
+def train_or_resume(
+    config: RunConfig, corpus: Corpus, folder: Path, observers=(GainMonitor,)
+) -> None:
+    """Start the run in `folder`, or resume it from its last checkpoint."""
     run = RunFolder(folder)
     at = Checkpoints(run.checkpoints, config.checkpoint, corpus.digest).find()
     train(config, corpus, run, observers, resume=at)
@@ -63,7 +65,7 @@ def figures(folder: Path) -> list[dict]:
 
 
 class At:
-    """An observer that does something at one step, counted from 0; with `probe_every=1`."""
+    """Observer that calls `do(model)` at one step, counted from 0; needs `probe_every=1`."""
 
     name = "at"
     shown: dict[str, str] = {}  # noqa: RUF012
@@ -78,22 +80,22 @@ class At:
         return {}
 
 
-def at(step: int, do):
-    """The factory of such an observer."""
+def at_step(step: int, do):
+    """Return an observer factory that calls `do(model)` at one step."""
     return lambda probe: At(step, do)
 
 
-def children() -> ForkServerContext:
-    """Makes processes that need not import torch again and that share nothing with this one."""
+def forkserver() -> ForkServerContext:
+    """Multiprocessing context whose processes have torch imported and share no state."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.training.runs"])
     return context
 
 
-def alone(body: Callable[..., Any], *arguments: object) -> tuple[Any, list[str]]:
-    """What `body` returns in a process of its own, or says in failing; and what it has logged."""
-    here, there = children().Pipe()
-    child = children().Process(target=_tell, args=(there, body, arguments))
+def in_process(body: Callable[..., Any], *arguments: object) -> tuple[Any, list[str]]:
+    """Run `body` in its own process; return its result or error message, and its log messages."""
+    here, there = forkserver().Pipe()
+    child = forkserver().Process(target=_tell, args=(there, body, arguments))
     child.start()
     there.close()
     answer, messages = here.recv()

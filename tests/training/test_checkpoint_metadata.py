@@ -1,4 +1,4 @@
-"""A checkpoint from somebody else runs nothing, whatever its files say."""
+"""Loading a foreign checkpoint executes no code from its files."""
 
 import hashlib
 import io
@@ -42,14 +42,14 @@ def saved(tmp_path_factory, state):
 
 @pytest.fixture
 def stranger(saved, tmp_path, monkeypatch):
-    """A copy of the checkpoint; what it runs, if it does, leaves a file `ran`."""
+    """A copy of the checkpoint; code executed from it would leave a file `ran`."""
     shutil.copytree(saved, tmp_path / "checkpoints")
     monkeypatch.chdir(tmp_path)
     return tmp_path / "checkpoints" / "step-00000001"
 
 
 def sign(path):
-    """Checksums that fit, as whoever alters a checkpoint on purpose makes them."""
+    """Recompute the checksums, as an attacker would."""
     files = sorted(file for file in path.iterdir() if file.name != "SHA256SUMS")
     lines = (f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n" for f in files)
     (path / "SHA256SUMS").write_text("".join(lines))
@@ -119,7 +119,7 @@ def evil_bytes():
 
 @pytest.mark.parametrize("kind", ["bytes", "tensor"])
 def test_a_pickle_in_the_place_of_a_tensor_runs_nothing(stranger, state, kind):
-    """torch unpickles whatever the index calls bytes; a tensor it reads with weights_only."""
+    """torch unpickles entries of bytes without weights_only, and tensors with it."""
     index = pickle.loads((stranger / ".metadata").read_bytes())
     if kind == "bytes":
         index.state_dict_metadata[WEIGHT] = BytesStorageMetadata()

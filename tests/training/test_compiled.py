@@ -5,7 +5,7 @@ import torch
 
 from manifold_hc.training import RunFolder, train
 from tests.training import runs
-from tests.training.runs import alone
+from tests.training.runs import in_process
 
 COMPILED = runs.with_experts(runs.config(steps=4, compile=True, validate_every=4))
 
@@ -17,7 +17,7 @@ def compiled(folder):
 
 
 def test_a_compiled_run_has_the_same_losses(tmp_path):
-    graphs, _ = alone(compiled, tmp_path / "compiled")
+    graphs, _ = in_process(compiled, tmp_path / "compiled")
     assert isinstance(graphs, int), graphs
     assert graphs >= 6, "attention, dense feed-forward and shared experts, with and without grad"
     train(

@@ -1,7 +1,7 @@
 """Killed before any of its file-system operations, a run can go on or start again.
 
-The operations are those that Python audits. A copy of the folder is made before each of them: what
-a SIGKILL leaves at this point, since what Python still holds in its buffers is in neither.
+The operations are those that Python audits. The folder is copied before each of them; the copy is
+the folder that a SIGKILL leaves at this point, since neither has the content of Python's buffers.
 """
 
 import os
@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from tests.conftest import generated_text
-from tests.training.runs import alone
+from tests.training.runs import in_process
 
 CHANGING = {
     "os.mkdir",
@@ -79,7 +79,7 @@ def copying(folder, copies):
 
 
 def shape(folder):
-    """Names, random parts aside, with whether a file is empty: what a start can depend on."""
+    """Names without random parts, and sizes above 0: the facts that a start may depend on."""
     return frozenset(
         (
             re.sub(r"[0-9a-f]{8}\.tmp$", "tmp", str(file.relative_to(folder))),
@@ -96,7 +96,7 @@ def spread(found, most):
 
 
 def start_at_points(place, most):
-    """Copies that no start could use, and what such starts have left. Runs in its own process."""
+    """Return copies in which no run could start, and files left behind. Runs in its own process."""
     import manifold_hc.cli
     import manifold_hc.report  # noqa: F401  # matplotlib too: once, not in every fork
 
@@ -123,7 +123,7 @@ def start_at_points(place, most):
 @pytest.mark.parametrize("most", [8, pytest.param(1000, marks=pytest.mark.wide)])
 def test_a_run_killed_at_any_operation_goes_on_or_starts_again(tmp_path, most):
     """At few of them, or with `--wide` at all."""
-    (points, failed, left), _ = alone(start_at_points, tmp_path, most)
+    (points, failed, left), _ = in_process(start_at_points, tmp_path, most)
     assert points > 15
     assert failed == {}
     assert left == []

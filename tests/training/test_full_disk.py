@@ -1,7 +1,7 @@
-"""A disk without room costs what does not fit on it, and nothing else.
+"""A full disk loses only the files that do not fit on it.
 
-Files that may not pass a size stand for it. The limit holds for a whole process, so each of these
-runs in its own: pytest's output may be a file too.
+A limit on the file size simulates it. The limit holds for a whole process, so each test runs in its
+own: pytest's output may be a file too.
 """
 
 import logging
@@ -21,7 +21,7 @@ from manifold_hc.training import CheckpointConfig, Checkpoints, RunFolder, train
 from manifold_hc.training.checkpoint_files import WRITE_ERRORS, save_weights
 from manifold_hc.training.state import TrainState
 from tests.training import runs
-from tests.training.runs import alone, at, figures, go_on
+from tests.training.runs import at_step, figures, in_process, train_or_resume
 
 
 def limit(size):
@@ -31,11 +31,11 @@ def limit(size):
 
 
 def full(step, size):
-    return at(step, lambda _: limit(size))
+    return at_step(step, lambda _: limit(size))
 
 
 def calm(config, folder):
-    train(config, runs.text(), RunFolder(folder), [at(-1, None), at(-1, None)])
+    train(config, runs.text(), RunFolder(folder), [at_step(-1, None), at_step(-1, None)])
 
 
 KEEP = CheckpointConfig(every=4, keep=9, best=False)
@@ -43,12 +43,12 @@ CHECKPOINTS = runs.config(steps=20, probe_every=1, checkpoint=KEEP)
 
 
 def no_room_for_checkpoints(folder):
-    go_on(CHECKPOINTS, runs.text(), folder, [full(5, 90_000), full(16, None)])
+    train_or_resume(CHECKPOINTS, runs.text(), folder, [full(5, 90_000), full(16, None)])
 
 
 def test_the_save_is_tried_again_and_nothing_else_is_different(tmp_path):
     """From step 5 no file may pass 90 kB; from step 16 on there is room again."""
-    _, messages = alone(no_room_for_checkpoints, tmp_path / "full")
+    _, messages = in_process(no_room_for_checkpoints, tmp_path / "full")
     run = RunFolder(tmp_path / "full")
     there = [path.name for path in Checkpoints(run.checkpoints, KEEP, "").paths()]
     assert there == ["step-00000004", "step-00000018", "step-00000020"]
@@ -73,7 +73,7 @@ def due_after_a_failure(folder):
 
 
 def test_a_save_that_failed_is_due_again(tmp_path):
-    planned, saved, after = alone(due_after_a_failure, tmp_path)[0]
+    planned, saved, after = in_process(due_after_a_failure, tmp_path)[0]
     assert planned == [False, False, False]
     assert not saved
     assert after == [False, True, True]
@@ -88,7 +88,7 @@ def no_room_for_weights(folder):
 
 
 def test_weights_that_do_not_fit_are_recognised(tmp_path):
-    assert alone(no_room_for_weights, tmp_path)[0] == "recognised"
+    assert in_process(no_room_for_weights, tmp_path)[0] == "recognised"
 
 
 METRICS = runs.config(steps=12, probe_every=1)
@@ -99,7 +99,7 @@ def no_room_for_metrics(folder):
 
 
 def test_metrics_wait_for_room(tmp_path):
-    summary, messages = alone(no_room_for_metrics, tmp_path / "full")
+    summary, messages = in_process(no_room_for_metrics, tmp_path / "full")
     calm(METRICS, tmp_path / "calm")
     assert figures(tmp_path / "full") == figures(tmp_path / "calm")
     assert summary == RunFolder(tmp_path / "full").summary()
@@ -108,7 +108,9 @@ def test_metrics_wait_for_room(tmp_path):
 
 def no_room_for_tensorboard(folder):
     config = runs.config(steps=20, probe_every=1, tensorboard=True)
-    go_on(config, runs.text(), folder, [full(3, 2000), full(18, None), lambda probe: Slow()])
+    train_or_resume(
+        config, runs.text(), folder, [full(3, 2000), full(18, None), lambda probe: Slow()]
+    )
 
 
 class Slow:
@@ -123,7 +125,7 @@ class Slow:
 
 
 def test_tensorboard_is_given_up_and_the_run_is_not(tmp_path):
-    _, messages = alone(no_room_for_tensorboard, tmp_path)
+    _, messages = in_process(no_room_for_tensorboard, tmp_path)
     assert any("TENSORBOARD CANNOT BE WRITTEN" in message for message in messages)
     assert RunFolder(tmp_path).is_complete()
 
@@ -133,12 +135,12 @@ def no_room_for_what_is_printed(folder):
     sys.stderr = sys.stdout = (folder / "log").open("w", buffering=1)
     log_to_stderr()
     config = runs.config(steps=60, probe_every=1)
-    go_on(config, runs.text(), folder / "run", [full(0, 50), full(58, None)])
+    train_or_resume(config, runs.text(), folder / "run", [full(0, 50), full(58, None)])
 
 
 def test_a_log_that_is_full_stops_nothing(tmp_path):
     """A line is due after 50 steps, and one as soon as the metrics cannot be written."""
-    said, _ = alone(no_room_for_what_is_printed, tmp_path)
+    said, _ = in_process(no_room_for_what_is_printed, tmp_path)
     assert said is None
     assert RunFolder(tmp_path / "run").is_complete()
 
@@ -146,12 +148,12 @@ def test_a_log_that_is_full_stops_nothing(tmp_path):
 def room_as_soon_as_it_is_missed(folder):
     files.WAIT = 0.001
     _when("THE WEIGHTS CANNOT BE WRITTEN", lambda: limit(None))
-    go_on(METRICS, runs.text(), folder, [full(3, 20_000)])
+    train_or_resume(METRICS, runs.text(), folder, [full(3, 20_000)])
 
 
 def test_the_last_checkpoint_waits_for_room_too(tmp_path):
     """The disk is full when the run ends; once that is said of the weights, there is room."""
-    _, messages = alone(room_as_soon_as_it_is_missed, tmp_path)
+    _, messages = in_process(room_as_soon_as_it_is_missed, tmp_path)
     assert any("CHECKPOINT NOT SAVED at step 12" in message for message in messages)
     found = Checkpoints(tmp_path / "checkpoints", METRICS.checkpoint, "").find()
     assert found.name == "step-00000012"
@@ -160,11 +162,11 @@ def test_the_last_checkpoint_waits_for_room_too(tmp_path):
 
 def stopped_while_it_waits(folder):
     _when("CANNOT BE WRITTEN", lambda: os.kill(os.getpid(), signal.SIGTERM))
-    go_on(METRICS, runs.text(), folder, [full(3, 20_000)])
+    train_or_resume(METRICS, runs.text(), folder, [full(3, 20_000)])
 
 
 def test_a_signal_ends_the_wait_for_room(tmp_path):
-    said, _ = alone(stopped_while_it_waits, tmp_path)
+    said, _ = in_process(stopped_while_it_waits, tmp_path)
     assert said == (
         "StoppedError: train: stopped by SIGTERM after 12 steps; ITS CHECKPOINT COULD NOT BE SAVED"
     )

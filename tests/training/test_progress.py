@@ -1,4 +1,4 @@
-"""What a person sees of a run in a terminal."""
+"""Progress view of a run in a terminal."""
 
 import io
 

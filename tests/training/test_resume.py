@@ -22,7 +22,7 @@ from manifold_hc.training import CheckpointConfig, Checkpoints, OptimizerConfig,
 from manifold_hc.training import trainer as trainer_module
 from manifold_hc.training.checkpoint_files import read_manifest
 from tests.training import runs
-from tests.training.runs import at, children, figures, go_on
+from tests.training.runs import at_step, figures, forkserver, train_or_resume
 
 STEPS = 60
 KILLS = 20
@@ -36,12 +36,12 @@ KILLED = runs.with_experts(
 
 
 def in_a_child(folder):
-    go_on(KILLED, runs.text(documents=90), folder)
+    train_or_resume(KILLED, runs.text(documents=90), folder)
 
 
 def test_killed_at_twenty_steps_and_during_saves_it_prints_the_same_losses(tmp_path):
     def start(name):
-        child = children().Process(target=in_a_child, args=(tmp_path / name,))
+        child = forkserver().Process(target=in_a_child, args=(tmp_path / name,))
         child.start()
         return child
 
@@ -88,13 +88,13 @@ def half_written(folder):
 def test_a_signal_saves_and_leaves_and_the_run_goes_on(tmp_path, number):
     config = runs.config(probe_every=1)
     before = signal.getsignal(number)
-    stop = at(6, lambda model: os.kill(os.getpid(), number))
+    stop = at_step(6, lambda model: os.kill(os.getpid(), number))
     with pytest.raises(StoppedError, match=f"stopped by {number.name} after 7 steps") as error:
-        go_on(config, runs.text(), tmp_path / "stopped", [stop])
+        train_or_resume(config, runs.text(), tmp_path / "stopped", [stop])
     assert (error.value.step, error.value.signal, error.value.saved) == (7, number, True)
     assert signal.getsignal(number) is before
-    go_on(config, runs.text(), tmp_path / "stopped", [at(-1, None)])
-    go_on(config, runs.text(), tmp_path / "calm", [at(-1, None)])
+    train_or_resume(config, runs.text(), tmp_path / "stopped", [at_step(-1, None)])
+    train_or_resume(config, runs.text(), tmp_path / "calm", [at_step(-1, None)])
     assert figures(tmp_path / "stopped") == figures(tmp_path / "calm")
 
 
@@ -103,18 +103,20 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    # A shell has what it runs in the background ignore Ctrl-C; these tests may be run there.
+    # A shell makes its background jobs, such as these tests, ignore Ctrl-C.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            go_on(runs.config(probe_every=1), runs.text(), tmp_path / "run", [at(3, twice)])
+            train_or_resume(
+                runs.config(probe_every=1), runs.text(), tmp_path / "run", [at_step(3, twice)]
+            )
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("every", [4, 7])
 def test_every_token_of_an_epoch_is_seen_once_across_a_resume(tmp_path, monkeypatch, every):
-    """An epoch of 41 sequences in steps of 4, stopped after 3 and 6, by what steps get."""
+    """An epoch of 41 sequences in steps of 4, stopped after 3 and 6 steps."""
     corpus = runs.text()
     corpus = type(corpus)([corpus.sources[0][:1400]], 256)
     seen, steps = [], trainer_module.take_step
@@ -128,9 +130,11 @@ def test_every_token_of_an_epoch_is_seen_once_across_a_resume(tmp_path, monkeypa
         steps=11, probe_every=1, validate_every=11, checkpoint=CheckpointConfig(every=every)
     )
     for step in (2, 2, None):
-        stop = at(step if step is not None else -1, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        stop = at_step(
+            step if step is not None else -1, lambda _: os.kill(os.getpid(), signal.SIGTERM)
+        )
         try:
-            go_on(config, corpus, tmp_path, [stop])
+            train_or_resume(config, corpus, tmp_path, [stop])
         except StoppedError:
             assert step is not None
     assert [step for step, _ in seen] == list(range(11))
@@ -144,7 +148,9 @@ def test_every_token_of_an_epoch_is_seen_once_across_a_resume(tmp_path, monkeypa
 
 def test_losses_do_not_depend_on_checkpoints(tmp_path):
     for name, every in (("often", 1), ("never", 100)):
-        go_on(runs.config(checkpoint=CheckpointConfig(every=every)), runs.text(), tmp_path / name)
+        train_or_resume(
+            runs.config(checkpoint=CheckpointConfig(every=every)), runs.text(), tmp_path / name
+        )
     assert figures(tmp_path / "often") == figures(tmp_path / "never")
 
 
@@ -153,11 +159,11 @@ def test_a_complete_run_can_be_made_longer(tmp_path):
     short, long = (
         replace(c, optimizer=OptimizerConfig(schedule="constant")) for c in (short, long)
     )
-    go_on(short, runs.text(), tmp_path / "grown", [])
+    train_or_resume(short, runs.text(), tmp_path / "grown", [])
     with pytest.raises(RunFolderError, match="holds a complete run"):
-        go_on(short, runs.text(), tmp_path / "grown", [])
-    go_on(long, runs.text(), tmp_path / "grown", [])
-    go_on(long, runs.text(), tmp_path / "whole", [])
+        train_or_resume(short, runs.text(), tmp_path / "grown", [])
+    train_or_resume(long, runs.text(), tmp_path / "grown", [])
+    train_or_resume(long, runs.text(), tmp_path / "whole", [])
     assert figures(tmp_path / "grown") == figures(tmp_path / "whole")
     assert RunFolder(tmp_path / "grown").summary()["steps"] == 12
 
@@ -170,7 +176,7 @@ def test_a_loss_that_is_not_finite(tmp_path):
 
     config = runs.config(probe_every=1, checkpoint=CheckpointConfig(every=3))
     with pytest.raises(DivergedError) as error:
-        go_on(config, runs.text(), tmp_path, [at(4, break_it)])
+        train_or_resume(config, runs.text(), tmp_path, [at_step(4, break_it)])
     assert str(error.value) == (
         "train: loss is not finite at step 5, first in parameter group 'layers' "
         "(output of branches.2.query)"
@@ -186,7 +192,7 @@ def test_a_loss_that_is_not_finite_beside_parameters_that_are_not_trained(tmp_pa
     every = ConnectionConfig(disable=("pre", "post", "res"))
     config = replace(runs.config(probe_every=1), connection=every)
     with pytest.raises(DivergedError, match=r"group 'layers' \(output of branches\.2\.query\)"):
-        go_on(config, runs.text(), tmp_path, [at(1, break_it)])
+        train_or_resume(config, runs.text(), tmp_path, [at_step(1, break_it)])
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
@@ -198,14 +204,14 @@ def test_a_gradient_that_is_not_finite(tmp_path, bad):
 
     config = runs.config(probe_every=1)
     with pytest.raises(DivergedError) as error:
-        go_on(config, runs.text(), tmp_path / "broken", [at(4, break_it)])
+        train_or_resume(config, runs.text(), tmp_path / "broken", [at_step(4, break_it)])
     assert str(error.value) == (
         "train: gradient norm is not finite at step 5, first in parameter group "
         "'connections, vectors' (stack.connections.1.maps.bias, 1 of 8 tensors)"
     )
     assert error.value.__notes__ == ["the last finite state is saved as step 5"]
-    go_on(config, runs.text(), tmp_path / "broken", [at(-1, None)])
-    go_on(config, runs.text(), tmp_path / "calm", [at(-1, None)])
+    train_or_resume(config, runs.text(), tmp_path / "broken", [at_step(-1, None)])
+    train_or_resume(config, runs.text(), tmp_path / "calm", [at_step(-1, None)])
     assert figures(tmp_path / "broken") == figures(tmp_path / "calm")
 
 
@@ -215,7 +221,7 @@ def test_a_run_that_fails_in_its_first_step_can_start_again(tmp_path):
     wild = replace(config, model=replace(config.model, init_std=1e30))
     for _ in range(2):
         with pytest.raises(DivergedError, match="at step 0, first in parameter group") as error:
-            go_on(wild, runs.text(), tmp_path, [])
+            train_or_resume(wild, runs.text(), tmp_path, [])
         assert error.value.__notes__ == ["the last finite state is not saved"]
 
 
@@ -229,7 +235,7 @@ def test_a_run_that_diverges_drops_none_of_its_checkpoints(tmp_path):
     config = runs.config(probe_every=1, checkpoint=keep)
     for steps_until_then in (4, 0):
         with pytest.raises(DivergedError) as error:
-            go_on(config, runs.text(), tmp_path, [at(steps_until_then, break_it)])
+            train_or_resume(config, runs.text(), tmp_path, [at_step(steps_until_then, break_it)])
     assert error.value.__notes__ == [
         "the last finite state is saved as step 6",
         "before it there is step 5",
@@ -239,22 +245,24 @@ def test_a_run_that_diverges_drops_none_of_its_checkpoints(tmp_path):
 
 
 def test_fewer_steps_than_the_checkpoint_has_are_refused(tmp_path):
-    go_on(runs.config(steps=8, checkpoint=CheckpointConfig(every=3)), runs.text(), tmp_path, [])
+    train_or_resume(
+        runs.config(steps=8, checkpoint=CheckpointConfig(every=3)), runs.text(), tmp_path, []
+    )
     (tmp_path / "summary.json").unlink()
     before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
     for steps in (7, 3):
         with pytest.raises(ConfigError, match=r"training\.steps: must be above 8, .* but is"):
-            go_on(runs.config(steps=steps), runs.text(), tmp_path, [])
+            train_or_resume(runs.config(steps=steps), runs.text(), tmp_path, [])
     assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
-    go_on(runs.config(steps=8), runs.text(), tmp_path, [])
+    train_or_resume(runs.config(steps=8), runs.text(), tmp_path, [])
     assert RunFolder(tmp_path).is_complete(), "killed between its checkpoint and its summary"
 
 
 def test_metrics_that_are_missing_are_told(tmp_path, caplog):
-    go_on(runs.config(steps=8), runs.text(), tmp_path, [])
+    train_or_resume(runs.config(steps=8), runs.text(), tmp_path, [])
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[3:]))
-    go_on(runs.config(steps=10), runs.text(), tmp_path, [])
+    train_or_resume(runs.config(steps=10), runs.text(), tmp_path, [])
     assert "metrics.jsonl lacks 3 of the 8 steps before the checkpoint" in caplog.text
 
 
@@ -264,16 +272,16 @@ def test_a_ctrl_c_inside_a_save_is_a_ctrl_c(tmp_path, monkeypatch):
 
     monkeypatch.setattr("manifold_hc.training.checkpoint.save_tensors", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        go_on(runs.config(steps=2), runs.text(), tmp_path, [])
+        train_or_resume(runs.config(steps=2), runs.text(), tmp_path, [])
 
 
 def test_a_checkpoint_on_other_data_is_refused(tmp_path):
     config = runs.config(steps=3)
-    go_on(config, runs.text(), tmp_path, [])
+    train_or_resume(config, runs.text(), tmp_path, [])
     before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
     other = type(runs.text())([runs.text().sources[0][1:]], 256)
     longer = runs.config(steps=6)
     with pytest.raises(CheckpointError, match="was made on other data"):
-        go_on(longer, other, tmp_path, [])
+        train_or_resume(longer, other, tmp_path, [])
     assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
     assert read_manifest(tmp_path / "checkpoints" / "step-00000003").sequences == 12

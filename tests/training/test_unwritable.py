@@ -18,12 +18,14 @@ from manifold_hc.files import remove_temporaries, retry_write, write_atomically
 from manifold_hc.training import CheckpointConfig, Checkpoints, RunFolder
 from manifold_hc.training.checkpoint_files import read_manifest, verify
 from tests.training import runs
-from tests.training.runs import at, figures, go_on
+from tests.training.runs import at_step, figures, train_or_resume
 
 UNWRITABLE = Path("/sys/kernel")
 SHORT = runs.config(steps=6, probe_every=1, checkpoint=CheckpointConfig(every=4))
 
-needs_sys = pytest.mark.skipif(not UNWRITABLE.is_dir(), reason="needs a folder nobody can write")
+needs_sys = pytest.mark.skipif(
+    not UNWRITABLE.is_dir(), reason="needs a folder that not even root can write"
+)
 
 
 def in_the_place_of(path, kind):
@@ -47,20 +49,20 @@ def in_the_place_of(path, kind):
 @pytest.mark.parametrize("kind", ["file", pytest.param("read-only file system", marks=needs_sys)])
 def test_checkpoints_that_cannot_be_written_are_refused_before_the_first_step(tmp_path, kind):
     in_the_place_of(tmp_path / "run" / "checkpoints", kind)
-    steps = at(0, None)
+    steps = at_step(0, None)
     with pytest.raises(RunFolderError, match=r"^checkpoint: .*checkpoints cannot be written \("):
-        go_on(SHORT, runs.text(), tmp_path / "run", [steps])
+        train_or_resume(SHORT, runs.text(), tmp_path / "run", [steps])
     assert [found.name for found in (tmp_path / "run").iterdir()] == ["checkpoints"]
 
 
 def calm(folder):
-    go_on(SHORT, runs.text(), folder, [at(-1, None)])
+    train_or_resume(SHORT, runs.text(), folder, [at_step(-1, None)])
 
 
 @pytest.mark.parametrize("kind", ["file", pytest.param("read-only file system", marks=needs_sys)])
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_run_whose_checkpoints_become_unwritable_ends(tmp_path, kind, asynchronous):
-    """It says what is not saved, does not try again, and goes on when that is mended."""
+    """The error names the step that is not saved; the run resumes once the folder is repaired."""
     config = runs.config(
         steps=6, probe_every=1, checkpoint=CheckpointConfig(every=2, asynchronous=asynchronous)
     )
@@ -75,12 +77,12 @@ def test_a_run_whose_checkpoints_become_unwritable_ends(tmp_path, kind, asynchro
 
     # Stopped once, so that no thread still writes a checkpoint when its folder is moved away.
     with pytest.raises(StoppedError, match="after 2 steps"):
-        go_on(config, runs.text(), tmp_path / "run", [at(1, stop)])
+        train_or_resume(config, runs.text(), tmp_path / "run", [at_step(1, stop)])
     with pytest.raises(ManifoldError, match=r"cannot be written \(.*\), and step 4 is not saved; "):
-        go_on(config, runs.text(), tmp_path / "run", [at(1, spoil)])
+        train_or_resume(config, runs.text(), tmp_path / "run", [at_step(1, spoil)])
     folder.unlink()
     shutil.move(tmp_path / "aside", folder)
-    go_on(config, runs.text(), tmp_path / "run", [at(-1, None)])
+    train_or_resume(config, runs.text(), tmp_path / "run", [at_step(-1, None)])
     calm(tmp_path / "calm")
     assert figures(tmp_path / "run") == figures(tmp_path / "calm")
 
@@ -91,7 +93,7 @@ def test_metrics_that_become_unwritable_end_the_run(tmp_path):
         (tmp_path / "metrics.jsonl").mkdir()
 
     with pytest.raises(ManifoldError, match=r"metrics\.jsonl cannot be written: Is a directory; "):
-        go_on(SHORT, runs.text(), tmp_path, [at(2, spoil)])
+        train_or_resume(SHORT, runs.text(), tmp_path, [at_step(2, spoil)])
 
 
 def test_the_end_of_a_run_waits_for_no_place_that_cannot_be_written(tmp_path):

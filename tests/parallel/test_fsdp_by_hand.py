@@ -17,7 +17,7 @@ from manifold_hc.errors import DtypeError
 from manifold_hc.functional import collapse, expand
 from manifold_hc.maps import Maps
 from manifold_hc.models import Experts, ExpertsConfig
-from tests.parallel.groups import together
+from tests.parallel.ranks import run_on_ranks
 
 C, SUBLAYERS = 16, 4
 NARROW = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
@@ -91,7 +91,7 @@ STREAMS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "bfloat16 branc
 
 
 def train(model):
-    """Two steps on this process's tokens: losses, first gradients, what the first maps saw."""
+    """Train two steps on the local tokens; return losses, gradients and dtypes in the maps."""
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     tokens = torch.randint(0, 17, (4, 8), generator=torch.Generator().manual_seed(1))
     saw = set()
@@ -140,8 +140,8 @@ def every_recipe():
 
 @pytest.fixture(scope="module")
 def trained():
-    """By kind of model and recipe: mean losses, gradients, what the maps saw."""
-    answers = together(2, every_recipe)
+    """Mean losses, gradients and dtypes in the maps, by kind of model and recipe."""
+    answers = run_on_ranks(2, every_recipe)
     return {
         key: (
             [sum(pair) / 2 for pair in zip(*(answer[key][0] for answer in answers), strict=True)],
@@ -186,7 +186,7 @@ def test_bfloat16_is_one_process_in_bfloat16(trained, kind):
 
 
 def routed():
-    """Dtypes of what a router in a bfloat16 branch works with, and of its gradient."""
+    """Dtypes of weight, gates and gradient of a router in a bfloat16 branch."""
     meet()
     branch = Experts(C, ExpertsConfig(routed=4))
     fully_shard(branch.router)
@@ -201,7 +201,7 @@ def routed():
 
 
 def test_a_router_is_a_unit_inside_its_branch():
-    assert together(2, routed) == [[torch.float32] * 3] * 2
+    assert run_on_ranks(2, routed) == [[torch.float32] * 3] * 2
 
 
 STARTS = {
@@ -247,11 +247,11 @@ def test_a_sharded_stack_from_the_meta_device_starts_as_any_other():
     loaded = mhc.Stack(C, STARTS["learned exit"], 2)
     interop.load_deepseek(loaded, CHECKPOINT)
     wanted["loaded"] = [parameter.tolist() for parameter in loaded.parameters()]
-    assert together(2, from_meta) == [wanted] * 2
+    assert run_on_ranks(2, from_meta) == [wanted] * 2
 
 
 def refusals():
-    """What a bfloat16 policy around coefficients, and around a router, is told."""
+    """Error messages for a bfloat16 policy on coefficients and on a router."""
     meet()
     tokens, experts = torch.zeros(2, 4, dtype=torch.int64), Experts(C, ExpertsConfig(routed=4))
     model = Stacked(LEARNED_EXIT)
@@ -279,7 +279,7 @@ def test_a_policy_that_casts_coefficients_is_named_with_the_repair():
         "LearnedExit": ("phi", coefficients),
         "Router": ("weight", "each router"),
     }
-    for told in together(2, refusals):
+    for told in run_on_ranks(2, refusals):
         assert told.keys() == wanted.keys()
         for name, (parameter, unit) in wanted.items():
             assert re.fullmatch(

@@ -8,7 +8,7 @@ from torch import nn
 
 from manifold_hc.config import ConnectionConfig
 from manifold_hc.models import Decoder, DecoderConfig
-from tests.parallel.groups import together
+from tests.parallel.ranks import run_on_ranks
 
 SIZES = DecoderConfig(vocabulary=17, channels=16, blocks=2, feed_forward=24)
 WITHOUT_TRAINABLE = ConnectionConfig(dynamic=False, disable=("pre", "post"))
@@ -41,6 +41,6 @@ def data_parallel():
 def test_connections_without_live_parameters_train_under_ddp():
     alone = decoder()
     step_twice(alone)
-    for weights in together(2, data_parallel):
+    for weights in run_on_ranks(2, data_parallel):
         for found, wanted in zip(weights, alone.parameters(), strict=True):
             torch.testing.assert_close(torch.tensor(found), wanted.detach())

@@ -1,4 +1,4 @@
-"""Cut into stages, the golden run is that of one process with the same microbatches."""
+"""A pipeline gives the golden run of one process with the same microbatches."""
 
 import gc
 import io
@@ -23,11 +23,11 @@ from manifold_hc.training import RunFolder, check
 from manifold_hc.training.state import TrainState
 from manifold_hc.training.step import backward, count_targets
 from manifold_hc.training.validation import rank_slice
-from tests.parallel.groups import Ended, outcomes, together
-from tests.parallel.sharing import CPU, in_pieces, layouts, run, run_all, shared
-from tests.parallel.test_golden_together import RUNS, compare
+from tests.parallel.layouts import CPU, distributed, layouts, run, run_all, with_microbatches
+from tests.parallel.ranks import ProcessEnded, outcomes, run_on_ranks
+from tests.parallel.test_golden_distributed import RUNS, compare
 from tests.training import runs
-from tests.training.runs import at
+from tests.training.runs import at_step
 
 NARROW = [{"pipeline": 2, "shard": 2, "schedule": "DualPipeV"}]
 WIDE = [
@@ -46,15 +46,15 @@ WIDE = [
 
 
 def in_stages(config, blocks, microbatches, **parallel):
-    """The same run of a deeper network in a pipeline, and what one process computes like it."""
+    """Return the run of a deeper network in a pipeline, and the equivalent run in one process."""
     parts = parallel.get("shard", 1) * parallel.get("replicate", 1)
     deeper = replace(
         config,
         model=replace(config.model, blocks=blocks),
         training=replace(config.training, batch=microbatches * parts),
     )
-    alone = in_pieces(deeper, microbatches * parts)
-    return shared(in_pieces(deeper, microbatches), **parallel), alone
+    alone = with_microbatches(deeper, microbatches * parts)
+    return distributed(with_microbatches(deeper, microbatches), **parallel), alone
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_every_schedule_over_two_processes(schedules, tmp_path):
     planned = {
         name: in_stages(runs.config(), 4, 4, pipeline=2, schedule=name) for name in schedules
     }
-    together(2, run_all, [(config, tmp_path / name) for name, (config, _) in planned.items()])
+    run_on_ranks(2, run_all, [(config, tmp_path / name) for name, (config, _) in planned.items()])
     run(planned["1F1B"][1], tmp_path / "alone")
     for name in schedules:
         compare(tmp_path / name, tmp_path / "alone")
@@ -80,7 +80,7 @@ def test_every_layout_with_a_pipeline(parallel, tmp_path):
     base = runs.with_experts(runs.config()) if "experts" in parallel else runs.config()
     most = 8 if parallel["pipeline"] == 4 or "stages" in parallel else 4
     config, alone = in_stages(base, most, most, **parallel)
-    together(config.parallel.size, run, config, tmp_path / "together")
+    run_on_ranks(config.parallel.size, run, config, tmp_path / "together")
     run(alone, tmp_path / "alone")
     compare(tmp_path / "together", tmp_path / "alone")
 
@@ -105,11 +105,11 @@ SPLIT = ("mhc", "hc", "bfloat16", "recompute", "experts", "single-pass", "deepse
     ids=["DualPipeV", "1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "shard 2", "tensor 2"],
 )
 def test_every_gradient_of_every_kind_of_network(parallel, kinds):
-    """What a few losses do not show: each weight's own, away from where training starts."""
+    """Compare the gradient of every weight, away from the initial values."""
     networks = RUNS | {"static": replace(RUNS["mhc"], connection=ConnectionConfig(dynamic=False))}
     planned = {kind: in_stages(networks[kind], 4, 4, **parallel) for kind in kinds}
     configs = [config for config, _ in planned.values()]
-    found, *_ = together(configs[0].parallel.size, all_gradients, configs)
+    found, *_ = run_on_ranks(configs[0].parallel.size, all_gradients, configs)
     for kind, gradients in zip(kinds, found, strict=True):
         alone = planned[kind][1]
         (wanted,) = all_gradients([alone])
@@ -121,17 +121,17 @@ def test_every_gradient_of_every_kind_of_network(parallel, kinds):
             assert distance(gradients, wanted) <= 0.25 * distance(wanted, in_float32)
             continue
         for name, gradient in wanted.items():
-            apart = abs(gradients[name] - gradient).max()
-            assert apart <= 1e-5 * abs(gradient).max() + 1e-9, (kind, name)
+            error = abs(gradients[name] - gradient).max()
+            assert error <= 1e-5 * abs(gradient).max() + 1e-9, (kind, name)
 
 
 def distance(ours, theirs):
-    """Of all gradients taken as one vector."""
+    """Euclidean distance of all gradients as one vector."""
     return sum(((ours[name] - theirs[name]) ** 2).sum() for name in theirs) ** 0.5
 
 
 def all_gradients(configs):
-    """Of every weight, whole, after one batch: a dictionary for each run, in the first process."""
+    """Return the unsharded gradients after one batch, one dictionary per run, on rank 0."""
     with join_process_group(configs[0].parallel, CPU) as processes:
         return [gradients(config, processes) for config in configs]
 
@@ -145,7 +145,7 @@ def gradients(config, processes):
 
 
 def after_a_batch(config, processes):
-    """A state away from where training starts, with gradients."""
+    """Return a state with perturbed weights and the gradients of one batch."""
     state = TrainState(config, CPU, processes)
     generator = torch.Generator()
     with torch.no_grad():
@@ -166,10 +166,10 @@ def observed(config, folder, documents):
 
 
 def test_figures_of_all_stages_in_one_depth_order(tmp_path):
-    """Gains, streams and loads of experts; with documents that attention keeps apart."""
+    """Gains, streams and expert loads, with attention within documents."""
     experts = runs.with_experts(runs.config(probe_every=9))
     config, alone = in_stages(experts, 4, 4, pipeline=2, schedule="DualPipeV")
-    together(2, observed, config, tmp_path / "together", 900)
+    run_on_ranks(2, observed, config, tmp_path / "together", 900)
     observed(alone, tmp_path / "alone", 900)
     compare(tmp_path / "together", tmp_path / "alone")
     found, wanted = (records(tmp_path / name) for name in ("together", "alone"))
@@ -194,9 +194,9 @@ def test_figures_of_all_stages_in_one_depth_order(tmp_path):
 
 
 @pytest.mark.wide
-def test_figures_are_taken_in_float32_whatever_trains(tmp_path):
+def test_figures_are_computed_in_float32_also_in_bfloat16_training(tmp_path):
     config, alone = in_stages(runs.config(steps=1, precision="bfloat16"), 4, 4, **DUAL)
-    together(2, observed, config, tmp_path / "together", 1)
+    run_on_ranks(2, observed, config, tmp_path / "together", 1)
     observed(alone, tmp_path / "alone", 1)
     found, wanted = (records(tmp_path / name)[0] for name in ("together", "alone"))
     for figure in ("stream_cosine", "stream_rank", "log_column_sum"):
@@ -212,32 +212,32 @@ def records(folder):
 
 
 def spoil_a_block(model):
-    """In the second process, which has it: its output is infinite from now on."""
+    """Make an output infinite on rank 1, which holds the layer."""
     if dist.get_rank() == 1:
         model.get_submodule("branches.5.down").weight.data[0, 0] = float("inf")
 
 
 def spoilt(config, folder):
-    run(config, folder, [at(2, spoil_a_block)])
+    run(config, folder, [at_step(2, spoil_a_block)])
 
 
 def test_a_divergence_names_the_first_layer_of_all_stages(tmp_path):
-    """What comes after it is infinite too, in the first process."""
+    """Later layers, on rank 0, have infinite outputs too."""
     config, _ = in_stages(runs.config(probe_every=1), 4, 4, pipeline=2, schedule="DualPipeV")
     first = r"first in parameter group 'layers' \(output of branches\.5\.down\)"
     with pytest.raises(DivergedError, match=rf"loss is not finite at step 3, {first}"):
-        together(2, spoilt, config, tmp_path)
+        run_on_ranks(2, spoilt, config, tmp_path)
 
 
 def sleep_in_backward(model):
-    """The second process, which the first one waits for."""
+    """Hang rank 1 in backward; rank 0 waits for it."""
     if dist.get_rank() == 1:
         weight = model.get_submodule("branches.4.query").weight
         weight.register_hook(lambda grad: time.sleep(1000))
 
 
 def sleep_ahead(model):
-    """The first process, one microbatch further than the second, which waits for it."""
+    """Hang rank 0 one microbatch ahead of rank 1, which waits for it."""
     calls = []
 
     def sleep(*_):
@@ -250,7 +250,7 @@ def sleep_ahead(model):
 
 
 def sleep_in_the_update(model):
-    """The first process, when all microbatches are done."""
+    """Hang rank 0 after the last microbatch."""
     if dist.get_rank() == 0:
         torch.optim.AdamW.step = lambda *_: time.sleep(1000)
 
@@ -258,7 +258,7 @@ def sleep_in_the_update(model):
 def hanging(how, config, folder):
     handler = logging.FileHandler(folder / f"log of {os.environ['RANK']}")
     logging.getLogger("manifold_hc").addHandler(handler)
-    run(config, folder / "run", [at(3, how)])
+    run(config, folder / "run", [at_step(3, how)])
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def hanging(how, config, folder):
             marks=pytest.mark.wide,
         ),
         pytest.param(
-            sleep_ahead, "1F1B", "rank 0 is behind at 'sublayer 3'", marks=pytest.mark.wide
+            sleep_ahead, "1F1B", "forward, sublayer 3', last heard of", marks=pytest.mark.wide
         ),
         (sleep_in_the_update, "DualPipeV", "rank 0 is behind at 'step 4, update'"),
     ],
@@ -281,7 +281,7 @@ def test_a_stage_that_hangs_is_named(how, schedule, where, tmp_path):
         runs.config(probe_every=1), 4, 4, pipeline=2, schedule=schedule, timeout=10.0
     )
     found = outcomes(2, hanging, how, config, tmp_path)
-    assert any(isinstance(answer, Ended) and answer.args == (STATUS,) for answer in found)
+    assert any(isinstance(answer, ProcessEnded) and answer.args == (STATUS,) for answer in found)
     said = "".join(path.read_text() for path in tmp_path.glob("log of *"))
     assert where in said
 
@@ -297,21 +297,21 @@ def failing(config, folder):
     noise = io.StringIO()
     logging.getLogger("torch.distributed").addHandler(logging.StreamHandler(noise))
     try:
-        run(config, folder, [at(2, spoil)])
+        run(config, folder, [at_step(2, spoil)])
     except (MemoryError, LostProcessError) as error:
         return type(error), str(error), noise.getvalue()
 
 
-def test_what_fails_in_a_stage_is_told_as_it_is(tmp_path):
-    """torch would wrap it, and print its plan for every process first."""
+def test_an_error_in_a_stage_is_raised_unwrapped(tmp_path):
+    """torch would wrap it, and log the plan of every rank first."""
     config, _ = in_stages(runs.config(probe_every=1), 4, 4, **DUAL)
-    other, failed = together(2, failing, config, tmp_path)
+    other, failed = run_on_ranks(2, failing, config, tmp_path)
     assert failed == (MemoryError, "no room here", "")
     assert other[0] is LostProcessError
 
 
 def streams_alive(config):
-    """How many microbatches' streams a state holds between two batches."""
+    """Number of microbatches whose streams are alive between two batches."""
     with join_process_group(config.parallel, CPU) as processes:
         state = after_a_batch(config, processes)
         gc.collect()
@@ -324,4 +324,4 @@ def streams_alive(config):
 @pytest.mark.parametrize("schedule", ["1F1B", "DualPipeV"])
 def test_no_streams_are_kept_from_batch_to_batch(schedule):
     config, _ = in_stages(runs.config(), 4, 4, pipeline=2, schedule=schedule)
-    assert together(2, streams_alive, config) == [0, 0]
+    assert run_on_ranks(2, streams_alive, config) == [0, 0]

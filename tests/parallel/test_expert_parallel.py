@@ -1,4 +1,4 @@
-"""Experts that several processes share: tokens travel, and nothing else changes."""
+"""Expert parallelism gives the losses and expert choices of one process."""
 
 from dataclasses import replace
 
@@ -9,8 +9,15 @@ import torch.distributed as dist
 from manifold_hc.errors import ConfigError
 from manifold_hc.parallel import ParallelConfig
 from manifold_hc.parallel import experts as exchange
-from tests.parallel.groups import together
-from tests.parallel.sharing import Choices, figures, in_pieces, layouts, run, shared
+from tests.parallel.layouts import (
+    ExpertChoices,
+    distributed,
+    figures,
+    layouts,
+    run,
+    with_microbatches,
+)
+from tests.parallel.ranks import run_on_ranks
 from tests.training import runs
 
 EXPERTS = runs.with_experts(runs.config(probe_every=1))
@@ -23,11 +30,11 @@ WIDE = [
     {"shard": 2, "tensor": 2, "experts": 4},
 ]
 STEPS = 19
-"""Those after the first one, in which the choices are not looked at yet."""
+"""Steps with recorded choices: all but the first."""
 
 
-def travelled(config, folder):
-    """Choices of this process's tokens [step, N, K], and the share of visits elsewhere."""
+def choices_and_sent_share(config, folder):
+    """Chosen experts [step, N, K] of the local tokens, and the share sent to other ranks."""
     rows = [0, 0]
     send = exchange._all_to_all
 
@@ -37,23 +44,23 @@ def travelled(config, folder):
         return send(tensor, coming, going, group)
 
     exchange._all_to_all = counted
-    choices = Choices()
+    choices = ExpertChoices()
     run(config, folder, [lambda probe: choices])
-    return torch.stack(choices.made).numpy(), rows[0] / rows[1]
+    return torch.stack(choices.chosen).numpy(), rows[0] / rows[1]
 
 
-def side_by_side(answers, parallel):
-    """Choices [step, B, T, K] of processes, each of which has a part of B and a part of T."""
+def concatenated(answers, parallel):
+    """Concatenate the choices [step, B, T, K] of all ranks along B and T."""
     T = EXPERTS.data.sequence // parallel.tensor
-    parts = [torch.from_numpy(made).unflatten(1, (-1, T)) for made, _ in answers]
+    slices = [torch.from_numpy(made).unflatten(1, (-1, T)) for made, _ in answers]
     rows = [
-        parts[first : first + parallel.tensor] for first in range(0, len(parts), parallel.tensor)
+        slices[first : first + parallel.tensor] for first in range(0, len(slices), parallel.tensor)
     ]
     return torch.cat([torch.cat(row, 2) for row in rows], 1)
 
 
 def flips(found, wanted):
-    """Where a token visits other experts than in one process."""
+    """Describe the tokens whose chosen experts differ from those in one process."""
     return "\n".join(
         f"step {step + 1}, sequence {row}, token {token}: visits "
         f"{found[step, row, token].tolist()} instead of {wanted[step, row, token].tolist()}"
@@ -63,14 +70,20 @@ def flips(found, wanted):
 
 @pytest.mark.parametrize("degrees", layouts(NARROW, WIDE))
 def test_every_layout(degrees, tmp_path):
-    config = shared(EXPERTS, **degrees)
-    answers = together(config.parallel.size, travelled, config, tmp_path / "together")
+    config = distributed(EXPERTS, **degrees)
+    answers = run_on_ranks(
+        config.parallel.size, choices_and_sent_share, config, tmp_path / "together"
+    )
     assert min(share for _, share in answers) > 0.25
-    alone = Choices()
-    run(in_pieces(EXPERTS, config.parallel.dp_size), tmp_path / "alone", [lambda probe: alone])
+    alone = ExpertChoices()
+    run(
+        with_microbatches(EXPERTS, config.parallel.dp_size),
+        tmp_path / "alone",
+        [lambda probe: alone],
+    )
     T = EXPERTS.data.sequence
-    wanted = torch.stack(alone.made).unflatten(0, (STEPS, -1)).unflatten(2, (-1, T)).flatten(1, 2)
-    told = flips(side_by_side(answers, config.parallel), wanted)
+    wanted = torch.stack(alone.chosen).unflatten(0, (STEPS, -1)).unflatten(2, (-1, T)).flatten(1, 2)
+    told = flips(concatenated(answers, config.parallel), wanted)
     there, here = figures(tmp_path / "together"), figures(tmp_path / "alone")
     assert there["losses"] == pytest.approx(here["losses"], rel=1e-5), told
     assert there["validation"] == pytest.approx(here["validation"], rel=1e-5), told
@@ -79,8 +92,8 @@ def test_every_layout(degrees, tmp_path):
 
 @pytest.mark.wide
 def test_the_layout_may_change(tmp_path):
-    """Checkpoints of experts that were shared are read by others, and the other way round."""
-    from tests.parallel.test_checkpoints_together import stopped_after
+    """Checkpoints of sharded experts load in other layouts, and the reverse."""
+    from tests.parallel.test_checkpoints_distributed import stopped_after
 
     folder = tmp_path / "moving"
     order = [
@@ -90,14 +103,14 @@ def test_the_layout_may_change(tmp_path):
         {"tensor": 2, "experts": 2},
     ]
     for number, degrees in enumerate(order, start=1):
-        here = shared(EXPERTS, **degrees) if degrees else in_pieces(EXPERTS, 4)
+        here = distributed(EXPERTS, **degrees) if degrees else with_microbatches(EXPERTS, 4)
         size = here.parallel.size
         assert (
-            together(size, stopped_after, 4 * number - 1, here, folder)
+            run_on_ranks(size, stopped_after, 4 * number - 1, here, folder)
             == [(4 * number, True)] * size
         )
-    together(4, run, shared(EXPERTS, shard=4, experts=4), folder)
-    run(in_pieces(EXPERTS, 4), tmp_path / "calm")
+    run_on_ranks(4, run, distributed(EXPERTS, shard=4, experts=4), folder)
+    run(with_microbatches(EXPERTS, 4), tmp_path / "calm")
     found, wanted = figures(folder), figures(tmp_path / "calm")
     assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
 

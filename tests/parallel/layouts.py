@@ -1,4 +1,4 @@
-"""What the processes of a test do together."""
+"""Distributed runs of the tests, and their layouts."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def layouts(narrow: list[dict[str, int]], wide: list[dict[str, int]]) -> list:
-    """As pytest's parameters, by their degrees; the wide ones are tested with --wide."""
+    """Return degrees of parallelism as pytest parameters; `wide` ones need --wide."""
 
     def name(degrees):
         return " x ".join(f"{axis} {degree}" for axis, degree in degrees.items()) or "alone"
@@ -26,19 +26,19 @@ def layouts(narrow: list[dict[str, int]], wide: list[dict[str, int]]) -> list:
     ]
 
 
-def shared(config: RunConfig, **parallel) -> RunConfig:
-    """The same run, its batch cut into as many pieces as processes share it."""
+def distributed(config: RunConfig, **parallel) -> RunConfig:
+    """Return the configuration of the same run with these degrees of parallelism."""
     degrees = ParallelConfig(**parallel)
     return replace(config, parallel=degrees)
 
 
-def in_pieces(config: RunConfig, pieces: int) -> RunConfig:
-    """The same run in one process, its batch cut into so many pieces."""
-    return replace(config, training=replace(config.training, accumulate=pieces))
+def with_microbatches(config: RunConfig, microbatches: int) -> RunConfig:
+    """Return the configuration of the same run with this number of microbatches."""
+    return replace(config, training=replace(config.training, accumulate=microbatches))
 
 
 def run(config: RunConfig, folder: Path, observers=(), documents: int = 1) -> dict:
-    """Start the run, or go on from its last checkpoint; returns the summary."""
+    """Start the run, or resume it from its last checkpoint; return the summary."""
     corpus, there = text(documents), RunFolder(folder)
     check(config, corpus)
     with join_process_group(config.parallel, CPU) as processes:
@@ -46,36 +46,36 @@ def run(config: RunConfig, folder: Path, observers=(), documents: int = 1) -> di
         return train(config, corpus, there, observers, resume=saved.find(), processes=processes)
 
 
-class Choices:
-    """An observer that remembers which experts every token visits, from the second step on."""
+class ExpertChoices:
+    """Observer that records the chosen experts of every token, from the second step on."""
 
     name = "choices"
     shown: dict[str, str] = {}  # noqa: RUF012
 
     def __init__(self) -> None:
-        self.made: list[torch.Tensor] = []
-        self._looks = False
+        self.chosen: list[torch.Tensor] = []
+        self._has_hooks = False
 
     def __call__(self, model: nn.Module) -> dict:
-        if not self._looks:
-            self._looks = True
+        if not self._has_hooks:
+            self._has_hooks = True
             for mixture in mixtures(model).values():
                 mixture.router.register_forward_hook(self._note)
         return {}
 
     def _note(self, module: nn.Module, arguments: tuple, result: tuple) -> None:
         if torch.is_grad_enabled():
-            self.made.append(result[1].sort(-1).values)
+            self.chosen.append(result[1].sort(-1).values)
 
 
 def run_all(runs: list[tuple[RunConfig, Path]]) -> None:
-    """One after the other, in the same processes."""
+    """Run several configurations one after the other in the same processes."""
     for config, folder in runs:
         run(config, folder)
 
 
 def figures(folder: Path) -> dict[str, list[float]]:
-    """Losses and norms by what they are of."""
+    """Return losses, gradient norms and validation losses of a run."""
     records = RunFolder(folder).metrics()
     steps = [record for record in records if record["event"] == "step"]
     return {

@@ -1,4 +1,4 @@
-"""Checkpoints that any number of processes writes and any other goes on from."""
+"""Checkpoints written by one layout and resumed by another."""
 
 import logging
 import os
@@ -14,10 +14,10 @@ from manifold_hc.parallel import ParallelConfig, join_process_group
 from manifold_hc.training import CheckpointConfig, Checkpoints, RunFolder, checkpoint_files
 from manifold_hc.training.checkpoint_files import load, verify
 from manifold_hc.training.state import TrainState
-from tests.parallel.groups import together
-from tests.parallel.sharing import CPU, figures, in_pieces, run, shared
+from tests.parallel.layouts import CPU, distributed, figures, run, with_microbatches
+from tests.parallel.ranks import run_on_ranks
 from tests.training import runs
-from tests.training.runs import at
+from tests.training.runs import at_step
 
 EXPERTS = runs.with_experts(runs.config(probe_every=1))
 NARROW = [{"shard": 2}, {"pipeline": 2, "schedule": "DualPipeV"}, {}]
@@ -41,9 +41,9 @@ def first_process_gets(number):
 
 
 def stopped_after(step, config, folder):
-    """Ctrl-C in the first process during that step; whether everybody stopped there and saved."""
+    """Send Ctrl-C to rank 0 at a step; return the step of the stop, and whether it was saved."""
     try:
-        run(config, folder, [at(step - first_step(folder), first_process_gets(signal.SIGINT))])
+        run(config, folder, [at_step(step - first_step(folder), first_process_gets(signal.SIGINT))])
     except StoppedError as stopped:
         return stopped.step, stopped.saved
 
@@ -69,14 +69,14 @@ def test_every_layout_goes_on_from_every_other(order, asynchronous, tmp_path):
     config = replace(config, model=replace(config.model, blocks=4))
     for number, degrees in enumerate(order, start=1):
         pieces = 4 // ParallelConfig(**degrees).dp_size
-        here = shared(in_pieces(config, pieces), **degrees)
+        here = distributed(with_microbatches(config, pieces), **degrees)
         size = here.parallel.size
         if number < len(order):
-            stops = together(size, stopped_after, 3 * number - 1, here, tmp_path / "moving")
+            stops = run_on_ranks(size, stopped_after, 3 * number - 1, here, tmp_path / "moving")
             assert stops == [(3 * number, True)] * size
         else:
-            together(size, run, here, tmp_path / "moving")
-    run(in_pieces(config, 4), tmp_path / "calm")
+            run_on_ranks(size, run, here, tmp_path / "moving")
+    run(with_microbatches(config, 4), tmp_path / "calm")
     found, wanted = figures(tmp_path / "moving"), figures(tmp_path / "calm")
     assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
     assert found["validation"] == pytest.approx(wanted["validation"], rel=1e-5)
@@ -86,10 +86,10 @@ def test_every_layout_goes_on_from_every_other(order, asynchronous, tmp_path):
 
 
 def test_a_run_of_two_is_the_same_to_the_bit_when_it_goes_on(tmp_path):
-    config = shared(EXPERTS, shard=2)
-    together(2, stopped_after, 6, config, tmp_path / "stopped")
-    together(2, run, config, tmp_path / "stopped")
-    together(2, run, config, tmp_path / "calm")
+    config = distributed(EXPERTS, shard=2)
+    run_on_ranks(2, stopped_after, 6, config, tmp_path / "stopped")
+    run_on_ranks(2, run, config, tmp_path / "stopped")
+    run_on_ranks(2, run, config, tmp_path / "calm")
     assert figures(tmp_path / "stopped") == figures(tmp_path / "calm")
     weights = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("stopped", "calm")]
     assert weights[0] == weights[1]
@@ -97,8 +97,8 @@ def test_a_run_of_two_is_the_same_to_the_bit_when_it_goes_on(tmp_path):
 
 def test_a_checkpoint_of_the_first_moment(tmp_path):
     """Moments that no step has filled yet are saved and read like all others."""
-    config = shared(EXPERTS, shard=2)
-    assert together(2, saved_at_once, config, tmp_path) == [True, True]
+    config = distributed(EXPERTS, shard=2)
+    assert run_on_ranks(2, saved_at_once, config, tmp_path) == [True, True]
 
 
 def saved_at_once(config, folder):
@@ -152,20 +152,20 @@ def found_by(config, folder, step=None):
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over_loudly(how, tmp_path):
-    config = shared(
+    config = distributed(
         runs.config(steps=4, checkpoint=CheckpointConfig(every=2, keep=3, best=False)), shard=2
     )
-    together(2, run, config, tmp_path)
+    run_on_ranks(2, run, config, tmp_path)
     path = damaged(tmp_path, how)
-    (first, said), (second, _) = together(2, found_by, config, tmp_path)
+    (first, said), (second, _) = run_on_ranks(2, found_by, config, tmp_path)
     assert first == second == path.with_name("step-00000002")
     assert "DAMAGED AND PASSED OVER" in said[0]
     assert str(path) in said[0]
-    errors = together(2, found_by, config, tmp_path, 4)
+    errors = run_on_ranks(2, found_by, config, tmp_path, 4)
     assert errors[0][0] == errors[1][0]
     assert str(path) in errors[0][0]
     damaged(tmp_path, "truncated", 0)
-    errors = together(2, found_by, config, tmp_path)
+    errors = run_on_ranks(2, found_by, config, tmp_path)
     assert "every one in" in errors[0][0]
     assert errors[0][0] == errors[1][0]
 
@@ -182,7 +182,10 @@ def last_process_may_write(size):
 
 
 def without_room(config, folder):
-    observers = [at(5, last_process_may_write(50_000)), at(9, last_process_may_write(None))]
+    observers = [
+        at_step(5, last_process_may_write(50_000)),
+        at_step(9, last_process_may_write(None)),
+    ]
     run(config, folder, observers)
 
 
@@ -194,9 +197,9 @@ def without_room(config, folder):
 def test_a_full_disk_stops_nothing_but_the_save(asynchronous, tmp_path):
     """The second process's disk is full from step 5 to step 9."""
     saving = CheckpointConfig(every=4, keep=9, best=False, asynchronous=asynchronous)
-    config = shared(runs.config(probe_every=1, checkpoint=saving), shard=2)
-    together(2, without_room, config, tmp_path / "full")
-    together(2, run, config, tmp_path / "calm")
+    config = distributed(runs.config(probe_every=1, checkpoint=saving), shard=2)
+    run_on_ranks(2, without_room, config, tmp_path / "full")
+    run_on_ranks(2, run, config, tmp_path / "calm")
     assert figures(tmp_path / "full") == figures(tmp_path / "calm")
     saved = Checkpoints(tmp_path / "full" / "checkpoints", saving, "")
     steps = [int(path.name[5:]) for path in saved.paths()]
@@ -207,7 +210,7 @@ def test_a_full_disk_stops_nothing_but_the_save(asynchronous, tmp_path):
 
 
 def test_an_asynchronous_save_holds_the_step_it_is_of(tmp_path):
-    """Training goes on while the checkpoint is written; what is written does not change."""
+    """Training continues while the checkpoint is written, without changing its content."""
     for asynchronous in (False, True):
         saving = CheckpointConfig(every=1, keep=99, asynchronous=asynchronous)
         config = runs.config(steps=6, checkpoint=saving)
@@ -238,7 +241,7 @@ def without_the_other_part(config, folder):
 
 
 def test_a_checkpoint_without_the_files_of_all_processes_gets_no_name(tmp_path):
-    together(2, without_the_other_part, shared(EXPERTS, shard=2), tmp_path)
+    run_on_ranks(2, without_the_other_part, distributed(EXPERTS, shard=2), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
