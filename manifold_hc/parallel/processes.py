@@ -139,6 +139,7 @@ class Processes:
     def _all_reduce(self, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         if self.mesh is None:
             return tensor
+        # torch reduces in place; the caller keeps its local value.
         total = tensor.clone()
         with self.waiting():
             dist.all_reduce(total, group=group)

@@ -69,6 +69,7 @@ def join_process_group(config: ParallelConfig, device: torch.device) -> Iterator
             ) from error
         raise
     finally:
+        # The watchdog first: it would take a slow teardown for a hanging process.
         watchdog.end()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -122,7 +122,7 @@ def test_bfloat16_and_float64_run():
         (lambda: AttentionConfig(rotary_size=3), "rotary_size: must be even"),
     ],
 )
-def test_sizes_that_cannot_be_built(build, message):
+def test_invalid_sizes(build, message):
     with pytest.raises(ConfigError, match=message):
         build()
 

@@ -52,7 +52,7 @@ def by_hand(experts, token, bias=None):
     return out, chosen
 
 
-def test_it_is_what_its_experts_say_weighted_by_their_gates():
+def test_output_is_the_gated_sum_of_the_experts():
     experts = mixture()
     u = torch.randn(2, 7, C, dtype=torch.float64)
     wanted = torch.stack([by_hand(experts, token)[0] for token in u.flatten(0, 1)])
@@ -113,14 +113,14 @@ def test_torchs_grouped_product_is_the_loop(dtype):
 
 
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 7), (torch.float64, 16)])
-def test_what_torch_does_not_serve_goes_by_the_loop(dtype, width):
+def test_sizes_that_torch_does_not_support_use_the_loop(dtype, width):
     rows, weights = torch.randn(6, width, dtype=dtype), torch.randn(2, width, 4, dtype=dtype)
     wanted = torch.cat([rows[:2] @ weights[0], rows[2:] @ weights[1]])
     torch.testing.assert_close(grouped_product(rows, weights, torch.tensor([2, 4])), wanted)
     assert grouped_product(rows[:0], weights, torch.tensor([0, 0])).shape == (0, 4)
 
 
-def test_load_counts_every_visit_of_a_training_pass_and_no_other():
+def test_load_counts_token_expert_pairs_of_training_passes_only():
     experts = mixture(torch.float32)
     u = torch.randn(3, 10, C)
     (experts(u) + experts(u)).sum().backward()
@@ -149,7 +149,7 @@ def test_load_counts_every_visit_of_a_training_pass_and_no_other():
         ),
     ],
 )
-def test_a_visit_counts_once_under_recompute(run, dtype):
+def test_load_counts_once_under_recompute(run, dtype):
     experts, u = mixture(dtype), torch.randn(3, 10, C, dtype=dtype, requires_grad=True)
     out = run(experts, u)
     out.sum().backward()
@@ -227,7 +227,7 @@ def test_every_weight_is_initialised():
             assert math.isclose(parameter.std().item(), 0.02, rel_tol=0.1), name
 
 
-def test_active_parameters_leave_out_what_a_token_does_not_visit():
+def test_active_parameters_exclude_experts_not_chosen():
     """Counted one by one: an embedding, and the matrices of routed - active experts a mixture."""
     config = DecoderConfig(blocks=3, experts=ExpertsConfig(routed=8, active=3, shared=1, width=16))
     model = Decoder(config, ConnectionConfig())
@@ -250,6 +250,6 @@ def test_active_parameters_leave_out_what_a_token_does_not_visit():
         (lambda: Experts(8, ExpertsConfig()), "routed must be at least 1 but is 0, .* use Gated"),
     ],
 )
-def test_sizes_that_cannot_be_built(build, message):
+def test_invalid_sizes(build, message):
     with pytest.raises(ConfigError, match=message):
         build()

@@ -1,4 +1,4 @@
-"""A run whose processes are killed, one after the other, and which torchrun starts again.
+"""A run whose processes are killed one after the other and restarted by torchrun.
 
 `python -m tests.parallel.drill --kills 20` (or `make drill`): kills random processes at random
 moments, some while a checkpoint is written and some while they start, and compares the losses with
@@ -50,7 +50,7 @@ def start(
 
 
 def nodes(text: Path, folder: Path, steps: int, logs: Path) -> list[subprocess.Popen]:
-    """The run on as many nodes of one process each, which meet on this machine."""
+    """The run on two nodes of one process each, on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"

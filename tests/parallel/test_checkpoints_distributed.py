@@ -32,7 +32,7 @@ WIDE = [
 ]
 
 
-def first_process_gets(number):
+def rank0_receives(number):
     def send(model):
         if not dist.is_initialized() or dist.get_rank() == 0:
             os.kill(os.getpid(), number)
@@ -43,7 +43,7 @@ def first_process_gets(number):
 def stopped_after(step, config, folder):
     """Send Ctrl-C to rank 0 at a step; return the step of the stop, and whether it was saved."""
     try:
-        run(config, folder, [at_step(step - first_step(folder), first_process_gets(signal.SIGINT))])
+        run(config, folder, [at_step(step - first_step(folder), rank0_receives(signal.SIGINT))])
     except StoppedError as stopped:
         return stopped.step, stopped.saved
 
@@ -62,8 +62,8 @@ def first_step(folder):
         pytest.param(WIDE, False, marks=pytest.mark.wide),
     ],
 )
-def test_every_layout_goes_on_from_every_other(order, asynchronous, tmp_path):
-    """Stopped after every third step, the run goes on in another layout."""
+def test_every_layout_resumes_from_every_other(order, asynchronous, tmp_path):
+    """Stopped after every third step, the run resumes in another layout."""
     saving = CheckpointConfig(every=2, keep=3, asynchronous=asynchronous)
     config = runs.with_experts(runs.config(probe_every=1, checkpoint=saving))
     config = replace(config, model=replace(config.model, blocks=4))
@@ -85,7 +85,7 @@ def test_every_layout_goes_on_from_every_other(order, asynchronous, tmp_path):
     assert not list((tmp_path / "moving" / "checkpoints").glob(".*"))
 
 
-def test_a_run_of_two_is_the_same_to_the_bit_when_it_goes_on(tmp_path):
+def test_a_resumed_run_of_two_ranks_is_the_same_to_the_bit(tmp_path):
     config = distributed(EXPERTS, shard=2)
     run_on_ranks(2, stopped_after, 6, config, tmp_path / "stopped")
     run_on_ranks(2, run, config, tmp_path / "stopped")
@@ -95,8 +95,8 @@ def test_a_run_of_two_is_the_same_to_the_bit_when_it_goes_on(tmp_path):
     assert weights[0] == weights[1]
 
 
-def test_a_checkpoint_of_the_first_moment(tmp_path):
-    """Moments that no step has filled yet are saved and read like all others."""
+def test_a_checkpoint_before_the_first_step(tmp_path):
+    """Moments before the first step are saved and loaded like all others."""
     config = distributed(EXPERTS, shard=2)
     assert run_on_ranks(2, saved_at_once, config, tmp_path) == [True, True]
 
@@ -113,7 +113,7 @@ def saved_at_once(config, folder):
 
 
 def damaged(folder, how, which=-1):
-    """The first file of the checkpoint is truncated, another one altered."""
+    """Truncate the first file of the checkpoint, alter or remove another; return its path."""
     path = Checkpoints(folder / "checkpoints", CheckpointConfig(), "").paths()[which]
     file = path / ("__0_0.distcp" if how == "truncated" else "__1_0.distcp")
     content = bytearray(file.read_bytes())
@@ -177,14 +177,14 @@ def limit(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (most if size is None else size, most))
 
 
-def last_process_may_write(size):
+def limit_last_rank(size):
     return lambda model: limit(size) if dist.get_rank() == dist.get_world_size() - 1 else None
 
 
 def without_room(config, folder):
     observers = [
-        at_step(5, last_process_may_write(50_000)),
-        at_step(9, last_process_may_write(None)),
+        at_step(5, limit_last_rank(50_000)),
+        at_step(9, limit_last_rank(None)),
     ]
     run(config, folder, observers)
 
@@ -195,7 +195,7 @@ def without_room(config, folder):
     ids=["waited for", "asynchronous"],
 )
 def test_a_full_disk_stops_nothing_but_the_save(asynchronous, tmp_path):
-    """The second process's disk is full from step 5 to step 9."""
+    """The disk of rank 1 is full from step 5 to step 9."""
     saving = CheckpointConfig(every=4, keep=9, best=False, asynchronous=asynchronous)
     config = distributed(runs.config(probe_every=1, checkpoint=saving), shard=2)
     run_on_ranks(2, without_room, config, tmp_path / "full")
@@ -222,8 +222,8 @@ def test_an_asynchronous_save_holds_the_step_it_is_of(tmp_path):
             assert one.read_bytes() == other.read_bytes()
 
 
-def without_the_other_part(config, folder):
-    """As where the second process has written to a disk of its own."""
+def save_without_files_of_rank1(config, folder):
+    """Save as if rank 1 had written to another disk."""
     write = checkpoint_files.Writer.write_data
 
     def elsewhere(self, plan, planner):
@@ -241,7 +241,7 @@ def without_the_other_part(config, folder):
 
 
 def test_a_checkpoint_without_the_files_of_all_processes_gets_no_name(tmp_path):
-    run_on_ranks(2, without_the_other_part, distributed(EXPERTS, shard=2), tmp_path)
+    run_on_ranks(2, save_without_files_of_rank1, distributed(EXPERTS, shard=2), tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""Several processes that compile their branches compute the same."""
+"""Compiled branches in distributed runs give the same losses."""
 
 from dataclasses import replace
 

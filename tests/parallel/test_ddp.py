@@ -1,4 +1,4 @@
-"""torch's own data parallelism around one's own model."""
+"""DistributedDataParallel around a model with connections."""
 
 import os
 
@@ -15,7 +15,7 @@ WITHOUT_TRAINABLE = ConnectionConfig(dynamic=False, disable=("pre", "post"))
 
 
 def step_twice(model):
-    """Two optimizer steps on this process's part of the tokens."""
+    """Take two optimizer steps on the local slice of the tokens."""
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     tokens = torch.randint(0, 17, (4, 8), generator=torch.Generator().manual_seed(1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -1,4 +1,4 @@
-"""FSDP2 around one's own model, by hand: branches, the coefficients, then the model."""
+"""FSDP2 applied by hand: to branches, connections and the root of a model."""
 
 import math
 import os
@@ -51,7 +51,7 @@ class Stacked(nn.Module):
 
 
 class Single(Stacked):
-    """The same with a connection a sublayer and no Stack."""
+    """The same model with single connections instead of a Stack."""
 
     def connect(self, config, recompute):
         self.connections = nn.ModuleList(mhc.Connection(C, config, i) for i in range(SUBLAYERS))
@@ -73,7 +73,7 @@ MODELS = {
 
 
 def sharded(model, branches, coefficients, root):
-    """The model in units of these policies; no unit for the coefficients where theirs is None."""
+    """Apply FSDP2 with these policies; connections form no unit if theirs is None."""
     for branch in model.branches:
         fully_shard(branch, mp_policy=branches)
     if coefficients is not None:
@@ -116,7 +116,7 @@ def whole(gradient):
     return full() if full else gradient if gradient is None else gradient.clone()
 
 
-def meet():
+def init_gloo():
     warnings.filterwarnings(
         "ignore", "FSDP2-wrapped module .* returned a view"
     )  # as nn.Linear does
@@ -124,7 +124,7 @@ def meet():
 
 
 def every_recipe():
-    meet()
+    init_gloo()
     found = {}
     for kind, make in MODELS.items():
         for recipe, policies in RECIPES.items():
@@ -152,7 +152,7 @@ def trained():
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_float32_is_one_process(trained, kind):
+def test_float32_equals_one_process(trained, kind):
     losses, gradients, _ = trained[kind, "float32"]
     wanted_losses, wanted_gradients, _ = train(MODELS[kind]())
     assert losses == pytest.approx(wanted_losses, abs=1e-6)
@@ -175,8 +175,8 @@ def test_coefficients_are_float32_and_streams_as_wanted(trained, kind, recipe, s
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_bfloat16_is_one_process_in_bfloat16(trained, kind):
-    """Until the first step, which rounds the weights of one process alone."""
+def test_bfloat16_equals_one_process_in_bfloat16(trained, kind):
+    """Compared before the first update, which rounds the bfloat16 weights of one process."""
     losses, gradients, _ = trained[kind, "bfloat16"]
     wanted_losses, wanted_gradients, _ = train(MODELS[kind]().to(torch.bfloat16))
     assert losses[0] == pytest.approx(wanted_losses[0], abs=1e-6)
@@ -187,7 +187,7 @@ def test_bfloat16_is_one_process_in_bfloat16(trained, kind):
 
 def routed():
     """Dtypes of weight, gates and gradient of a router in a bfloat16 branch."""
-    meet()
+    init_gloo()
     branch = Experts(C, ExpertsConfig(routed=4))
     fully_shard(branch.router)
     fully_shard(branch, mp_policy=NARROW)
@@ -224,8 +224,8 @@ CHECKPOINT = {
 
 
 def from_meta():
-    """Values of stacks that are sharded before they have any memory: initial, of a checkpoint."""
-    meet()
+    """Initial values and loaded values of stacks that are sharded on the meta device."""
+    init_gloo()
     found = {}
     for name, config in STARTS.items():
         with torch.device("meta"):
@@ -252,7 +252,7 @@ def test_a_sharded_stack_from_the_meta_device_starts_as_any_other():
 
 def refusals():
     """Error messages for a bfloat16 policy on coefficients and on a router."""
-    meet()
+    init_gloo()
     tokens, experts = torch.zeros(2, 4, dtype=torch.int64), Experts(C, ExpertsConfig(routed=4))
     model = Stacked(LEARNED_EXIT)
     for connection in model.stack.connections:

@@ -45,7 +45,7 @@ from tests.training import runs
         ),
     ],
 )
-def test_degrees_that_there_are_not(parallel, message):
+def test_invalid_degrees(parallel, message):
     with pytest.raises(ConfigError, match=f"^{message}$"):
         ParallelConfig(**parallel)
 
@@ -60,7 +60,7 @@ def test_degrees_that_there_are_not(parallel, message):
         ("2", {"pipeline": 2, "shard": 2}, r"pipeline 2 x shard 2 needs 4 processes but 2 were"),
     ],
 )
-def test_as_many_processes_as_the_degrees_say(started, degrees, message, monkeypatch):
+def test_the_world_size_must_match_the_degrees(started, degrees, message, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", started)
     with pytest.raises(ConfigError, match=message):
         require_world_size(ParallelConfig(**degrees))
@@ -73,12 +73,12 @@ def test_as_many_processes_as_the_degrees_say(started, degrees, message, monkeyp
         (4, r"^parallel.tensor: must divide model.attention.heads=2 but is 4$"),
     ],
 )
-def test_what_the_tensor_axis_divides(tensor, message):
+def test_sizes_must_divide_by_the_tensor_degree(tensor, message):
     with pytest.raises(ConfigError, match=message):
         replace(runs.config(), parallel=ParallelConfig(tensor=tensor))
 
 
-def test_every_process_has_a_part_of_the_batch():
+def test_every_rank_has_a_slice_of_the_batch():
     with pytest.raises(ConfigError, match=r"training.batch: must be a multiple of 3, .* but is 4"):
         replace(runs.config(), parallel=ParallelConfig(shard=3))
 
@@ -118,7 +118,7 @@ def test_a_run_without_its_processes(tmp_path):
         ),
     ],
 )
-def test_what_a_pipeline_divides(training, parallel, message):
+def test_blocks_and_microbatches_must_fit_the_pipeline(training, parallel, message):
     blocks = 4 if training.get("compile") else 2
     base = runs.config(**training)
     base = replace(base, model=replace(base.model, blocks=blocks))
@@ -194,7 +194,7 @@ def torch_placement(config, microbatches, process):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_torch_takes_what_we_take_and_places_stages_as_we_do(name):
+def test_schedules_agree_with_torch_on_microbatches_and_stages(name):
     for pipeline, microbatches in product((2, 3, 4), range(1, 13)):
         for stages in (0, 3) if SCHEDULES[name] == "loop" else (0,):
             config = ParallelConfig(pipeline=pipeline, schedule=name, stages=stages)

@@ -165,7 +165,7 @@ def observed(config, folder, documents):
     run(config, folder, [GainMonitor], documents)
 
 
-def test_figures_of_all_stages_in_one_depth_order(tmp_path):
+def test_figures_of_all_stages_are_in_depth_order(tmp_path):
     """Gains, streams and expert loads, with attention within documents."""
     experts = runs.with_experts(runs.config(probe_every=9))
     config, alone = in_stages(experts, 4, 4, pipeline=2, schedule="DualPipeV")
@@ -217,7 +217,7 @@ def spoil_a_block(model):
         model.get_submodule("branches.5.down").weight.data[0, 0] = float("inf")
 
 
-def spoilt(config, folder):
+def run_with_spoilt_block(config, folder):
     run(config, folder, [at_step(2, spoil_a_block)])
 
 
@@ -226,7 +226,7 @@ def test_a_divergence_names_the_first_layer_of_all_stages(tmp_path):
     config, _ = in_stages(runs.config(probe_every=1), 4, 4, pipeline=2, schedule="DualPipeV")
     first = r"first in parameter group 'layers' \(output of branches\.5\.down\)"
     with pytest.raises(DivergedError, match=rf"loss is not finite at step 3, {first}"):
-        run_on_ranks(2, spoilt, config, tmp_path)
+        run_on_ranks(2, run_with_spoilt_block, config, tmp_path)
 
 
 def sleep_in_backward(model):

@@ -18,7 +18,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 @linux
-def test_a_short_drill(tmp_path):
+def test_killed_processes_restart_with_the_same_losses(tmp_path):
     """One kill while a checkpoint is written, one at any time, one at the start."""
     text = tmp_path / "text.txt"
     text.write_text(generated_text(40_000))
@@ -33,7 +33,7 @@ def test_a_short_drill(tmp_path):
 
 @linux
 @pytest.mark.wide
-def test_processes_that_torchrun_has_left_save_and_end(tmp_path):
+def test_workers_save_and_end_when_torchrun_dies(tmp_path):
     text, folder, log = tmp_path / "text.txt", tmp_path / "run", tmp_path / "log"
     text.write_text(generated_text(40_000))
     agent = drill.start(text, folder, 100_000, 0, log, "parallel.timeout=4")

@@ -32,7 +32,7 @@ def hanging(how, config, folder):
 
 
 @pytest.mark.parametrize("how", [sleep, stop])
-def test_a_process_that_hangs_is_named_with_where_it_was(how, tmp_path):
+def test_a_hanging_rank_is_named_with_its_operation(how, tmp_path):
     config = distributed(runs.config(probe_every=1), shard=2, timeout=4.0)
     start = time.monotonic()
     found = outcomes(2, hanging, how, config, tmp_path)

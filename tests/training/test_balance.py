@@ -1,4 +1,4 @@
-"""Loss-free balancing on the preset that is made for it."""
+"""Loss-free balancing on the preset tiny-moe."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from tests.training.runs import figures
 
 
 @pytest.mark.parametrize("balanced", [True, pytest.param(False, marks=pytest.mark.wide)])
-def test_no_expert_starves_with_balancing_and_some_do_without(tmp_path, balanced):
+def test_balancing_keeps_every_expert_loaded(tmp_path, balanced):
     """Load of the last 50 steps, layer by layer, in units of an even load."""
     config = preset("tiny-moe")
     experts = config.model.experts if balanced else replace(config.model.experts, balancing=0.0)

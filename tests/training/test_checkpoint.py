@@ -44,7 +44,7 @@ def copy(saved, tmp_path):
     return Checkpoints(tmp_path / "run" / "checkpoints", KEEP_ALL, "data")
 
 
-def test_a_state_goes_on_where_it_was(saved):
+def test_a_restored_state_gives_the_same_losses(saved):
     folder, wanted = saved
     state = TrainState(CONFIG, CPU)
     torch.rand(7)
@@ -53,7 +53,7 @@ def test_a_state_goes_on_where_it_was(saved):
     assert walk(state, 3) == wanted
 
 
-def test_random_numbers_go_on_too(copy):
+def test_random_states_are_restored(copy):
     state = TrainState(CONFIG, CPU)
     load(copy.paths()[-1], state)
     walk(state, 1)
@@ -64,7 +64,7 @@ def test_random_numbers_go_on_too(copy):
     assert torch.equal(torch.rand(3), wanted)
 
 
-def test_what_the_optimizer_is_told_is_the_configurations(saved):
+def test_optimizer_options_come_from_the_configuration(saved):
     told = replace(CONFIG.optimizer, weight_decay=0.5, betas=(0.8, 0.9))
     state = TrainState(replace(CONFIG, optimizer=told), CPU)
     load(saved[0] / "step-00000006", state)
@@ -114,7 +114,7 @@ def test_damage_is_recognised_and_the_one_before_used(copy, file, damage, caplog
         copy.find(6)
 
 
-def test_the_newest_whole_one_is_found(copy, caplog):
+def test_the_newest_intact_checkpoint_is_found(copy, caplog):
     for path in copy.paths()[1:]:
         (path / "__0_0.distcp").write_bytes(b"")
     assert copy.find().name == "step-00000002"
@@ -130,7 +130,7 @@ def test_a_file_that_no_checksum_covers(copy, caplog):
     assert "SHA256SUMS is cut short: no __1_0.distcp" in caplog.text
 
 
-def test_a_step_that_is_not_there(copy):
+def test_a_step_without_checkpoint(copy):
     with pytest.raises(CheckpointError, match=r"has none of step 5; there are: 2, 4, 6$"):
         copy.find(5)
     empty = Checkpoints(copy.folder / "nowhere", KEEP_ALL, "data")
@@ -172,14 +172,14 @@ def test_the_last_and_the_best_are_kept(tmp_path):
     assert not list(tmp_path.glob(".*")), "nothing is left of the others"
 
 
-def test_due_by_the_plan_and_as_the_best(tmp_path):
+def test_saves_are_due_by_interval_and_as_the_best(tmp_path):
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(every=50), "data")
     assert [checkpoints.is_due(s, best=False) for s in (49, 50, 51)] == [False, True, False]
     assert checkpoints.is_due(51, best=True)
     assert not Checkpoints(tmp_path, CheckpointConfig(best=False), "").is_due(51, best=True)
 
 
-def test_the_future_that_a_run_leaves_is_set_aside(copy):
+def test_checkpoints_of_later_steps_are_abandoned(copy):
     copy.abandon_after(2)
     assert [path.name for path in copy.paths()] == ["step-00000002"]
     assert sorted(path.name for path in copy.folder.iterdir())[1:] == [
@@ -189,7 +189,7 @@ def test_the_future_that_a_run_leaves_is_set_aside(copy):
     verify(copy.folder / "step-00000006.abandoned")
 
 
-def test_a_checkpoint_that_is_there_is_not_written_again(copy):
+def test_an_existing_checkpoint_is_not_rewritten(copy):
     state = TrainState(CONFIG, CPU)
     path = copy.paths()[-1]
     load(path, state)
@@ -209,14 +209,14 @@ def test_another_run_of_the_same_shape_is_refused(copy):
     assert load(copy.paths()[-1], TrainState(longer, CPU)).step == 6
 
 
-def test_a_checkpoint_under_anothers_name(copy):
+def test_a_checkpoint_with_the_name_of_another_step(copy):
     renamed = copy.paths()[-1].rename(copy.folder / "step-00000009")
     with pytest.raises(CheckpointError, match=r"step-00000009 is really that of step 6$"):
         load(renamed, TrainState(CONFIG, CPU))
 
 
 @pytest.mark.parametrize("key", ["step", "sequences"])
-def test_a_position_before_the_beginning(copy, key):
+def test_a_negative_position(copy, key):
     file = copy.paths()[-1] / "checkpoint.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: -1}))
     with pytest.raises(
@@ -225,8 +225,8 @@ def test_a_position_before_the_beginning(copy, key):
         read_manifest(file.parent)
 
 
-def test_a_checkpoint_that_lacks_what_the_optimizer_needs(tmp_path):
-    """Written before any step, while there are gradients: torch saves no state of the optimizer."""
+def test_a_checkpoint_without_optimizer_state(tmp_path):
+    """Written before any step, with gradients: torch saves no optimizer state."""
     state, checkpoints = TrainState(CONFIG, CPU), Checkpoints(tmp_path, KEEP_ALL, "data")
     next(state.model.parameters()).sum().backward()
     checkpoints.write(state)
@@ -244,13 +244,15 @@ DEAD = [
 
 
 @pytest.mark.parametrize("connection", DEAD)
-def test_a_run_with_dead_parameters_goes_on_from_its_checkpoint(tmp_path, connection):
+def test_a_run_with_untrained_parameters_resumes(tmp_path, connection):
     config = replace(runs.config(steps=4), connection=ConnectionConfig(**connection))
     short = replace(config, training=replace(config.training, steps=2))
     constant = OptimizerConfig(schedule="constant")
     for name, parts in (("parts", (short, config)), ("whole", (config,))):
         for part in parts:
-            runs.go_on(replace(part, optimizer=constant), runs.text(), tmp_path / name, ())
+            runs.train_or_resume(
+                replace(part, optimizer=constant), runs.text(), tmp_path / name, ()
+            )
     losses = [
         [record["loss"] for record in runs.figures(tmp_path / name) if record["event"] == "step"]
         for name in ("parts", "whole")
@@ -260,7 +262,7 @@ def test_a_run_with_dead_parameters_goes_on_from_its_checkpoint(tmp_path, connec
 
 
 def test_moments_of_parameters_that_are_not_trainable_are_ignored(tmp_path):
-    """Written by a version that trained all parameters: those that are dead now had moments too."""
+    """Written by a version that trained all parameters: untrained ones have moments too."""
     dead = ConnectionConfig(disable=("pre", "post"))
     config = replace(runs.config(steps=4), connection=dead)
     wide = TrainState(config, CPU)

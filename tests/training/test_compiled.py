@@ -1,4 +1,4 @@
-"""Branches that torch.compile takes compute the same."""
+"""Compiled branches give the same losses."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ COMPILED = runs.with_experts(runs.config(steps=4, compile=True, validate_every=4
 
 
 def compiled(folder):
-    """How many graphs it took: attention and feed-forward, in training and in validation."""
+    """Number of graphs: attention and feed-forward, in training and in validation."""
     train(COMPILED, runs.text(), RunFolder(folder))
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 

@@ -90,7 +90,7 @@ def shape(folder):
 
 
 def spread(found, most):
-    """At most so many, evenly spread, from the first to the last."""
+    """Return at most `most` items, evenly spread from the first to the last."""
     count = min(most, len(found))
     return [found[number * (len(found) - 1) // (count - 1)] for number in range(count)]
 
@@ -122,7 +122,7 @@ def start_at_points(place, most):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.parametrize("most", [8, pytest.param(1000, marks=pytest.mark.wide)])
 def test_a_run_killed_at_any_operation_goes_on_or_starts_again(tmp_path, most):
-    """At few of them, or with `--wide` at all."""
+    """At 8 operations, or at all of them with --wide."""
     (points, failed, left), _ = in_process(start_at_points, tmp_path, most)
     assert points > 15
     assert failed == {}

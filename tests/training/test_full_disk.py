@@ -46,7 +46,7 @@ def no_room_for_checkpoints(folder):
     train_or_resume(CHECKPOINTS, runs.text(), folder, [full(5, 90_000), full(16, None)])
 
 
-def test_the_save_is_tried_again_and_nothing_else_is_different(tmp_path):
+def test_a_failed_save_is_retried_and_losses_are_unchanged(tmp_path):
     """From step 5 no file may pass 90 kB; from step 16 on there is room again."""
     _, messages = in_process(no_room_for_checkpoints, tmp_path / "full")
     run = RunFolder(tmp_path / "full")
@@ -72,7 +72,7 @@ def due_after_a_failure(folder):
     return planned, saved, [checkpoints.is_due(step, best=False) for step in (9, 10, 11)]
 
 
-def test_a_save_that_failed_is_due_again(tmp_path):
+def test_a_failed_save_is_due_again(tmp_path):
     planned, saved, after = in_process(due_after_a_failure, tmp_path)[0]
     assert planned == [False, False, False]
     assert not saved
@@ -98,7 +98,7 @@ def no_room_for_metrics(folder):
     return train(METRICS, runs.text(), RunFolder(folder), [full(3, 1000), full(9, None)])
 
 
-def test_metrics_wait_for_room(tmp_path):
+def test_metrics_are_held_on_a_full_disk(tmp_path):
     summary, messages = in_process(no_room_for_metrics, tmp_path / "full")
     calm(METRICS, tmp_path / "calm")
     assert figures(tmp_path / "full") == figures(tmp_path / "calm")
@@ -138,7 +138,7 @@ def no_room_for_what_is_printed(folder):
     train_or_resume(config, runs.text(), folder / "run", [full(0, 50), full(58, None)])
 
 
-def test_a_log_that_is_full_stops_nothing(tmp_path):
+def test_a_log_on_a_full_disk_does_not_stop_the_run(tmp_path):
     """A line is due after 50 steps, and one as soon as the metrics cannot be written."""
     said, _ = in_process(no_room_for_what_is_printed, tmp_path)
     assert said is None
@@ -152,7 +152,7 @@ def room_as_soon_as_it_is_missed(folder):
 
 
 def test_the_last_checkpoint_waits_for_room_too(tmp_path):
-    """The disk is full when the run ends; once that is said of the weights, there is room."""
+    """The disk is full when the run ends, and has room after the first error of the weights."""
     _, messages = in_process(room_as_soon_as_it_is_missed, tmp_path)
     assert any("CHECKPOINT NOT SAVED at step 12" in message for message in messages)
     found = Checkpoints(tmp_path / "checkpoints", METRICS.checkpoint, "").find()

@@ -14,7 +14,7 @@ def test_losses_are_the_recorded_ones_and_the_same_every_time(kind, tmp_path):
     assert golden.losses(kind, tmp_path / "second") == first
 
 
-def test_the_kinds_start_together_and_then_part():
+def test_the_kinds_start_with_equal_losses_and_then_differ():
     recorded = json.loads(golden.FILE.read_text())
     assert recorded["mhc"][0] == pytest.approx(recorded["residual"][0], rel=1e-6)
     assert recorded["hc"][0] == pytest.approx(recorded["residual"][0], rel=1e-6)

@@ -66,7 +66,7 @@ def test_mhc_adds_96_c_plus_27_parameters_a_sublayer():
     assert f"{added / 1e6:.1f}M" == "14.7M"
 
 
-def test_small_ones():
+def test_small_presets():
     assert preset("tiny") == RunConfig()
     assert 95e6 < count_parameters(built(preset("small"))).total < 105e6
     assert preset("tiny-moe").model.experts.routed > 0
@@ -74,7 +74,7 @@ def test_small_ones():
         preset("70b")
 
 
-def test_the_largest_is_described_without_its_weights(capsys):
+def test_the_dry_run_of_the_largest_preset_allocates_no_weights(capsys):
     from manifold_hc.cli.dry_run import show_plan
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""A run that is killed, stopped or cut off from its disk is the run that was never disturbed."""
+"""Runs that are killed or stopped and resumed equal uninterrupted runs."""
 
 import os
 import random
@@ -35,13 +35,13 @@ KILLED = runs.with_experts(
 )
 
 
-def in_a_child(folder):
+def train_in_child(folder):
     train_or_resume(KILLED, runs.text(documents=90), folder)
 
 
 def test_killed_at_twenty_steps_and_during_saves_it_prints_the_same_losses(tmp_path):
     def start(name):
-        child = forkserver().Process(target=in_a_child, args=(tmp_path / name,))
+        child = forkserver().Process(target=train_in_child, args=(tmp_path / name,))
         child.start()
         return child
 
@@ -85,7 +85,7 @@ def half_written(folder):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_leaves_and_the_run_goes_on(tmp_path, number):
+def test_a_signal_saves_and_the_run_resumes(tmp_path, number):
     config = runs.config(probe_every=1)
     before = signal.getsignal(number)
     stop = at_step(6, lambda model: os.kill(os.getpid(), number))
@@ -185,7 +185,7 @@ def test_a_loss_that_is_not_finite(tmp_path):
     assert Checkpoints(tmp_path / "checkpoints", config.checkpoint, "").find().name[-1] == "3"
 
 
-def test_a_loss_that_is_not_finite_beside_parameters_that_are_not_trained(tmp_path):
+def test_a_loss_that_is_not_finite_with_untrained_parameters(tmp_path):
     def break_it(model):
         model.branches[2].query.weight.data[0, 0] = float("inf")
 
@@ -197,7 +197,7 @@ def test_a_loss_that_is_not_finite_beside_parameters_that_are_not_trained(tmp_pa
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_a_gradient_that_is_not_finite(tmp_path, bad):
-    """The state before it is finite: it is saved, and the run goes on from there."""
+    """The state before the step is finite: it is saved, and the run resumes from it."""
 
     def break_it(model):
         model.stack.connections[1].maps.bias.register_hook(lambda g: g * bad)
@@ -216,7 +216,7 @@ def test_a_gradient_that_is_not_finite(tmp_path, bad):
 
 
 def test_a_run_that_fails_in_its_first_step_can_start_again(tmp_path):
-    """Its state is the seed's: there is no checkpoint of it, and none is missed."""
+    """The seed reproduces its state: no checkpoint is needed."""
     config = runs.config()
     wild = replace(config, model=replace(config.model, init_std=1e30))
     for _ in range(2):
@@ -258,7 +258,7 @@ def test_fewer_steps_than_the_checkpoint_has_are_refused(tmp_path):
     assert RunFolder(tmp_path).is_complete(), "killed between its checkpoint and its summary"
 
 
-def test_metrics_that_are_missing_are_told(tmp_path, caplog):
+def test_missing_metrics_are_logged(tmp_path, caplog):
     train_or_resume(runs.config(steps=8), runs.text(), tmp_path, [])
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[3:]))

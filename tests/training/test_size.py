@@ -35,7 +35,7 @@ def test_all_matrices_are_counted(name, connection):
     assert counted > 0.98 * sum(p.numel() for p in built.parameters())
 
 
-def test_what_no_machine_can_build_is_refused():
+def test_sizes_beyond_the_limits_are_refused():
     base = RunConfig()
     for change in (
         {"blocks": 4097},
@@ -65,12 +65,12 @@ def test_more_than_the_memory_is_refused(monkeypatch):
     sizes.require_room(model, connection, device, 1)
 
 
-def test_memory_is_what_the_machine_says():
+def test_memory_is_that_of_the_machine():
     assert 2**28 < sizes._memory(torch.device("cpu")) < 2**50
     assert sizes._memory(torch.device("meta")) is None
 
 
-def test_texts_and_numbers_that_no_file_can_hold():
+def test_values_that_json_cannot_hold():
     base = RunConfig()
     for change in ({"paths": ("a\0b",)}, {"paths": ("x\udcff",)}, {"boundary": "\ud800"}):
         with pytest.raises(ConfigError, match="UTF-8"):

@@ -117,7 +117,7 @@ def test_nothing_is_written_for_a_text_too_short(folder):
 
 
 def test_equal_data_for_every_kind(tmp_path):
-    """The first loss is the same because weights, batch and function are."""
+    """Weights, batch and function are equal at step 0, and so is the loss."""
     first = []
     for kind in golden.KINDS:
         run = RunFolder(tmp_path / kind)
@@ -242,8 +242,8 @@ def test_devices():
             find_device("cuda")
 
 
-def test_pieces_of_a_batch_give_its_gradient(tmp_path):
-    """Also where pieces hold different numbers of targets, at the end of an epoch."""
+def test_microbatches_give_the_losses_of_the_whole_batch(tmp_path):
+    """Also at the end of an epoch, where microbatches have different numbers of targets."""
     losses = {}
     corpus = Corpus([TEXT.sources[0][:1400]], 256)
     for pieces in (1, 2, 4):
@@ -254,7 +254,7 @@ def test_pieces_of_a_batch_give_its_gradient(tmp_path):
     assert losses[4] == pytest.approx(losses[1], rel=2e-4)
 
 
-def test_one_step_in_pieces_moves_the_weights_alike(tmp_path):
+def test_microbatches_give_the_gradient_norm_of_the_whole_batch(tmp_path):
     """The last step of an epoch: one whole sequence and one of a few tokens."""
     states = []
     for pieces in (1, 2):
@@ -294,15 +294,15 @@ def test_tensorboard_gets_the_same_figures(folder):
         assert [v for _, v in scalars] == pytest.approx([v for _, v in wanted], rel=1e-6)
 
 
-def test_a_tracker_that_is_not_installed_is_named_before_training(folder, monkeypatch):
+def test_missing_tensorboard_is_refused_before_training(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(ConfigError, match=r"pip install 'manifold-hc\[tensorboard\]'"):
         train(small(tensorboard=True), TEXT, folder)
     assert not list(folder.path.iterdir())
 
 
-def test_a_backend_that_cannot_serve_is_named_before_training(folder):
-    """So is every kernel there before the processes of a run wait for one another."""
+def test_an_unsupported_backend_is_refused_before_training(folder):
+    """Kernels are compiled by then: processes must not wait for it in a collective."""
     config = runs.config()
     config = replace(config, connection=replace(config.connection, backend="triton"))
     with pytest.raises(BackendError, match='backend "triton"'):
@@ -322,7 +322,7 @@ def test_experts_leave_their_load(folder):
 
 
 def test_documents_reach_the_model(tmp_path):
-    """Masks change the losses of a text of many documents, and not of one."""
+    """Document masks change the losses of a text of many documents only."""
 
     def losses(documents, mask):
         config = small(steps=4)
@@ -337,7 +337,7 @@ def test_documents_reach_the_model(tmp_path):
 
 
 def test_the_first_res_is_not_trained(folder):
-    """With the trainer's own optimizer: unmoved to the bit, while all others move."""
+    """Unchanged to the bit by the trainer's optimizer, while all others change."""
     config = small(steps=10)
     train(config, TEXT, folder)
     torch.manual_seed(config.training.seed)
@@ -367,7 +367,7 @@ def test_recompute_changes_no_figure(tmp_path, kind):
             training = replace(plain.training, steps=steps, recompute=recompute)
             constant = OptimizerConfig(schedule="constant")  # which does not look at `steps`
             config = replace(plain, training=training, optimizer=constant)
-            runs.go_on(config, runs.text(), tmp_path / name)
+            runs.train_or_resume(config, runs.text(), tmp_path / name)
         found.append([r["loss"] for r in runs.figures(tmp_path / name) if r["event"] == "step"])
     assert len(found[0]) == 4
     assert all(losses == found[0] for losses in found)

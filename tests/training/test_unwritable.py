@@ -1,4 +1,4 @@
-"""A place that cannot be written is refused at once; only a full disk is waited for.
+"""An unwritable folder is refused at once; only on a full disk writes are retried.
 
 `/sys` stands for it: there not even root can make a file. Where there is none, a file in the place
 of a folder does.
@@ -29,7 +29,7 @@ needs_sys = pytest.mark.skipif(
 
 
 def in_the_place_of(path, kind):
-    """Put something else where a run has a file or a folder."""
+    """Create something else in the place of a file or folder of a run."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if kind == "file":
         path.write_text("in the way")
@@ -96,7 +96,7 @@ def test_metrics_that_become_unwritable_end_the_run(tmp_path):
         train_or_resume(SHORT, runs.text(), tmp_path, [at_step(2, spoil)])
 
 
-def test_the_end_of_a_run_waits_for_no_place_that_cannot_be_written(tmp_path):
+def test_the_end_of_a_run_does_not_wait_for_an_unwritable_folder(tmp_path):
     (tmp_path / "file").write_text("in the way")
     asked = []
 
@@ -138,7 +138,7 @@ def test_a_run_reads_regular_files_alone(tmp_path, monkeypatch, name, kind):
         read[name]()
 
 
-def test_a_job_that_is_no_text_is_another(tmp_path):
+def test_a_damaged_job_file_names_no_job(tmp_path):
     run = RunFolder(tmp_path)
     assert not run.has_job("7")
     run.set_job("7")
@@ -193,7 +193,7 @@ def test_a_start_removes_its_own_temporary_files_and_no_others(tmp_path):
     assert hidden == {*others, ".keys"}
 
 
-def test_names_with_the_signs_of_a_pattern(tmp_path):
+def test_names_with_glob_characters(tmp_path):
     (tmp_path / ".a[1].01234567.tmp").write_text("")
     (tmp_path / ".a1.01234567.tmp").write_text("")
     remove_temporaries(tmp_path / "a[1]")
@@ -211,7 +211,7 @@ def test_names_with_the_signs_of_a_pattern(tmp_path):
         (["model.safetensors"], False),
     ],
 )
-def test_a_run_starts_where_nothing_of_value_is(tmp_path, left, new):
+def test_a_run_starts_in_a_folder_without_results(tmp_path, left, new):
     for name in left:
         path, _, content = name.partition(":")
         if path.endswith("/"):
