@@ -1,4 +1,4 @@
-"""The command `mhc`, also as `python -m manifold_hc`."""
+"""Entry point of the command `mhc` and of `python -m manifold_hc`."""
 
 import sys
 
@@ -7,19 +7,15 @@ from manifold_hc.extras import require_train
 
 
 def main() -> None:
-    """Run the command line; without the extra `train`, name it and exit with status 2."""
+    """Run the command line; exit with status 2 if the extra `train` is not installed."""
     try:
         require_train("the command mhc")
     except MissingExtraError as error:
-        sys.exit(_refused(error))
+        print(f"mhc: error: {error}", file=sys.stderr)
+        sys.exit(2)
     from manifold_hc import cli
 
     cli.main()
-
-
-def _refused(error: MissingExtraError) -> int:
-    print(f"mhc: error: {error}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -1,31 +1,34 @@
-"""The errors a user can cause or meet, each with one message: operation, wanted, got, repair."""
+"""Error types of the package and checks of configuration values.
+
+A message names the operation, the wanted value, the value it got, and the repair.
+"""
 
 import math
 from signal import Signals
 
 
 class ManifoldError(Exception):
-    """Any error of this package; the command line prints it as one line."""
+    """Base of all errors of this package; the command line prints it as one line."""
 
 
 class ConfigError(ManifoldError, ValueError):
-    """A configuration that cannot be built."""
+    """A configuration value that is not valid."""
 
 
 class ShapeError(ManifoldError, ValueError):
-    """A tensor whose shape does not fit the operation."""
+    """A tensor with a shape that does not fit the operation."""
 
 
 class DtypeError(ManifoldError, TypeError):
-    """A tensor whose dtype the operation does not take."""
+    """A tensor with a dtype that the operation does not take."""
 
 
 class BackendError(ManifoldError, RuntimeError):
-    """A named backend that cannot serve the call; never answered by another backend."""
+    """A backend, chosen by name, that does not support the call; no other backend replaces it."""
 
 
 class OutOfMemoryError(ManifoldError, MemoryError):
-    """A kernel that found no memory; its call has changed nothing."""
+    """A kernel that could not allocate memory; the call has changed nothing."""
 
 
 class DataError(ManifoldError, ValueError):
@@ -33,7 +36,7 @@ class DataError(ManifoldError, ValueError):
 
 
 class RunFolderError(ManifoldError, RuntimeError):
-    """A run folder that is in use, or that holds something else."""
+    """A run folder that is in use, damaged, or holds other files."""
 
 
 class CheckpointError(ManifoldError, RuntimeError):
@@ -45,25 +48,25 @@ class MissingExtraError(ManifoldError, ImportError):
 
 
 class DivergedError(ManifoldError, ArithmeticError):
-    """A loss or gradient that is not finite; training stopped there."""
+    """A loss or gradient norm that is not finite; the run has stopped."""
 
-    def __init__(self, step: int, what: str, where: str) -> None:
-        """`step`: the first whose `what` ("loss" or "gradient norm") was not finite."""
-        super().__init__(f"train: {what} is not finite at step {step}, first in {where}")
+    def __init__(self, step: int, quantity: str, origin: str) -> None:
+        """quantity: loss or gradient norm, first not finite at `step`; origin: layer or weight."""
+        super().__init__(f"train: {quantity} is not finite at step {step}, first in {origin}")
         self.step = step
-        self.what = what
-        self.where = where
+        self.quantity = quantity
+        self.origin = origin
 
     def __reduce__(self) -> tuple[type, tuple[int, str, str]]:
-        """As it was made: another process may raise it."""
-        return type(self), (self.step, self.what, self.where)
+        """Pickle by the constructor's arguments, so that another process can raise it."""
+        return type(self), (self.step, self.quantity, self.origin)
 
 
 class StoppedError(ManifoldError):
-    """A run that was asked to stop, by a signal."""
+    """A run that a signal has stopped."""
 
     def __init__(self, step: int, signal: Signals, saved: bool) -> None:
-        """`step`: steps taken; `saved`: whether their checkpoint is there."""
+        """step: number of steps taken; saved: True if their checkpoint is on disk."""
         state = "its checkpoint is saved" if saved else "ITS CHECKPOINT COULD NOT BE SAVED"
         super().__init__(f"train: stopped by {signal.name} after {step} steps; {state}")
         self.step = step
@@ -71,23 +74,23 @@ class StoppedError(ManifoldError):
         self.saved = saved
 
     def __reduce__(self) -> tuple[type, tuple[int, Signals, bool]]:
-        """As it was made: another process may raise it."""
+        """Pickle by the constructor's arguments, so that another process can raise it."""
         return type(self), (self.step, self.signal, self.saved)
 
 
 class LostProcessError(ManifoldError, RuntimeError):
-    """A process of a run of several that has gone away, or does not answer."""
+    """A process of a distributed run that has exited or does not respond."""
 
 
 LARGEST_SIZE = 2**31 - 1
-"""Up to which a size or a count may go: products of two of them fit into 64 bits."""
+"""Largest size or count: a product of two of them fits into 64 bits."""
 
 
 def require_number(config: object, *names: str, positive: bool = False) -> None:
-    """Raise ConfigError for the first of `config`'s `names` that is not finite and from 0 on.
+    """Raise ConfigError unless the fields `names` of `config` are finite numbers of at least 0.
 
-    With `positive`, 0 is refused too. A whole number is refused above `LARGEST_SIZE`. None is a
-    default that is filled in later.
+    An integer above `LARGEST_SIZE` is an error, and with `positive` 0 is too. None is allowed:
+    it is a default that is filled in later.
     """
     for name in names:
         value = getattr(config, name)
@@ -98,7 +101,7 @@ def require_number(config: object, *names: str, positive: bool = False) -> None:
         finite = isinstance(value, int) or math.isfinite(value)
         if finite and (value > 0 or (value == 0 and not positive)):
             if isinstance(value, int):
-                _require_no_larger(name, value)
+                _require_at_most_largest(name, value)
             continue
         wanted = "a number above 0" if positive else "a number from 0 on"
         got = shown(value) if isinstance(value, int) else value
@@ -106,29 +109,29 @@ def require_number(config: object, *names: str, positive: bool = False) -> None:
 
 
 def require_at_least_one(config: object, *names: str) -> None:
-    """Raise ConfigError for the first of `config`'s sizes `names` not from 1 to `LARGEST_SIZE`."""
+    """Raise ConfigError unless the fields `names` of `config` are integers in 1..LARGEST_SIZE."""
     for name in names:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int):
             raise ConfigError(f"{name}: must be an integer but is {value!r}")
         if value < 1:
             raise ConfigError(f"{name}: must be at least 1 but is {shown(value)}")
-        _require_no_larger(name, value)
+        _require_at_most_largest(name, value)
 
 
-def _require_no_larger(name: str, value: int) -> None:
+def _require_at_most_largest(name: str, value: int) -> None:
     if value > LARGEST_SIZE:
         raise ConfigError(f"{name}: must be at most {LARGEST_SIZE} but is {shown(value)}")
 
 
 def shown(number: int) -> str:
-    """A whole number as text; only its length where it has more digits than a line should."""
+    """Format an integer for a message; above 40 digits, give only the number of digits."""
     digits = math.ceil(abs(number).bit_length() * math.log10(2))
     return str(number) if digits <= 40 else f"a number of {digits} digits"
 
 
 def require_integer(operation: str, name: str, value: object, least: int) -> None:
-    """Raise ConfigError unless `value` is an integer from `least` on; True is none."""
+    """Raise ConfigError unless `value` is an integer of at least `least`; a bool is an error."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise ConfigError(
             f"{operation}: {name} must be an integer but is {value!r}, a {type(value).__name__}"

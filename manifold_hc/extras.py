@@ -1,4 +1,4 @@
-"""Optional dependencies: the extra `train` brings what the commands and the trainer need."""
+"""Optional dependencies: the extra `train` installs the packages of commands and trainer."""
 
 from importlib.util import find_spec
 
@@ -17,12 +17,12 @@ TRAIN = (
 """Import names of the packages that `manifold-hc[train]` installs."""
 
 
-def require_train(what: str) -> None:
-    """Raise MissingExtraError if a package of the extra `train` is missing; imports none of them.
+def require_train(feature: str) -> None:
+    """Raise MissingExtraError if a package of the extra `train` is missing; import none of them.
 
-    what: who needs it, as the message begins.
+    feature: the command or module that needs the extra, first words of the message.
     """
     if missing := [package for package in TRAIN if find_spec(package) is None]:
         raise MissingExtraError(
-            f"{what} needs {', '.join(missing)}; install with: pip install 'manifold-hc[train]'"
+            f"{feature} needs {', '.join(missing)}; install with: pip install 'manifold-hc[train]'"
         )

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic writes, repeated writes to a full disk, and reads of regular files only."""
 
 import errno
 import glob
@@ -16,13 +16,13 @@ import platformdirs
 logger = logging.getLogger("manifold_hc")
 
 PATIENCE = 600.0
-"""Seconds that the end of a run waits for room on the disk."""
+"""Seconds for which `retry_write` repeats a failing write."""
 
 WAIT = 10.0
-"""Seconds between two attempts."""
+"""Seconds between two attempts of `retry_write`."""
 
-SLICES = 20
-"""Times that somebody is listened to in between."""
+POLLS = 20
+"""Calls of `give_up` between two attempts."""
 
 PERMANENT = {
     errno.EACCES,
@@ -33,23 +33,23 @@ PERMANENT = {
     errno.ELOOP,
     errno.ENAMETOOLONG,
 }
-"""Errors of a place that cannot be written, which no waiting mends as it does a full disk."""
+"""Error numbers of a path that stays unwritable; a full disk (ENOSPC) may become writable."""
 
 
 def cache_folder() -> Path:
-    """The user's cache folder of this package."""
+    """Return this package's folder in the user's cache folder."""
     return Path(platformdirs.user_cache_dir("manifold-hc", appauthor=False))
 
 
 def is_utf8(text: str) -> bool:
-    """Whether UTF-8 can hold the text: it has no half of a surrogate pair."""
+    """Return True if UTF-8 can encode the text: it has no unpaired surrogate."""
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a file for reading.
+    """Open a regular file for reading.
 
-    Raises OSError for everything else: opening a FIFO waits for a writer, for ever if none comes.
+    Raises OSError for any other kind of file: opening a FIFO would block until it has a writer.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "is not a regular file", str(path))
@@ -57,21 +57,21 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def read_regular(path: Path) -> bytes:
-    """The content of a file; OSError for a FIFO, a device, a socket or a folder."""
+    """Return the content of a file; OSError for a FIFO, a device, a socket or a folder."""
     with open_regular(path) as file:
         return file.read()
 
 
 def is_permanent(error: OSError) -> bool:
-    """Whether the place cannot be written, rather than has no room at the moment."""
+    """Return True if the path stays unwritable, False if a later write may succeed."""
     return error.errno in PERMANENT
 
 
-def retry_write(write: Callable[[], None], what: str, give_up: Callable[[], object]) -> None:
-    """Call `write` until the disk takes it, loudly.
+def retry_write(write: Callable[[], None], name: str, give_up: Callable[[], object]) -> None:
+    """Call `write` until it succeeds, and log an error for each failure.
 
-    Its OSError is raised after `PATIENCE`, as soon as `give_up` says so, and at once for a place
-    that cannot be written at all.
+    Raises the OSError of `write` after `PATIENCE` seconds, when `give_up` returns a true value, and
+    at once for a path that stays unwritable. name: of the files, for the log.
     """
     for left in range(int(PATIENCE / WAIT), -1, -1):
         try:
@@ -82,28 +82,28 @@ def retry_write(write: Callable[[], None], what: str, give_up: Callable[[], obje
                 raise
             logger.error(
                 "%s CANNOT BE WRITTEN: %s; trying again for %.0f s",
-                what.upper(),
+                name.upper(),
                 error.strerror,
                 left * WAIT,
             )
-            for _ in range(SLICES):
-                time.sleep(WAIT / SLICES)
+            for _ in range(POLLS):
+                time.sleep(WAIT / POLLS)
                 if give_up():
                     break
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write beside `path` under a temporary name, flush to disk, and rename over it.
+    """Write to a temporary file in the same folder, flush to disk, and rename it to `path`.
 
-    The file gets the umask's mode. A killed process leaves the temporary file, which
-    `remove_temporaries` finds. Raises OSError, which names `path`, or for a file in the folder's
-    place that, as NotADirectoryError.
+    The file's mode follows the umask. A killed process leaves the temporary file, which
+    `remove_temporaries` removes. Raises OSError with `path` as its filename, and NotADirectoryError
+    if the parent is a file.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        place = str(path.parent)
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), place) from None
+        parent = str(path.parent)
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), parent) from None
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -120,7 +120,10 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 
 def remove_temporaries(*paths: Path) -> None:
-    """Remove what killed writers of these files left; for the one process that may write them."""
+    """Remove temporary files of `paths` left by killed processes.
+
+    Only for the one process that may write these paths.
+    """
     for path in paths:
-        for left in path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}.tmp"):
-            left.unlink(missing_ok=True)
+        for temporary in path.parent.glob(f".{glob.escape(path.name)}.{'?' * 8}.tmp"):
+            temporary.unlink(missing_ok=True)

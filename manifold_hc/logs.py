@@ -1,4 +1,4 @@
-"""What other libraries log."""
+"""Control of other libraries' log messages."""
 
 import logging
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet(name: str) -> Iterator[None]:
-    """Let the logger of this name say nothing for a while."""
+    """Disable the logger `name` inside the context."""
     logger = logging.getLogger(name)
     before = logger.disabled
     logger.disabled = True

@@ -9,15 +9,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from manifold_hc.compare import (
-    Variant,
-    compare,
-    comparison_record,
-    run_folder,
-)
 from manifold_hc.data import Corpus
 from manifold_hc.errors import RunFolderError
 from manifold_hc.report import as_csv, as_json, as_table, figures, load_runs, summarise, write_page
+from manifold_hc.study.compare import Variant, compare
+from manifold_hc.study.records import comparison_record, run_folder
 from manifold_hc.training import OptimizerConfig, RunFolder
 from manifold_hc.training.record import record_run, run_record
 from tests import golden

@@ -9,10 +9,12 @@ from manifold_hc.cli.keys import override
 from manifold_hc.cli.options import RunCommand, Wanted, json_option, require_effect, run_options
 from manifold_hc.cli.report import check_outputs, publish
 from manifold_hc.cli.terminal import command_line, console
-from manifold_hc.compare import Variant
 from manifold_hc.config import ConnectionConfig
 from manifold_hc.errors import ConfigError, ManifoldError, StoppedError
 from manifold_hc.parallel import ParallelConfig
+from manifold_hc.study.compare import Variant
+from manifold_hc.study.compare import compare as compare_variants
+from manifold_hc.study.records import check_folder
 from manifold_hc.training import check, require_memory
 
 MOST_SEEDS = 10_000
@@ -58,7 +60,6 @@ def compare(
 
     Interrupted, the same command goes on with the runs that are missing.
     """
-    from manifold_hc import compare as comparison
     from manifold_hc.data import load
     from manifold_hc.training.folder import locked, refuse_if_in_use
 
@@ -73,12 +74,12 @@ def compare(
     corpus = load(config.data, config.model.vocabulary, console(stderr=True))
     check(config, corpus)
     refuse_if_in_use(out)
-    comparison.check_folder(out)
+    check_folder(out)
     page = out / "report.html"
     check_outputs(page, json_file)
     with locked(out):
         try:
-            comparison.compare(
+            compare_variants(
                 config, chosen, seeds, corpus, out, command_line(), console(stderr=True)
             )
         except StoppedError as error:

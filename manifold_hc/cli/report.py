@@ -53,8 +53,8 @@ def publish(folder: Path, page: Path, json_file: Path | None) -> "list[Run]":
 
     Returns the runs.
     """
-    from manifold_hc.compare import comparison_record
     from manifold_hc.report import as_csv, as_json, as_table, load_runs, summarise, write_page
+    from manifold_hc.study.records import comparison_record
     from manifold_hc.training.record import run_record
 
     runs = load_runs(folder)

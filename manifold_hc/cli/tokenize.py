@@ -75,10 +75,10 @@ def tokenize(
     mhc train --data shards/books model.vocabulary=32768
     """
     from manifold_hc.data.documents import Skipped, documents
-    from manifold_hc.data.listing import files
     from manifold_hc.data.progress import ReadingProgress
     from manifold_hc.data.shard_writer import write
     from manifold_hc.data.shards import is_shards
+    from manifold_hc.data.source_files import files
     from manifold_hc.data.tokenizer import tokenizer
     from manifold_hc.training.folder import is_empty
 

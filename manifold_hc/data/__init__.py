@@ -6,7 +6,7 @@ require_train("manifold_hc.data")
 
 from manifold_hc.data.batches import Batch, Batches
 from manifold_hc.data.config import DataConfig
-from manifold_hc.data.corpus import load
+from manifold_hc.data.loading import load
 from manifold_hc.data.tokens import Corpus
 
 __all__ = ["Batch", "Batches", "Corpus", "DataConfig", "load"]

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from manifold_hc.data.order import EpochOrder, WeightedOrder
+from manifold_hc.data.samplers import EpochOrder, WeightedOrder
 from manifold_hc.data.tokens import Corpus
 
 NO_TARGET = -100

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import msgspec
 
-from manifold_hc.data.listing import PACKED, Format, files
+from manifold_hc.data.source_files import PACKED, Format, files
 from manifold_hc.errors import DataError
 
 ROWS = 1024

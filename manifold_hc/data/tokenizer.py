@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from manifold_hc.data.boundary import Boundary, choose_boundary, unmarked
-from manifold_hc.data.cuts import may_be_cut, parts
-from manifold_hc.data.definition import Definition
+from manifold_hc.data.boundary_token import Boundary, choose_boundary, unmarked
+from manifold_hc.data.splitting import may_be_cut, parts
+from manifold_hc.data.tokenizer_json import Definition
 from manifold_hc.errors import ConfigError, DataError
 from manifold_hc.files import read_regular
 

@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from manifold_hc.compare import comparison_record
 from manifold_hc.diagnostics.gain import AmaxGain
 from manifold_hc.errors import RunFolderError
+from manifold_hc.study.records import comparison_record
 from manifold_hc.training import RunConfig, RunFolder
 from manifold_hc.training.folder import resume_command
 from manifold_hc.training.json_files import damaged

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models
 from tokenizers.processors import TemplateProcessing
 
-from manifold_hc.data.boundary import unmarked
+from manifold_hc.data.boundary_token import unmarked
 from manifold_hc.data.tokenizer import narrowest, tokenizer
 from manifold_hc.errors import ConfigError, DataError
 from tests.data import small_tokenizers as small

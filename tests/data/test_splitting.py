@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from manifold_hc.data import cuts
+from manifold_hc.data import splitting
 from manifold_hc.data.encoding import encode, joined
 from manifold_hc.data.tokenizer import tokenizer
 from manifold_hc.data.tokens import ArrayPart
@@ -66,8 +66,8 @@ TEXTS = {
 
 @pytest.fixture
 def short_parts(monkeypatch):
-    monkeypatch.setattr(cuts, "PART", PART)
-    monkeypatch.setattr(cuts, "MARGIN", MARGIN)
+    monkeypatch.setattr(splitting, "PART", PART)
+    monkeypatch.setattr(splitting, "MARGIN", MARGIN)
 
 
 def opened(trained, folder):

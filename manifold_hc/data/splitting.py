@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 
-from manifold_hc.data.definition import Definition
+from manifold_hc.data.tokenizer_json import Definition
 
 PART = 250_000
 """Characters of a part, about."""

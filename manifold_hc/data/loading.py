@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from rich.console import Console
 
 from manifold_hc.data.config import DataConfig
-from manifold_hc.data.documentation import documentation
 from manifold_hc.data.documents import Document, Skipped, documents
 from manifold_hc.data.encoding import encode, joined
-from manifold_hc.data.listing import files
 from manifold_hc.data.progress import ReadingProgress
+from manifold_hc.data.python_docs import documentation
 from manifold_hc.data.shards import ShardFolder, is_shards, short
+from manifold_hc.data.source_files import files
 from manifold_hc.data.tokenizer import Tokenizer, require_vocabulary, tokenizer, user_path
 from manifold_hc.data.tokens import Corpus, Tokens
 from manifold_hc.errors import DataError

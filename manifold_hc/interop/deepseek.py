@@ -1,4 +1,4 @@
-"""Connections of released models, by the names their checkpoints use."""
+"""Weights of the connections in checkpoints of DeepSeek-V4 and V4.1."""
 
 import re
 from collections.abc import Mapping
@@ -12,10 +12,11 @@ from manifold_hc.errors import ConfigError, ShapeError
 from manifold_hc.maps import copy_whole
 from manifold_hc.stack import Stack
 
-OURS = {"fn": "phi", "base": "bias", "scale": "alpha"}
-"""Our parameters by DeepSeek's names; shapes and rows are the same."""
+PARAMETERS = {"fn": "phi", "base": "bias", "scale": "alpha"}
+"""DeepSeek's parameter names and ours; shapes and order of rows are the same."""
 
 SUBLAYERS = {"attn": 0, "ffn": 1}
+"""Index of a sublayer within its layer."""
 
 SUBLAYER = re.compile(
     r"(?:model\.)?layers\.(?P<layer>\d+)\."
@@ -23,18 +24,26 @@ SUBLAYER = re.compile(
 )
 HEAD = re.compile(r"(?:model\.)?hc_head(?:_|\.hc_)(?P<name>fn|base|scale)")
 
+Key = tuple[int, str]
+"""Index of the sublayer, or -1 for the exit, and DeepSeek's name of the parameter."""
+
 
 def load_deepseek(stack: Stack, tensors: Mapping[str, Tensor]) -> None:
-    """Take over the connections of a DeepSeek-V4 or V4.1 model (arXiv 2606.19348).
+    """Copy the connections of a DeepSeek-V4 or V4.1 model (arXiv 2606.19348) into `stack`.
 
-    tensors: a checkpoint, or the part of it that holds `layers.N.hc_attn_fn`, `_base`, `_scale` and
-    `hc_ffn_*`, and for V4 the exit's `hc_head_*`; transformers' names (`layers.N.attn_hc.fn`,
-    `hc_head.hc_fn`) do as well, and everything else is left alone, multi-token prediction (`mtp.*`)
-    too. The stack has two sublayers a layer and numerics="deepseek_v4"; V4.1, which has no exit of
-    its own, is single_pass.
+    Args:
+        stack: dynamic mHC with two sublayers a layer and numerics="deepseek_v4"; for V4.1, which
+            has no exit of its own, with single_pass=True.
+        tensors: a checkpoint's tensors by name: `layers.N.hc_attn_fn`, `_base`, `_scale`,
+            `hc_ffn_*`, and for V4 the exit's `hc_head_*`, or transformers' names for them
+            (`layers.N.attn_hc.fn`, `hc_head.hc_fn`). Tensors with other names are ignored, those of
+            multi-token prediction (`mtp.*`) too.
 
-    Raises ConfigError for another kind of stack, a part of one, and for tensors that are missing or
-    left over, ShapeError for shapes that do not fit; the stack is as it was then.
+    Raises:
+        ConfigError: for another kind of stack, for one pipeline stage of a stack, and for tensors
+            that are missing or left over.
+        ShapeError: for a tensor with another shape than the stack's parameter. After an error the
+            stack is unchanged.
     """
     config = stack.config
     fits = config.kind == "mhc" and config.dynamic and config.constraint == "sinkhorn"
@@ -49,11 +58,11 @@ def load_deepseek(stack: Stack, tensors: Mapping[str, Tensor]) -> None:
             "then take its part"
         )
     wanted = _parameters(stack)
-    found = {place: (name, t) for name, t in tensors.items() if (place := _place(name)) is not None}
+    found = {key: (name, t) for name, t in tensors.items() if (key := _parse_name(name))}
     if missing := sorted(wanted.keys() - found.keys()):
         raise ConfigError(
             f"load_deepseek: the stack of {len(stack.connections)} sublayers has "
-            f"{len(missing)} parameters that the tensors lack, {_named(missing[0])} first; "
+            f"{len(missing)} parameters that the tensors lack, {_name_of(missing[0])} first; "
             + ("V4.1 has no head: single_pass=True" if missing[0][0] < 0 else "two make a layer")
         )
     if extra := sorted(found.keys() - wanted.keys()):
@@ -62,47 +71,45 @@ def load_deepseek(stack: Stack, tensors: Mapping[str, Tensor]) -> None:
             f"{len(stack.connections)} sublayers, {found[extra[0]][0]} first; it needs two a layer "
             "and is single_pass for V4.1 alone"
         )
-    for place, parameter in wanted.items():
-        name, tensor = found[place]
+    for key, parameter in wanted.items():
+        name, tensor = found[key]
         if tensor.shape != parameter.shape:
             raise ShapeError(
                 f"load_deepseek: {name} must be {list(parameter.shape)} for this stack but is "
                 f"{list(tensor.shape)}; are streams and channels the model's?"
             )
     with torch.no_grad():
-        for place, parameter in wanted.items():
-            copy_whole(parameter, found[place][1])
+        for key, parameter in wanted.items():
+            copy_whole(parameter, found[key][1])
 
 
-Place = tuple[int, str]
-"""The sublayer, or -1 for the exit, and DeepSeek's name of the parameter."""
-
-
-def _parameters(stack: Stack) -> dict[Place, Tensor]:
-    owners: dict[int, nn.Module] = {
+def _parameters(stack: Stack) -> dict[Key, Tensor]:
+    """Return the stack's parameters by key."""
+    modules: dict[int, nn.Module] = {
         sublayer: cast(Connection, connection).maps
         for sublayer, connection in enumerate(stack.connections)
     }
     if stack.exit is not None:
-        owners[-1] = stack.exit
+        modules[-1] = stack.exit
     return {
-        (sublayer, theirs): owner.get_parameter(ours)
-        for sublayer, owner in owners.items()
-        for theirs, ours in OURS.items()
+        (sublayer, theirs): module.get_parameter(ours)
+        for sublayer, module in modules.items()
+        for theirs, ours in PARAMETERS.items()
     }
 
 
-def _place(name: str) -> Place | None:
+def _parse_name(name: str) -> Key | None:
+    """Return the key of a checkpoint's tensor; None if it belongs to no connection."""
     if match := HEAD.fullmatch(name):
         return -1, match["name"]
     if match := SUBLAYER.fullmatch(name):
-        within = SUBLAYERS[match["a"] or match["c"]]
-        return 2 * int(match["layer"]) + within, match["b"] or match["d"]
+        index = SUBLAYERS[match["a"] or match["c"]]
+        return 2 * int(match["layer"]) + index, match["b"] or match["d"]
     return None
 
 
-def _named(place: Place) -> str:
-    sublayer, name = place
+def _name_of(key: Key) -> str:
+    sublayer, name = key
     if sublayer < 0:
         return f"hc_head_{name}"
     return f"layers.{sublayer // 2}.hc_{('attn', 'ffn')[sublayer % 2]}_{name}"

@@ -1,7 +1,7 @@
 import sys
 
-from manifold_hc.data import documentation as place
-from manifold_hc.data.documentation import documentation
+from manifold_hc.data import python_docs as place
+from manifold_hc.data.python_docs import documentation
 
 
 def test_documentation_is_collected_once(tmp_path, monkeypatch):
