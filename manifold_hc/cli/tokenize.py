@@ -77,18 +77,18 @@ def tokenize(
     from manifold_hc.data.documents import Skipped, documents
     from manifold_hc.data.progress import ReadingProgress
     from manifold_hc.data.shard_writer import write
-    from manifold_hc.data.shards import is_shards
-    from manifold_hc.data.source_files import files
+    from manifold_hc.data.shards import is_shard_folder
+    from manifold_hc.data.source_files import list_files
     from manifold_hc.data.tokenizer import tokenizer
     from manifold_hc.training.folder import is_empty
 
     for source in sources:
-        if is_shards(source):
+        if is_shard_folder(source):
             raise DataError(f"tokenize: {source} is tokenized already; give its text")
     if not is_empty(out) or out.is_file():
         raise RunFolderError(f"tokenize: {out} is not empty; choose another with --out")
     chosen = tokenizer(name, boundary)
-    listed = {source: files(source) for source in sources}
+    listed = {source: list_files(source) for source in sources}
     total = sum(file.stat().st_size for found in listed.values() for file in found)
     chosen.announce()
     skipped = Skipped(allowed=skip_broken)

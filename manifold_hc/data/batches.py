@@ -1,4 +1,4 @@
-"""Batches of sequences, the same for everybody who asks for the same number."""
+"""Batches of sequences, determined by the batch's number and the seed."""
 
 from typing import NamedTuple
 
@@ -7,24 +7,24 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from manifold_hc.data.samplers import EpochOrder, WeightedOrder
-from manifold_hc.data.tokens import Corpus
+from manifold_hc.data.corpus import Corpus
+from manifold_hc.data.samplers import EpochSampler, WeightedSampler
 
 NO_TARGET = -100
-"""A target that counts for nothing: torch's own sign for it."""
+"""Target that the loss ignores: the default `ignore_index` of torch's cross-entropy."""
 
 
 class Batch(NamedTuple):
-    """Sequences [B, T] int64."""
+    """B sequences of T tokens, int64."""
 
     inputs: Int[Tensor, "B T"]
     targets: Int[Tensor, "B T"]
-    """The next tokens; NO_TARGET behind the end of a source."""
+    """The next tokens; NO_TARGET after the end of a source."""
     documents: Int[Tensor, "B T"] | None
-    """A number for each token's document, of whole sequences; None where no sequence holds two."""
+    """Document number of every token of the whole sequences; None if no sequence has several."""
 
     def to(self, device: torch.device) -> "Batch":
-        """On another device."""
+        """Copy the batch to a device."""
         documents = None if self.documents is None else self.documents.to(device)
         return Batch(self.inputs.to(device), self.targets.to(device), documents)
 
@@ -46,9 +46,9 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """Sequences of a corpus by number; nothing but the number and the seed decides on them.
+    """Batches of a corpus by number, a pure function of number and seed.
 
-    So a run can be compared with another, and resumed at any sequence.
+    Runs can therefore be compared with one another, and resumed at any sequence.
     """
 
     def __init__(
@@ -60,30 +60,30 @@ class Batches:
         *,
         mask_documents: bool = True,
     ) -> None:
-        """sequence: T; batch: B; mask_documents: whether batches tell documents apart."""
+        """sequence: T; batch: B; mask_documents: False leaves `Batch.documents` None."""
         self.sources = corpus.sources
         self.sequence = sequence
         self.batch = batch
         self.mask_documents = mask_documents
         lengths = [len(source) for source in corpus.sources]
-        self._order = (
-            WeightedOrder(lengths, sequence, seed, corpus.weights)
+        self._sampler = (
+            WeightedSampler(lengths, sequence, seed, corpus.weights)
             if corpus.weights
-            else EpochOrder(lengths, sequence, (seed,))
+            else EpochSampler(lengths, sequence, (seed,))
         )
-        self.count = self._order.whole
+        self.count = self._sampler.whole
 
     def __getitem__(self, number: int) -> Batch:
-        """Batch `number`, counted from 0 over all epochs."""
+        """Return batch `number`, counted from 0 over all epochs."""
         return self.take(number * self.batch, self.batch)
 
     def take(self, first: int, count: int) -> Batch:
-        """`count` sequences from sequence `first` on, counted from 0 over all epochs."""
+        """Return `count` sequences from sequence `first` on, counted from 0 over all epochs."""
         inputs = np.zeros((count, self.sequence), dtype=np.int64)
         targets = np.full((count, self.sequence), NO_TARGET, dtype=np.int64)
         documents = np.zeros((count, self.sequence), dtype=np.int64)
         for row in range(count):
-            number, start = self._order[first + row]
+            number, start = self._sampler[first + row]
             source = self.sources[number]
             length = min(self.sequence, len(source) - 1 - start)
             ids = source.read(start, start + length + 1)

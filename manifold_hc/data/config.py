@@ -1,4 +1,4 @@
-"""What a run reads: sources, tokenizer, sequences."""
+"""Configuration of the data: sources, tokenizer, sequences."""
 
 import math
 from dataclasses import dataclass
@@ -9,31 +9,31 @@ from manifold_hc.files import is_utf8
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The training text and how it becomes sequences of tokens."""
+    """Configuration of the training text and its sequences of tokens."""
 
     paths: tuple[str, ...] = ()
     """Sources: text, JSON lines, Parquet, folders, shards; none: Python's documentation."""
     weights: tuple[float, ...] = ()
     """Share of every source in the sequences; none: every sequence of all of them once an epoch."""
     tokenizer: str = ""
-    """A tokenizer.json, or bytes; left out: what shards were made with, bytes for text."""
+    """A tokenizer.json, or bytes; left out: the tokenizer of the shards, bytes for text."""
     boundary: str = ""
     """Token between documents; left out: the tokenizer's end of text, the byte 0 for bytes."""
     text_key: str = "text"
     """Key of the text in JSON lines, column of the text in Parquet."""
     skip_broken: bool = False
-    """Whether rows that cannot be read are counted and left out, instead of ending the run."""
+    """Count and leave out rows that cannot be read; the first one is an error otherwise."""
     sequence: int = 128
     """Tokens in a sequence."""
     verify: bool = True
-    """Whether shards are held against their checksums first, a second or two a gigabyte."""
+    """Check the checksums of shards before training, a second or two a gigabyte."""
     mask_documents: bool = True
-    """Whether a token attends to its own document only, where a sequence holds several."""
+    """Restrict attention to a token's own document, if a sequence has several."""
     validation: float = 0.05
-    """Share of every source, at its end, that is held out."""
+    """Share of every source, at its end, held out for validation."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for values that cannot be used."""
+        """Raise ConfigError for a value that is not valid."""
         require_at_least_one(self, "sequence")
         for key in ("paths", "tokenizer", "boundary", "text_key"):
             value = getattr(self, key)

@@ -1,4 +1,4 @@
-"""Documents as they lie on disk: text, JSON lines, Parquet, or folders of these."""
+"""Readers of documents: text, JSON lines, Parquet, or folders of these."""
 
 import codecs
 import json
@@ -8,59 +8,60 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 import msgspec
 
-from manifold_hc.data.source_files import PACKED, Format, files
+from manifold_hc.data.source_files import COMPRESSIONS, Format, list_files
 from manifold_hc.errors import DataError
 
 ROWS = 1024
-"""Rows of a Parquet file that are held at a time."""
+"""Rows of a Parquet file that are read at a time."""
 
-STRETCH = 1_000_000
-"""Bytes of a text file that are held at a time."""
+CHUNK = 1_000_000
+"""Bytes of a text file that are read at a time."""
 
 SEE_KEY = "see data.text_key (mhc tokenize --text-key)"
 
 Document = Iterable[str]
-"""A document's text in one or more stretches, so that no file need fit into memory."""
+"""Text of a document in one or more chunks, so that a file need not fit into memory."""
 
 Advance = Callable[[int], object]
-"""Is told how many bytes of a file were read since it was told last."""
+"""Progress callback: takes the number of bytes read since its last call."""
 
 
 class BrokenRowError(DataError):
-    """A row or text that cannot be read, though its file can."""
+    """A row or text that is not valid, in a file that can be read."""
 
-    def __init__(self, place: str, reason: str, problem: str) -> None:
-        """place: file and line; reason: short, the same for all of its kind; problem: whole."""
+    def __init__(self, location: str, reason: str, problem: str) -> None:
+        """location: file and line; reason: kind of problem, to count; problem: the message."""
         super().__init__(
             f"data: {problem}; data.skip_broken=true (mhc tokenize --skip-broken) leaves it out"
         )
-        self.place = place
+        self.location = location
         self.reason = reason
 
 
 class Skipped:
-    """Broken rows that were left out: how many, why, and where the first is."""
+    """Count of broken rows that were skipped, by reason, and location of the first."""
 
     def __init__(self, *, allowed: bool) -> None:
-        """allowed: whether rows may be left out; the first broken one is raised if not."""
+        """allowed: True to skip broken rows, False to raise the error of the first one."""
         self.allowed = allowed
         self.reasons = Counter[str]()
         self.first = ""
 
     def add(self, row: BrokenRowError) -> None:
-        """Count a row, or raise its error."""
+        """Count a broken row, or raise its error if skipping is not allowed."""
         if not self.allowed:
             raise row
-        self.first = self.first or row.place
+        self.first = self.first or row.location
         self.reasons[row.reason] += 1
 
     def __str__(self) -> str:
-        """One line for people."""
+        """Return a summary in one line."""
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.reasons.most_common())
         count = self.reasons.total()
         return f"broken rows left out: {count} ({reasons}), the first is {self.first}"
@@ -73,20 +74,26 @@ def documents(
     advance: Advance = lambda _: None,
     listed: list[Path] | None = None,
 ) -> Iterator[Document]:
-    """The documents at `path`: a text file is one, a JSON line or a row of Parquet is one.
+    """Yield the documents at `path`: one a text file, a JSON line or a row of Parquet.
 
-    A folder gives those of all its files in the order of their names. Files may be compressed
-    (.gz, .bz2, .xz; .zst from Python 3.14 on). Empty documents are left out. A document must be
-    read before the next one is asked for.
+    The files of a folder are read in the order of their names. Files may be compressed (.gz, .bz2,
+    .xz; .zst with Python 3.14 or newer). Empty documents are left out. A document must be read
+    before the next one is requested.
 
-    skipped: takes rows that are broken, if it may; without, the first is an error.
-    listed: what `files` gives for `path`, where it has been asked.
-    Raises DataError, with file and line, for what is missing, unreadable, broken or binary.
+    Args:
+        path: a file or a folder.
+        text_key: key of the text in JSON lines, column of the text in Parquet.
+        skipped: counts broken rows, if it allows them; by default the first one is an error.
+        advance: progress callback.
+        listed: result of `list_files(path)`, if it is known.
+
+    Raises:
+        DataError: with file and line, for a file that is missing, unreadable, broken or binary.
     """
     skipped = skipped or Skipped(allowed=False)
     readers = {"text": _text, "lines": _json_lines, "parquet": _parquet}
     found = False
-    for file in files(path) if listed is None else listed:
+    for file in list_files(path) if listed is None else listed:
         reader = readers[Format.of(file).kind or "text"]
         for document in reader(file, text_key, skipped, advance):
             found = True
@@ -98,68 +105,65 @@ def documents(
 
 
 def _text(file: Path, _: str, skipped: Skipped, advance: Advance) -> Iterator[Document]:
-    """The one document of a text file, unless it is empty."""
+    """Yield the one document of a text file, unless it is empty."""
     if skipped.allowed and file.is_file():
         try:
-            for _stretch in _stretches(file, lambda _: None):
+            for _chunk in _chunks(file, lambda _: None):
                 pass
         except BrokenRowError as error:
             skipped.add(error)
             advance(file.stat().st_size)
             return
-    stretches = _stretches(file, advance)
-    before = ""
-    for stretch in stretches:
-        before += stretch
-        if before.strip():
-            yield _chained(before, stretches)
+    chunks = _chunks(file, advance)
+    start = ""
+    for chunk in chunks:
+        start += chunk
+        if start.strip():
+            yield chain([start], chunks)
             return
 
 
-def _chained(first: str, others: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from others
-
-
-def _stretches(file: Path, advance: Advance) -> Iterator[str]:
+def _chunks(file: Path, advance: Advance) -> Iterator[str]:
+    """Yield the text of a file in chunks; BrokenRowError for a byte that is not text."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     read = lines = 0
-    with _opened(file, advance) as (content, report):
+    with _open(file, advance) as (content, report):
         while True:
-            block = content.read(STRETCH)
-            read, lines = read + len(block), lines + block.count(b"\n")
-            text, unread = _decoded(decoder, block)
+            data = content.read(CHUNK)
+            read, lines = read + len(data), lines + data.count(b"\n")
+            text, unread = _decode(decoder, data)
             if unread:
                 line = 1 + lines - unread.count(b"\n")
                 raise _not_text(f"{file}, line {line}", read - len(unread), unread[0])
             report()
             if text:
                 yield text
-            if not block:
+            if not data:
                 return
 
 
-def _decoded(decoder: codecs.IncrementalDecoder, block: bytes) -> tuple[str, bytes]:
-    """The text of a block, and its bytes from the first one on that is no text."""
-    if (nul := block.find(b"\0")) >= 0:
-        return "", block[nul:]
+def _decode(decoder: codecs.IncrementalDecoder, data: bytes) -> tuple[str, bytes]:
+    """Return the text, and the bytes from the first one that is not text."""
+    if (nul := data.find(b"\0")) >= 0:
+        return "", data[nul:]
     try:
-        return decoder.decode(block, final=not block), b""
+        return decoder.decode(data, final=not data), b""
     except UnicodeDecodeError as error:
         return "", error.object[error.start :]
 
 
-def _not_text(place: str, offset: int, value: int) -> BrokenRowError:
-    problem = f"{place}: not UTF-8 text: the byte at offset {offset} is 0x{value:02x}"
+def _not_text(location: str, offset: int, value: int) -> BrokenRowError:
+    """Return the error for a byte of a text file that is not UTF-8."""
+    problem = f"{location}: not UTF-8 text: the byte at offset {offset} is 0x{value:02x}"
     if value:
         repair = "convert a text in another encoding, as with iconv -f latin1 -t utf-8"
-        return BrokenRowError(place, "not UTF-8", f"{problem}; {repair}")
+        return BrokenRowError(location, "not UTF-8", f"{problem}; {repair}")
     repair = "give a file that is not binary; convert UTF-16 with iconv -f utf-16 -t utf-8"
-    return BrokenRowError(place, "binary", f"{problem}; {repair}")
+    return BrokenRowError(location, "binary", f"{problem}; {repair}")
 
 
 def _json_lines(file: Path, key: str, skipped: Skipped, advance: Advance) -> Iterator[Document]:
-    with _opened(file, advance) as (lines, report):
+    with _open(file, advance) as (lines, report):
         for number, line in enumerate(lines, start=1):
             line = line.removeprefix(codecs.BOM_UTF8)
             report()
@@ -174,28 +178,28 @@ def _json_lines(file: Path, key: str, skipped: Skipped, advance: Advance) -> Ite
                 yield (text,)
 
 
-def _json_text(line: bytes, key: str, place: str) -> str:
-    """The text of one line."""
+def _json_text(line: bytes, key: str, location: str) -> str:
+    """Return the text of one JSON line."""
     try:
-        record = _record(line)
+        record = _decode_json(line)
     except UnicodeDecodeError:
-        problem = f"{place}: not valid JSON: it is not UTF-8"
-        raise BrokenRowError(place, "no JSON", problem) from None
+        problem = f"{location}: not valid JSON: it is not UTF-8"
+        raise BrokenRowError(location, "no JSON", problem) from None
     except (msgspec.MsgspecError, RecursionError) as error:
-        raise BrokenRowError(place, "no JSON", f"{place}: not valid JSON: {error}") from None
+        raise BrokenRowError(location, "no JSON", f"{location}: not valid JSON: {error}") from None
     if not isinstance(record, dict):
-        problem = f"{place}: must be an object with the key {key!r}"
-        raise BrokenRowError(place, "no objects", problem)
+        problem = f"{location}: must be an object with the key {key!r}"
+        raise BrokenRowError(location, "no objects", problem)
     text = record.get(key)
     if not isinstance(text, str):
         state = "is no text" if key in record else f"is missing; there are {', '.join(record)}"
-        problem = f"{place}: the key {key!r} {state}; {SEE_KEY}"
-        raise BrokenRowError(place, "without a text", problem)
-    return _clean(text, place)
+        problem = f"{location}: the key {key!r} {state}; {SEE_KEY}"
+        raise BrokenRowError(location, "without a text", problem)
+    return _validate(text, location)
 
 
-def _record(line: bytes) -> Any:
-    """A JSON value; half a surrogate pair, NaN and numbers of any length are let through."""
+def _decode_json(line: bytes) -> Any:
+    """Decode a JSON value; unpaired surrogates, NaN and numbers of any length are allowed."""
     try:
         return msgspec.json.decode(line)
     except msgspec.MsgspecError:
@@ -207,8 +211,8 @@ def _record(line: bytes) -> Any:
 
 
 def _parquet(file: Path, key: str, skipped: Skipped, advance: Advance) -> Iterator[Document]:
-    if packed := Format.of(file).packed:
-        raise DataError(f"data: {file} is Parquet inside {packed}, which is not read; unpack it")
+    if suffix := Format.of(file).compression:
+        raise DataError(f"data: {file} is Parquet inside {suffix}, which is not read; unpack it")
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
@@ -226,12 +230,12 @@ def _parquet(file: Path, key: str, skipped: Skipped, advance: Advance) -> Iterat
             for batch in table.iter_batches(ROWS, columns=[key]):
                 for text in _values(batch.column(0)):
                     row += 1
-                    place = f"{file}, row {row}"
+                    location = f"{file}, row {row}"
                     try:
                         if not isinstance(text, str):
-                            problem = f"{place}: {key!r} is no text"
-                            raise BrokenRowError(place, "without a text", problem)
-                        text = _clean(text, place)
+                            problem = f"{location}: {key!r} is no text"
+                            raise BrokenRowError(location, "without a text", problem)
+                        text = _validate(text, location)
                     except BrokenRowError as error:
                         skipped.add(error)
                         continue
@@ -243,7 +247,7 @@ def _parquet(file: Path, key: str, skipped: Skipped, advance: Advance) -> Iterat
 
 
 def _values(column: Any) -> Iterator[Any]:
-    """Values of a column; None for one that is no UTF-8, which Parquet does not rule out."""
+    """Yield the values of a column; None for one that is not UTF-8, which Parquet allows."""
     try:
         yield from column.to_pylist()
         return
@@ -257,43 +261,46 @@ def _values(column: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def _opened(file: Path, advance: Advance) -> Iterator[tuple[IO[bytes], Callable[[], None]]]:
-    """The content of a file, unpacked, and what tells `advance` how far it is."""
-    packed = Format.of(file).packed
+def _open(file: Path, advance: Advance) -> Iterator[tuple[IO[bytes], Callable[[], None]]]:
+    """Open a file, decompressed; yields it and a function that reports progress to `advance`."""
+    suffix = Format.of(file).compression
     try:
-        library = import_module(PACKED[packed]) if packed else None
+        library = import_module(COMPRESSIONS[suffix]) if suffix else None
     except ImportError:
         raise DataError(
-            f"data: {file} is packed as {packed}, which this Python does not read; unpack it"
+            f"data: {file} is packed as {suffix}, which this Python does not read; unpack it"
         ) from None
-    damages = (EOFError, zlib.error, lzma.LZMAError, getattr(library, "ZstdError", EOFError))
+    damaged = (EOFError, zlib.error, lzma.LZMAError, getattr(library, "ZstdError", EOFError))
     try:
         with file.open("rb") as raw:
-            seekable, told = raw.seekable(), 0
+            seekable, reported = raw.seekable(), 0
 
-            def report(least: int = STRETCH) -> None:
-                nonlocal told
-                if seekable and (position := raw.tell()) >= told + least:
-                    advance(position - told)
-                    told = position
+            def report(least: int = CHUNK) -> None:
+                nonlocal reported
+                if seekable and (position := raw.tell()) >= reported + least:
+                    advance(position - reported)
+                    reported = position
 
             yield library.open(raw, "rb") if library else raw, report
             report(least=0)
-    except damages as error:
+    except damaged as error:
         raise DataError(f"data: {file} is damaged, it cannot be unpacked: {error}") from None
     except OSError as error:
         reason = error.strerror or error
         raise DataError(f"data: {file} cannot be read: {reason}") from error
 
 
-def _clean(text: str, place: str) -> str:
-    """Text without NUL, which is the boundary between documents of bytes, that UTF-8 can hold."""
+def _validate(text: str, location: str) -> str:
+    """Return the text if it is valid: UTF-8 can encode it, and it has no NUL.
+
+    NUL is the boundary token of the byte tokenizer.
+    """
     try:
         text.encode("utf-8")
     except UnicodeError:
-        problem = f"{place}: the text has half a surrogate pair, which is no character"
-        raise BrokenRowError(place, "with half a surrogate pair", problem) from None
+        problem = f"{location}: the text has half a surrogate pair, which is no character"
+        raise BrokenRowError(location, "with half a surrogate pair", problem) from None
     if "\0" in text:
-        problem = f"{place}: the text is binary, it has a NUL character"
-        raise BrokenRowError(place, "binary", problem)
+        problem = f"{location}: the text is binary, it has a NUL character"
+        raise BrokenRowError(location, "binary", problem)
     return text

@@ -1,4 +1,4 @@
-"""From a configuration to tokens."""
+"""Load the data of a configuration: map shards, tokenize everything else."""
 
 import logging
 from collections.abc import Iterable
@@ -6,14 +6,15 @@ from collections.abc import Iterable
 from rich.console import Console
 
 from manifold_hc.data.config import DataConfig
+from manifold_hc.data.corpus import Corpus
 from manifold_hc.data.documents import Document, Skipped, documents
-from manifold_hc.data.encoding import encode, joined
+from manifold_hc.data.encoding import concatenate, encode
 from manifold_hc.data.progress import ReadingProgress
-from manifold_hc.data.python_docs import documentation
-from manifold_hc.data.shards import ShardFolder, is_shards, short
-from manifold_hc.data.source_files import files
+from manifold_hc.data.python_docs import python_docs
+from manifold_hc.data.shards import ShardFolder, is_shard_folder, short
+from manifold_hc.data.source_files import list_files
 from manifold_hc.data.tokenizer import Tokenizer, require_vocabulary, tokenizer, user_path
-from manifold_hc.data.tokens import Corpus, Tokens
+from manifold_hc.data.tokens import Tokens
 from manifold_hc.errors import DataError
 from manifold_hc.parallel import is_rank0
 
@@ -23,26 +24,39 @@ logger = logging.getLogger("manifold_hc")
 def load(
     config: DataConfig, vocabulary: int | None = None, console: Console | None = None
 ) -> Corpus:
-    """The tokens of all sources: shards are mapped, anything else is tokenized now.
+    """Load the tokens of all sources: shards are mapped, everything else is tokenized.
 
-    vocabulary: of the model, held against the tokenizer's before anything is read; console: where
-    to show how far it is.
-    Raises DataError for a source that cannot be used, or shards of another tokenizer.
+    Args:
+        config: sources and tokenizer.
+        vocabulary: size of the model's vocabulary, checked before any text is read; no check if it
+            is left out.
+        console: shows progress; none if left out.
+
+    Returns:
+        The corpus, one source for each of `config.paths`.
+
+    Raises:
+        DataError: for a source that is missing or not valid, for a tokenizer with more ids than
+            `vocabulary`, and for shards of another tokenizer.
+
+    Example:
+        >>> from manifold_hc.data import DataConfig, load
+        >>> corpus = load(DataConfig())  # Python's documentation, as bytes
+        >>> corpus.vocabulary
+        256
     """
     paths = [user_path(path, "data") for path in config.paths]
-    folders = {path: ShardFolder(path) for path in paths if is_shards(path)}
-    chosen = _tokenizer(config, list(folders.values()))
+    folders = {path: ShardFolder(path) for path in paths if is_shard_folder(path)}
+    chosen = _choose_tokenizer(config, list(folders.values()))
     for folder in folders.values():
-        _require_same(folder, chosen, config)
+        _require_same_tokenizer(folder, chosen, config)
     if vocabulary is not None:
         require_vocabulary(chosen.name, chosen.vocabulary, vocabulary)
     for folder in folders.values() if config.verify else ():
         folder.verify()
     if not paths:
-        return Corpus(
-            [_tokenized([(documentation(),)], chosen)], chosen.vocabulary, (), chosen.name
-        )
-    listed = {path: files(path) for path in paths if path not in folders}
+        return Corpus([_tokenize([(python_docs(),)], chosen)], chosen.vocabulary, (), chosen.name)
+    listed = {path: list_files(path) for path in paths if path not in folders}
     if listed:
         chosen.announce()
     skipped = Skipped(allowed=config.skip_broken)
@@ -54,14 +68,14 @@ def load(
                 sources.append(Tokens(folders[path].shards))
                 continue
             texts = documents(path, config.text_key, skipped, progress.advance, listed[path])
-            sources.append(_tokenized(texts, chosen, str(path)))
+            sources.append(_tokenize(texts, chosen, str(path)))
     if skipped.reasons:
         logger.warning("data: %s", skipped)
     return Corpus(sources, chosen.vocabulary, config.weights, chosen.name)
 
 
-def _require_same(folder: ShardFolder, chosen: Tokenizer, config: DataConfig) -> None:
-    """Raise DataError unless the shards are what `chosen` and the configuration give."""
+def _require_same_tokenizer(folder: ShardFolder, chosen: Tokenizer, config: DataConfig) -> None:
+    """Raise DataError if the shards have another tokenizer or boundary token."""
     index = folder.index
     if index.tokenizer != chosen.fingerprint:
         raise DataError(
@@ -83,18 +97,18 @@ def _require_same(folder: ShardFolder, chosen: Tokenizer, config: DataConfig) ->
         )
 
 
-def _tokenized(texts: Iterable[Document], chosen: Tokenizer, name: str = "") -> Tokens:
-    """One source of documents, tokenized now."""
-    line = joined(encode(texts, chosen))
-    if not len(line):
+def _tokenize(texts: Iterable[Document], chosen: Tokenizer, name: str = "") -> Tokens:
+    """Tokenize the documents of one source."""
+    tokens = concatenate(encode(texts, chosen))
+    if not len(tokens):
         raise DataError(f"data: {name} gives no tokens with {chosen.name}; give another tokenizer")
-    return Tokens([line])
+    return Tokens([tokens])
 
 
-def _tokenizer(config: DataConfig, folders: list[ShardFolder]) -> Tokenizer:
-    """The one that is named, or that the first shards were made with, or bytes.
+def _choose_tokenizer(config: DataConfig, folders: list[ShardFolder]) -> Tokenizer:
+    """Return the configured tokenizer, else that of the first shards, else bytes.
 
-    Texts beside shards get the boundary that the shards have.
+    Texts get the boundary token of the shards, unless the configuration names one.
     """
     if not folders:
         return tokenizer(config.tokenizer, config.boundary)

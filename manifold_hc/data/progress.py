@@ -1,4 +1,4 @@
-"""What a person sees while text is tokenized: a bar in a terminal, plain lines elsewhere."""
+"""Progress of tokenization: a bar in a terminal, plain lines elsewhere."""
 
 import time
 from contextlib import suppress
@@ -14,18 +14,18 @@ from rich.progress import (
 )
 
 LINE_SECONDS = 10.0
-"""Seconds between two lines where there is no terminal."""
+"""Seconds between two lines without a terminal."""
 
 
 class ReadingProgress:
-    """Shows how much of the sources has been read. Use it as a context manager."""
+    """Context manager that shows the share of the sources' bytes that has been read."""
 
     def __init__(self, console: Console | None, total: int) -> None:
-        """console: None shows nothing; total: bytes of all files."""
+        """console: None for no progress; total: bytes of all files."""
         self.console = console
         self.total = total
         self.done = 0
-        self._start = self._told = time.monotonic()
+        self._start = self._last_line = time.monotonic()
         self._bar: Progress | None = None
         if console is not None and console.is_terminal:
             self._bar = Progress(
@@ -46,21 +46,21 @@ class ReadingProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar:
             self._bar.stop()
 
     def advance(self, count: int) -> None:
-        """`count` more bytes have been read."""
+        """Add `count` bytes that have been read."""
         self.done += count
         now = time.monotonic()
         if self._bar:
             self._bar.update(self._task, completed=self.done)
-        elif self.console and now - self._told >= LINE_SECONDS:
-            self._told = now
+        elif self.console and now - self._last_line >= LINE_SECONDS:
+            self._last_line = now
             rate = self.done / (now - self._start) / 1e6
             line = (
                 f"tokenizing: {self.done / 1e6:.0f} of {self.total / 1e6:.0f} MB, {rate:.1f} MB/s"
             )
-            with suppress(OSError):  # a log on a full disk, or a reader that has left
+            with suppress(OSError):  # a log on a full disk, or a closed pipe
                 self.console.print(line, soft_wrap=True, highlight=False)

@@ -1,4 +1,4 @@
-"""A text that every machine has: the documentation that Python carries."""
+"""The default text: the documentation that comes with every Python."""
 
 import ast
 import logging
@@ -13,19 +13,19 @@ from manifold_hc.files import cache_folder, write_atomically
 logger = logging.getLogger("manifold_hc")
 
 LONG = 200
-"""Docstrings shorter than this many characters are left out."""
+"""Characters of the shortest docstring that is taken."""
 
 SMALLEST = 100_000
-"""A cache below this many bytes is damaged."""
+"""Bytes below which a cached text is damaged."""
 
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 
 
-def documentation() -> str:
-    """Python's language reference and the standard library's long docstrings, about 1.6 MB.
+def python_docs() -> str:
+    """Return Python's language reference and the standard library's long docstrings, about 1.6 MB.
 
-    Read from the installed sources without importing them; collected once a Python version and
-    cached. The text differs from one Python version to the next.
+    The text is collected from the installed sources, without importing them, and cached for this
+    Python version; it differs between versions.
     """
     version = ".".join(map(str, sys.version_info[:3]))
     cached = cache_folder() / f"python-{version}-documentation.txt"
@@ -50,7 +50,7 @@ def _topics() -> list[str]:
 
 
 def _docstrings() -> list[str]:
-    """Long docstrings of the standard library's Python sources, in path order, each once."""
+    """Return the long docstrings of the standard library, in order of the paths, each once."""
     found: dict[str, None] = {}
     for source in _sources(Path(sysconfig.get_path("stdlib"))):
         try:

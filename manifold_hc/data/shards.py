@@ -1,7 +1,7 @@
-"""Tokenized shards: safetensors files of ids and document starts, mapped and never read whole.
+"""Tokenized shards: memory-mapped safetensors files of ids and document starts.
 
-A folder of shards holds `shard-00000.safetensors`, ..., the tokenizer.json they were made with, and
-`shards.json`, written last: what the folder must hold.
+A folder of shards contains `shard-00000.safetensors`, ..., the tokenizer.json of their tokenizer,
+and their index `shards.json`, which is written last.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from manifold_hc.data.tokens import Part
+from manifold_hc.data.tokens import Segment
 from manifold_hc.errors import DataError
 from manifold_hc.files import open_regular
 
@@ -21,12 +21,12 @@ INDEX = "shards.json"
 TOKENIZER = "tokenizer.json"
 
 OPEN_STARTS = 16
-"""Shards whose document starts are held in memory at a time."""
+"""Number of shards whose document starts are kept in memory."""
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One shard, as the index knows it."""
+    """Entry of one shard in the index."""
 
     file: str
     tokens: int
@@ -36,7 +36,7 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What a folder of shards holds, and what made its ids."""
+    """Index of a folder of shards: `shards.json`."""
 
     tokenizer: str
     """Fingerprint: bytes, or the SHA-256 of tokenizer.json."""
@@ -44,29 +44,29 @@ class ShardIndex:
     boundary: int | None
     shards: tuple[ShardEntry, ...]
     text_as_text: bool = False
-    """Whether a text that spells a special token gave the ids of its characters.
+    """True if text that contains the name of a special token has the ids of its characters.
 
-    Shards made before this field was there have that token instead.
+    Shards without this field have the special token instead.
     """
     skipped: dict[str, int] = field(default_factory=dict)
-    """Broken rows that were left out, by reason."""
+    """Number of broken rows that were left out, by reason."""
 
     @property
     def tokens(self) -> int:
-        """Tokens of all shards."""
+        """Number of tokens of all shards."""
         return sum(shard.tokens for shard in self.shards)
 
     @property
     def documents(self) -> int:
-        """Documents of all shards."""
+        """Number of documents of all shards."""
         return sum(shard.documents for shard in self.shards)
 
 
-class Shard(Part):
-    """One shard, mapped: a `Part` of tokens."""
+class Shard(Segment):
+    """A memory-mapped shard."""
 
     def __init__(self, file: Path, entry: ShardEntry, tokenizer: str) -> None:
-        """Raises DataError unless the file is the one of the index, made by `tokenizer`."""
+        """Open a shard; DataError if it does not match its index entry or `tokenizer`."""
         try:
             open_regular(file).close()
             self._content = safe_open(file, framework="numpy")
@@ -88,24 +88,24 @@ class Shard(Part):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the file, as the index says."""
+        """SHA-256 of the file, from the index."""
         return self._entry.sha256
 
     @property
     def starts(self) -> np.ndarray:
-        """First token of every document [D] int64."""
+        """Index of the first token of every document, [D] int64."""
         return _starts(self)
 
     def __len__(self) -> int:
-        """Number of tokens."""
+        """Return the number of tokens."""
         return self._entry.tokens
 
     def __getitem__(self, tokens: slice) -> np.ndarray:
-        """Some of the ids, read from the map."""
+        """Read the ids in a slice."""
         return self._ids[tokens]
 
     def read_starts(self) -> np.ndarray:
-        """The starts, read from the map."""
+        """Read the document starts."""
         starts: np.ndarray = self._content.get_tensor("starts")
         return starts
 
@@ -116,10 +116,10 @@ def _starts(shard: Shard) -> np.ndarray:
 
 
 class ShardFolder:
-    """A folder of shards, opened."""
+    """A folder of shards and its index."""
 
     def __init__(self, path: Path) -> None:
-        """Raises DataError for a folder that is not whole."""
+        """Read the index; DataError if it is missing or damaged."""
         self.path = path
         try:
             content = (path / INDEX).read_bytes()
@@ -141,7 +141,7 @@ class ShardFolder:
         return [Shard(self.path / entry.file, entry, made_by) for entry in self.index.shards]
 
     def verify(self) -> None:
-        """Raise DataError for a shard whose content is not what was tokenized."""
+        """Raise DataError for a shard that does not match its checksum."""
         for shard, entry in zip(self.shards, self.index.shards, strict=True):
             with shard.file.open("rb") as content:
                 if hashlib.file_digest(content, "sha256").hexdigest() != entry.sha256:
@@ -149,15 +149,15 @@ class ShardFolder:
 
     @property
     def tokenizer_file(self) -> Path | None:
-        """The tokenizer.json that the ids were made with; None for bytes."""
+        """The tokenizer.json of the shards; None for bytes."""
         return None if self.index.tokenizer == "bytes" else self.path / TOKENIZER
 
 
-def is_shards(path: Path) -> bool:
-    """Whether `path` is a folder of shards."""
+def is_shard_folder(path: Path) -> bool:
+    """Return True if `path` is a folder of shards."""
     return (path / INDEX).is_file()
 
 
 def short(fingerprint: str | None) -> str:
-    """A fingerprint for messages."""
+    """Shorten a fingerprint for messages."""
     return "unknown" if fingerprint is None else fingerprint[:12]

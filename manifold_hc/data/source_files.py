@@ -1,4 +1,4 @@
-"""The files of a source, and what a folder holds besides."""
+"""Files of a source: their formats, and the search of a folder for them."""
 
 import logging
 import os
@@ -14,32 +14,32 @@ logger = logging.getLogger("manifold_hc")
 FORMATS = {".txt": "text", ".jsonl": "lines", ".ndjson": "lines", ".parquet": "parquet"}
 """Suffixes that a folder is searched for; a single file of another suffix is read as text."""
 
-PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "compression.zstd"}
-"""Suffixes of compressed files, behind that of the text, and the module that reads them."""
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "compression.zstd"}
+"""Suffixes of compressed files, after the suffix of the format, and the module that reads them."""
 
 
 class Format(NamedTuple):
-    """How a file is read, by its name; upper and lower case are the same."""
+    """Format of a file, by its name; upper and lower case are the same."""
 
     kind: str | None
-    """text, lines or parquet; None for a suffix that is neither."""
-    packed: str | None
-    """The suffix of the compression."""
+    """text, lines or parquet; None for any other suffix."""
+    compression: str | None
+    """Suffix of the compression."""
 
     @classmethod
     def of(cls, file: Path) -> "Format":
-        """`x.jsonl.gz` is lines in gzip."""
+        """Return the format of a file: `x.jsonl.gz` is lines, compressed with gzip."""
         suffixes = [suffix.lower() for suffix in file.suffixes[-2:]]
-        packed = suffixes.pop() if suffixes and suffixes[-1] in PACKED else None
-        return cls(FORMATS.get(suffixes[-1]) if suffixes else None, packed)
+        compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else None
+        return cls(FORMATS.get(suffixes[-1]) if suffixes else None, compression)
 
 
-def files(path: Path) -> list[Path]:
-    """The file `path`, or the files in the folder `path` that have a known suffix, sorted.
+def list_files(path: Path) -> list[Path]:
+    """Return the file `path`, or the files in the folder `path` with a known suffix, sorted.
 
-    Linked folders belong to it; a folder that can be reached in two ways is read once, and not by
-    a link where there is a way without. One line in the log counts what is left out. Raises
-    DataError for what is missing or cannot be listed, and for a folder without any.
+    Links to folders are followed; a folder that several paths lead to is read once, by a path
+    without links if there is one. One log message counts the files that are skipped. Raises
+    DataError for a path that is missing or cannot be listed, and for a folder without any file.
     """
     if not is_utf8(str(path)):
         raise DataError(f"data: the path {path} is not valid UTF-8; rename the file")
@@ -47,54 +47,57 @@ def files(path: Path) -> list[Path]:
         raise DataError(f"data: {path} does not exist; check the path")
     if not path.is_dir():
         known = Format.of(path)
-        unpacked = path.with_suffix("") if known.packed else path
-        if known.kind is None and unpacked.suffix:
+        uncompressed = path.with_suffix("") if known.compression else path
+        if known.kind is None and uncompressed.suffix:
             logger.info("data: %s is read as plain text, one document", path)
         return [path]
-    found, left_out = _search(path)
+    found, skipped = _search(path)
     if not found and any(path.glob("shard-*.safetensors")):
         raise DataError(f"data: {path} holds shards without their shards.json; it is not whole")
     if not found:
         raise DataError(f"data: {path} is a folder without {', '.join(FORMATS)} files or shards")
-    if left_out:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common())
+    if skipped:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common())
         logger.warning(
             "data: %s: %d files are read, %d are left out: %s",
             path,
             len(found),
-            left_out.total(),
+            skipped.total(),
             reasons,
         )
     return sorted(found)
 
 
 def _search(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """The files below `folder` that are read, and how many are not, by reason."""
-    found, left_out = [], Counter[str]()
+    """Return the files below `folder` to read, and the number of skipped ones by reason."""
+    found, skipped = [], Counter[str]()
+    # Links are followed last, so that a folder is found by its own path if it has one here.
     folders, links, seen = deque([folder]), deque[Path](), set[tuple[int, int]]()
     while folders or links:
-        here = folders.popleft() if folders else links.popleft()
+        current = folders.popleft() if folders else links.popleft()
         try:
-            state = here.stat()
+            state = current.stat()
             if (state.st_dev, state.st_ino) in seen:
                 continue
             seen.add((state.st_dev, state.st_ino))
-            inside = sorted(os.scandir(here), key=lambda entry: entry.name)
+            entries = sorted(os.scandir(current), key=lambda entry: entry.name)
         except OSError as error:
-            raise DataError(f"data: the folder {here} cannot be read: {error.strerror}") from None
-        for entry in inside:
-            file = here / entry.name
+            raise DataError(
+                f"data: the folder {current} cannot be read: {error.strerror}"
+            ) from None
+        for entry in entries:
+            file = current / entry.name
             if entry.is_dir():
                 (links if entry.is_symlink() else folders).append(file)
-            elif reason := _reason_against(file):
-                left_out[reason] += 1
+            elif reason := _skip_reason(file):
+                skipped[reason] += 1
             else:
                 found.append(file)
-    return found, left_out
+    return found, skipped
 
 
-def _reason_against(file: Path) -> str | None:
-    """Why a file of a folder is no text of the source."""
+def _skip_reason(file: Path) -> str | None:
+    """Return the reason to skip a file of a folder, None for a file to read."""
     if file.name.startswith("."):
         return "hidden"
     if Format.of(file).kind is None:

@@ -1,27 +1,27 @@
-"""Where a long document may be cut, so that its parts encode to the ids of the whole.
+"""Split of a long document into pieces that tokenize to the ids of the whole document.
 
-A model of the `tokenizers` library sees one word of the pre-tokenizer at a time, so a document may
-be cut between two words, if words are found by what stands near them. That holds for the steps in
-`LOCAL`. A cut is taken when the library itself confirms it: in a window around it, a word ends
-there, and the two halves of the window give the ids of the window.
+A model of the `tokenizers` library sees one word of the pre-tokenizer at a time, so a document can
+be split between two words, provided that the characters near a word determine it. That holds for
+the steps in `LOCAL_STEPS`. The library itself confirms every split point: in a window around it, a
+word ends there, and the two halves of the window give the ids of the window.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 
-from manifold_hc.data.tokenizer_json import Definition
+from manifold_hc.data.tokenizer_json import TokenizerJson
 
-PART = 250_000
-"""Characters of a part, about."""
+PIECE = 250_000
+"""Characters of a piece, approximately."""
 
 MARGIN = 2_000
-"""Characters on either side of a cut that are looked at."""
+"""Characters of the window on either side of a split point."""
 
-TRIES = 8
-"""Places of either kind that are tried for one cut."""
+CANDIDATES = 8
+"""Candidates of either kind that are tried for one split point."""
 
-LOCAL = {
+LOCAL_STEPS = {
     "pre_tokenizer": {
         "Sequence", "ByteLevel", "Split", "Whitespace", "WhitespaceSplit", "Metaspace",
         "BertPreTokenizer", "CharDelimiterSplit", "Punctuation", "Digits", "UnicodeScripts",
@@ -31,59 +31,60 @@ LOCAL = {
         "Replace", "BertNormalizer", "Precompiled", "ByteLevel", "Nmt",
     },
 }  # fmt: skip
-"""Steps that look at the neighbourhood only; FixedLength, for one, counts from the beginning."""
+"""Steps that depend on nearby characters only. FixedLength, for one, counts from the start."""
 
 ANCHORS = re.compile(rb"\\\\[AzZG]")
-"""In a regular expression: the beginning or the end of the whole text, as JSON writes it."""
+"""Anchors in a regular expression to the start or end of the text, as JSON escapes them."""
 
 SPACES = re.compile(r"(?<=\w)\s(?=\w)")
 EDGES = re.compile(r"(?<=\w)(?=[^\w])|(?<=[^\w\s])(?=\s)|(?<=\n)(?=\w)")
-"""Changes of the kind of character: runs of digits, of spaces and of signs stay whole."""
+"""Changes of character class: runs of digits, of spaces and of punctuation stay whole."""
 
-Parted = Callable[[list[str]], list[list[tuple[int, int | None]]]]
-"""The (id, number of its word) of the tokens of every text."""
+EncodeWords = Callable[[list[str]], list[list[tuple[int, int | None]]]]
+"""Returns (token id, index of its word) of the tokens of every text."""
 
 
-def may_be_cut(definition: Definition) -> bool:
-    """Whether all steps of the tokenizer are local."""
+def can_split(tokenizer: TokenizerJson) -> bool:
+    """Return True if all steps of the tokenizer are local."""
     return all(
-        definition.uses(member) <= known
-        and not ANCHORS.search(bytes(definition.members.get(member, b"")))
-        for member, known in LOCAL.items()
+        tokenizer.step_types(member) <= local
+        and not ANCHORS.search(bytes(tokenizer.members.get(member, b"")))
+        for member, local in LOCAL_STEPS.items()
     )
 
 
-def parts(stretches: Iterable[str], encode: Parted) -> Iterator[str]:
-    """The parts of a document that comes in stretches, each of about `PART` characters.
+def split(chunks: Iterable[str], encode: EncodeWords) -> Iterator[str]:
+    """Yield the pieces of a document that comes in chunks, each of about `PIECE` characters.
 
-    One space between two parts is left out where the tokenizer puts a space before every part. A
-    stretch without a place to cut makes its part longer.
+    One space between two pieces is left out if the tokenizer puts a space before every text. A
+    piece grows until it has a split point.
     """
-    held, wanted = "", PART
-    for stretch in stretches:
-        held += stretch
+    held, wanted = "", PIECE
+    for chunk in chunks:
+        held += chunk
         while len(held) >= wanted + MARGIN:
-            if (cut := _cut(held, wanted, encode)) is None:
-                wanted += wanted  # twice as much, so that the time stays in proportion
+            if (found := _split_point(held, wanted, encode)) is None:
+                wanted += wanted  # doubled, so that the total time stays linear
                 continue
-            yield held[: cut[0]]
-            held, wanted = held[cut[1] :], PART
+            end, start = found
+            yield held[:end]
+            held, wanted = held[start:], PIECE
     if held:
         yield held
 
 
-def _cut(text: str, near: int, encode: Parted) -> tuple[int, int] | None:
-    """(end of the part, start of the next) at or shortly behind `near`."""
+def _split_point(text: str, near: int, encode: EncodeWords) -> tuple[int, int] | None:
+    """Return (end of a piece, start of the next) at or shortly after index `near`."""
     stop = len(text) - MARGIN
-    places = (
-        [match.start() for match in islice(kind.finditer(text, near, stop), TRIES)]
+    candidates = (
+        [match.start() for match in islice(kind.finditer(text, near, stop), CANDIDATES)]
         for kind in (SPACES, EDGES)
     )
-    for end in chain.from_iterable(places):
-        before, behind = text[end - MARGIN : end], text[end : end + MARGIN]
+    for end in chain.from_iterable(candidates):
+        before, after = text[end - MARGIN : end], text[end : end + MARGIN]
         starts = (end, end + 1) if text[end].isspace() else (end,)
         for start in starts:
-            whole, left, right = encode([before + behind, before, text[start : end + MARGIN]])
+            whole, left, right = encode([before + after, before, text[start : end + MARGIN]])
             ids = [token for token, _ in whole]
             if (
                 0 < len(left) < len(whole)

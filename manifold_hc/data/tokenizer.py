@@ -1,4 +1,4 @@
-"""Text to token ids: bytes, or any tokenizer.json."""
+"""Tokenizers: the bytes of UTF-8, or any tokenizer.json."""
 
 import hashlib
 import logging
@@ -10,55 +10,59 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from manifold_hc.data.boundary_token import Boundary, choose_boundary, unmarked
-from manifold_hc.data.splitting import may_be_cut, parts
-from manifold_hc.data.tokenizer_json import Definition
+from manifold_hc.data import splitting
+from manifold_hc.data.boundary_token import (
+    BoundaryToken,
+    choose_boundary_token,
+    end_of_text_names,
+)
+from manifold_hc.data.tokenizer_json import TokenizerJson
 from manifold_hc.errors import ConfigError, DataError
 from manifold_hc.files import read_regular
 
 logger = logging.getLogger("manifold_hc")
 
-LONG_PART = 4_000_000
-"""Characters from which a part is worth a warning."""
+LONG_PIECE = 4_000_000
+"""Characters above which a piece gets a warning."""
 
-BYTES_A_CHARACTER = 150
-"""Memory that the library takes while it encodes a part."""
+BYTES_PER_CHARACTER = 150
+"""Memory that the library needs to tokenize one character."""
 
 
 class Tokenizer(ABC):
-    """What turns documents into ids."""
+    """Turns texts into token ids."""
 
     name: str
-    """For messages: bytes, or a path."""
+    """Name for messages: bytes, or a path."""
     fingerprint: str
-    """Equal for tokenizers that give equal ids: bytes, or the SHA-256 of the file."""
+    """Equal for equal tokenizers: bytes, or the SHA-256 of the file."""
     vocabulary: int
     """Largest id + 1."""
     boundary: int | None
-    """The id between documents; None where the tokenizer has no such token."""
+    """Id of the boundary token between documents; None if the tokenizer has no such token."""
     boundary_name: str
-    """Its token, for people; empty for None."""
+    """Name of the boundary token for messages; empty if there is none."""
     source: bytes
-    """The content of tokenizer.json; empty for bytes."""
+    """Content of tokenizer.json; empty for bytes."""
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids [N] of every text, without special tokens.
+        """Return the ids [N] of every text, without special tokens.
 
-        A text that spells a special token gives the ids of its characters.
+        A text that contains the name of a special token gets the ids of its characters.
         """
 
-    def parts(self, document: Iterable[str]) -> Iterator[str]:
-        """A document that comes in stretches, cut where its parts encode to the same ids."""
+    def split(self, document: Iterable[str]) -> Iterator[str]:
+        """Split a document that comes in chunks into pieces with the ids of the whole."""
         return iter(document)
 
     @abstractmethod
     def announce(self) -> None:
-        """Log what the name does not tell: the boundary, and how it was chosen."""
+        """Log the boundary token and the rule that chose it."""
 
 
 class ByteTokenizer(Tokenizer):
-    """The bytes of UTF-8; the byte 0, which no text holds, is the boundary."""
+    """The bytes of UTF-8; the byte 0, which no text contains, is the boundary token."""
 
     name = fingerprint = "bytes"
     vocabulary = 256
@@ -67,20 +71,26 @@ class ByteTokenizer(Tokenizer):
     source = b""
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids [N] uint8 of every text."""
+        """Return the ids [N] uint8 of every text."""
         return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
 
     def announce(self) -> None:
-        """Nothing: bytes have no choice."""
+        """Log nothing: bytes have one boundary token."""
 
 
 class FileTokenizer(Tokenizer):
-    """A tokenizer.json, as Hugging Face's `tokenizers` writes it."""
+    """A tokenizer.json of Hugging Face's `tokenizers`."""
 
     def __init__(self, file: Path, boundary: str | int | None = "") -> None:
-        """boundary: a token or its id, "" for the tokenizer's end of text, None for no token.
+        """Load a tokenizer.json.
 
-        Raises DataError for a file that is no tokenizer, ConfigError for no such boundary.
+        Args:
+            file: the tokenizer.json.
+            boundary: boundary token or its id, "" for the tokenizer's end of text, None for none.
+
+        Raises:
+            DataError: for a file that is not a tokenizer.json or has no tokens.
+            ConfigError: for a boundary that is not one of its tokens.
         """
         try:
             self.source = read_regular(file)
@@ -95,47 +105,48 @@ class FileTokenizer(Tokenizer):
         self.fingerprint = hashlib.sha256(self.source).hexdigest()
         self.vocabulary = max(ids.values()) + 1
         try:
-            self._definition = Definition.read(self.source)
-            special = self._definition.special
+            self._json = TokenizerJson.read(self.source)
+            special = self._json.special
             if isinstance(boundary, str):
-                self._choice = choose_boundary(boundary, file, ids, special)
+                self._boundary = choose_boundary_token(boundary, file, ids, special)
             else:
                 token = "" if boundary is None else whole.id_to_token(boundary) or ""
-                self._choice = Boundary(boundary, token, "as in the shards")
+                self._boundary = BoundaryToken(boundary, token, "as in the shards")
             self._ids = ids
-            protected = {*special, self._choice.name} - {""}
-            for_text = self._definition.for_text(protected)
+            protected = {*special, self._boundary.name} - {""}
+            for_text = self._json.for_text(protected)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise DataError(f"tokenizer: {file} is no tokenizer.json: {error}") from None
-        self.boundary, self.boundary_name = self._choice.id, self._choice.name
+        self.boundary, self.boundary_name = self._boundary.id, self._boundary.name
         self._library = _library(file, for_text)
         self._library.encode_special_tokens = True
-        self._may_be_cut = may_be_cut(self._definition)
+        self._can_split = splitting.can_split(self._json)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids [N] uint32 of every text, on all cores; DataError for what has no id."""
+        """Return the ids [N] uint32 of every text, on all cores; DataError for text without ids."""
         try:
-            found = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+            encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
         except Exception as error:  # the library raises bare Exception
-            raise self._refusal(error) from None
-        return [np.array(encoding.ids, dtype=np.uint32) for encoding in found]
+            raise self._no_ids(error) from None
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
-    def parts(self, document: Iterable[str]) -> Iterator[str]:
-        """Parts of about 250,000 characters; the whole where the tokenizer may join anything."""
-        found = parts(document, self._words) if self._may_be_cut else iter(["".join(document)])
-        for part in found:
-            if len(part) > LONG_PART:
+    def split(self, document: Iterable[str]) -> Iterator[str]:
+        """Yield pieces of about 250,000 characters, or the whole if words are not local."""
+        whole = not self._can_split
+        pieces = ["".join(document)] if whole else splitting.split(document, self._encode_words)
+        for piece in pieces:
+            if len(piece) > LONG_PIECE:
                 logger.warning(
                     "%s: %.0f million characters have no place to cut; they take about %.1f GB",
                     self.name,
-                    len(part) / 1e6,
-                    len(part) * BYTES_A_CHARACTER / 1e9,
+                    len(piece) / 1e6,
+                    len(piece) * BYTES_PER_CHARACTER / 1e9,
                 )
-            yield part
+            yield piece
 
     def announce(self) -> None:
-        """Log the boundary, and what the tokenizer does to texts that nobody would expect."""
-        choice = self._choice
+        """Log the boundary token, and warn of dropout and of characters without ids."""
+        choice = self._boundary
         if choice.id is not None:
             others = f"; data.boundary takes another: {', '.join(choice.others)}"
             logger.info(
@@ -146,7 +157,7 @@ class FileTokenizer(Tokenizer):
                 choice.reason,
                 others if choice.others else "",
             )
-        elif candidates := unmarked(self._ids):
+        elif candidates := end_of_text_names(self._ids):
             logger.warning(
                 "%s: nothing separates documents, %s is not marked special; "
                 "data.boundary takes it by name",
@@ -155,26 +166,26 @@ class FileTokenizer(Tokenizer):
             )
         else:
             logger.info("%s: nothing separates documents, %s", self.name, choice.reason)
-        if self._definition.dropout:
+        if self._json.dropout:
             logger.warning(
                 "%s: dropout is switched off; the same text gives the same ids", self.name
             )
-        if not self._definition.unknown:
+        if not self._json.covers_unknown:
             logger.warning(
                 "%s: characters outside its vocabulary are lost; it has neither an unknown token "
                 "nor bytes",
                 self.name,
             )
 
-    def _words(self, texts: list[str]) -> list[list[tuple[int, int | None]]]:
-        """The (id, number of its word) of the tokens of every text."""
+    def _encode_words(self, texts: list[str]) -> list[list[tuple[int, int | None]]]:
+        """Return (token id, index of its word) of the tokens of every text."""
         try:
-            found = self._library.encode_batch(texts, add_special_tokens=False)
+            encodings = self._library.encode_batch(texts, add_special_tokens=False)
         except Exception as error:  # the library raises bare Exception
-            raise self._refusal(error) from None
-        return [list(zip(e.ids, e.word_ids, strict=True)) for e in found]
+            raise self._no_ids(error) from None
+        return [list(zip(e.ids, e.word_ids, strict=True)) for e in encodings]
 
-    def _refusal(self, error: Exception) -> DataError:
+    def _no_ids(self, error: Exception) -> DataError:
         return DataError(
             f"tokenizer: {self.name} has no ids for a text ({error}); "
             "give a tokenizer with an unknown token or with bytes"
@@ -182,9 +193,9 @@ class FileTokenizer(Tokenizer):
 
 
 def tokenizer(name: str, boundary: str | int | None = "") -> Tokenizer:
-    """The tokenizer `name`: "bytes" or "", or the path of a tokenizer.json.
+    """Return the tokenizer `name`: "bytes" or "", or the path of a tokenizer.json.
 
-    boundary: as `FileTokenizer` takes it; bytes have their own.
+    boundary: see `FileTokenizer`; ConfigError if it is given for bytes.
     """
     if name not in ("", "bytes"):
         return FileTokenizer(user_path(name, "tokenizer"), boundary)
@@ -193,8 +204,8 @@ def tokenizer(name: str, boundary: str | int | None = "") -> Tokenizer:
     return ByteTokenizer()
 
 
-def narrowest(vocabulary: int) -> np.dtype:
-    """The smallest unsigned dtype that holds every id."""
+def narrowest_dtype(vocabulary: int) -> np.dtype:
+    """Return the smallest unsigned dtype that holds every id."""
     return np.min_scalar_type(vocabulary - 1)
 
 
@@ -208,7 +219,7 @@ def require_vocabulary(name: str, vocabulary: int, model: int) -> None:
 
 
 def user_path(name: str, field: str) -> Path:
-    """A path as a user writes it, `~` for the home folder; DataError for a user nobody knows."""
+    """Expand `~` in a path that a user wrote; DataError for an unknown user."""
     try:
         return Path(name).expanduser()
     except RuntimeError as error:
@@ -216,7 +227,7 @@ def user_path(name: str, field: str) -> Path:
 
 
 def _library(file: Path, source: bytes) -> Any:
-    """The library's tokenizer, without truncation or padding."""
+    """Load the library's tokenizer, without truncation or padding."""
     try:
         from tokenizers import Tokenizer as Library
     except ImportError:

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from manifold_hc.data import Batches, Corpus, DataConfig, load
 from manifold_hc.data.batches import NO_TARGET
-from manifold_hc.data.tokens import ArrayPart, Tokens
+from manifold_hc.data.tokens import ArraySegment, Tokens
 from manifold_hc.errors import ConfigError, DataError
 
 
@@ -16,17 +16,17 @@ def corpus(*lengths, weights=(), first=1):
     """Sources whose ids are all different."""
     ends = np.cumsum([first, *lengths])
     ids = [np.arange(a, b, dtype=np.uint16) for a, b in pairwise(ends)]
-    return Corpus([Tokens([ArrayPart(i)]) for i in ids], int(ends[-1]), weights)
+    return Corpus([Tokens([ArraySegment(i)]) for i in ids], int(ends[-1]), weights)
 
 
 def documents(*lengths):
     """One source in memory, of documents of these lengths."""
     starts = np.cumsum([0, *lengths[:-1]], dtype=np.int64)
-    return Corpus([Tokens([ArrayPart(np.arange(sum(lengths)), starts)])], sum(lengths))
+    return Corpus([Tokens([ArraySegment(np.arange(sum(lengths)), starts)])], sum(lengths))
 
 
 def targets(batches, first, count):
-    """What `count` sequences have to predict, one by one."""
+    """Targets of `count` sequences, flattened."""
     found = batches.take(first, count).targets
     return found[found != NO_TARGET].tolist()
 
@@ -54,14 +54,14 @@ def test_an_epoch_sees_every_token_exactly_once(lengths):
         assert epochs[0] != epochs[1] != epochs[2], "every epoch has its own order"
 
 
-def test_what_is_left_behind_the_last_whole_sequence_is_a_shorter_one():
+def test_the_tokens_after_the_last_whole_sequence_are_a_shorter_one():
     batch = Batches(corpus(17), sequence=7, batch=3, seed=0)[0]
     assert batch.inputs[2].tolist() == [15, 16, 0, 0, 0, 0, 0]
     assert batch.targets[2].tolist() == [16, 17] + 5 * [NO_TARGET]
 
 
 def test_a_position_is_a_count_of_sequences():
-    """Any stretch can be taken in any pieces: a run resumes to the exact token."""
+    """A range of sequences can start anywhere: a run resumes at the exact token."""
     for weights in ((), (3.0, 1.0, 0.5)):
         batches = Batches(corpus(100, 60, 40, weights=weights), sequence=7, batch=4, seed=3)
         whole = batches.take(0, 60).inputs
@@ -75,9 +75,9 @@ def test_weighted_sources_keep_their_shares_and_their_own_epochs():
     batches = Batches(corpus(71, 71, 71, weights=weights), sequence=7, batch=1, seed=0)
     seen = [batches.take(i, 1).targets[0, 0].item() for i in range(500)]
     source = [(first - 2) // 71 for first in seen]
-    for stretch in (10, 50, 500):
+    for count in (10, 50, 500):
         for number, share in enumerate((0.6, 0.3, 0.1)):
-            assert abs(source[:stretch].count(number) - share * stretch) <= 1
+            assert abs(source[:count].count(number) - share * count) <= 1
     for number in range(3):
         own = [first for first, s in zip(seen, source, strict=True) if s == number]
         for epoch in range(len(own) // 10):
@@ -88,8 +88,8 @@ def test_weighted_sources_keep_their_shares_and_their_own_epochs():
         Batches(corpus(71, 71, weights=(1.0, 1e-6)), sequence=7, batch=1, seed=0)
 
 
-def test_turns_go_on_after_a_period():
-    """A source's epochs go on where a period ends in the midst of one."""
+def test_epochs_of_weighted_sources_continue_after_a_period():
+    """The end of a period does not restart a source's epoch."""
     batches = Batches(corpus(71, 71, weights=(0.7503, 0.2497)), sequence=7, batch=1, seed=0)
     rows = batches.take(0, 10_100).targets[:, 0]
     second = rows[rows > 72]
@@ -105,7 +105,7 @@ def test_a_batch_depends_on_seed_and_number_alone():
     assert not torch.equal(first[17].inputs, Batches(corpus(500), 7, 3, seed=6)[17].inputs)
 
 
-def test_documents_are_told_apart_where_a_sequence_holds_several():
+def test_sequences_with_several_documents_have_document_numbers():
     batches = Batches(documents(5, 3, 20), sequence=9, batch=1, seed=0)
     rows = {int(b.inputs[0, 0]): b.documents for b in (batches[i] for i in range(3))}
     assert rows[0].tolist() == [[1, 1, 1, 1, 1, 2, 2, 2, 3]]
@@ -131,39 +131,39 @@ def test_split_holds_out_the_end():
     assert len(corpus(100).split(sequence=10, fraction=0.01)[1]) == 11
 
 
-def test_split_of_several_sources_takes_of_each():
+def test_split_holds_out_the_end_of_every_source():
     seen, held_out = corpus(1000, 500).split(sequence=10, fraction=0.1)
     assert [len(s) for s in seen.sources] == [900, 450]
     assert [len(s) for s in held_out.sources] == [100, 50]
 
 
-def test_split_leaves_documents_whole_where_it_can():
+def test_split_is_at_the_start_of_a_document_if_possible():
     assert len(documents(60, 33, 7).split(2, 0.1)[1]) == 7
     assert len(documents(60, 37, 3).split(2, 0.1)[1]) == 10, "3 is less than half"
     assert len(documents(60, 33, 7).split(6, 0.1)[1]) == 7
     assert len(documents(60, 33, 7).split(8, 0.1)[1]) == 10, "one sequence and its next token"
 
 
-def test_a_text_too_short_is_refused():
+def test_a_text_that_is_too_short_is_an_error():
     corpus(22).split(sequence=10, fraction=0.05)
     with pytest.raises(DataError, match=r"at least 22 tokens.* but has 21"):
         corpus(21).split(sequence=10, fraction=0.05)
 
 
-def test_a_share_that_leaves_too_little_for_training_is_named():
+def test_a_validation_share_that_is_too_large_is_an_error():
     message = r"data\.validation=0\.999 leaves 3 of 2700 tokens .* at least 17, .*=0\.98 or less"
     with pytest.raises(DataError, match=message):
         corpus(2700).split(sequence=16, fraction=0.999)
     corpus(2700).split(sequence=16, fraction=0.98)
 
 
-def test_digests_tell_texts_apart(tmp_path):
+def test_digests_differ_between_texts(tmp_path):
     a, b = np.zeros(3, dtype=np.uint8), np.ones(3, dtype=np.uint8)
     assert Corpus.of(a).digest == Corpus.of(a.copy()).digest != Corpus.of(b).digest
     assert documents(5, 5).digest != documents(4, 6).digest != documents(10).digest
 
 
-def test_a_files_bytes_are_the_tokens_and_0_stands_between_documents(tmp_path):
+def test_bytes_are_tokens_and_0_is_the_boundary_token(tmp_path):
     (tmp_path / "a.txt").write_text("Straße\n")
     (tmp_path / "b.txt").write_text("b")
     alone = load(DataConfig(paths=(str(tmp_path / "a.txt"),))).sources[0]
@@ -173,7 +173,7 @@ def test_a_files_bytes_are_the_tokens_and_0_stands_between_documents(tmp_path):
     assert both.documents(0, len(both)).tolist() == [1] * 8 + [2] * 2
 
 
-def test_a_vocabulary_too_small_is_refused_before_anything_is_read(tmp_path):
+def test_a_vocabulary_that_is_too_small_is_an_error_before_reading(tmp_path):
     (tmp_path / "a.jsonl").write_text("broken")
     with pytest.raises(DataError, match=r"bytes has 256 ids but model\.vocabulary is 255"):
         load(DataConfig(paths=(str(tmp_path),)), 255)
@@ -198,9 +198,9 @@ def test_broken_rows_are_counted_in_the_log(tmp_path, caplog):
         load(DataConfig(paths=paths))
 
 
-def test_a_home_folder_that_nobody_has():
-    with pytest.raises(DataError, match=r"data: ~nobody-here/a\.txt is no path"):
-        load(DataConfig(paths=("~nobody-here/a.txt",)))
+def test_the_home_folder_of_an_unknown_user_is_an_error():
+    with pytest.raises(DataError, match=r"data: ~unknown-user/a\.txt is no path"):
+        load(DataConfig(paths=("~unknown-user/a.txt",)))
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -226,6 +226,6 @@ def test_progress_is_shown(tmp_path, monkeypatch, terminal):
         (lambda: DataConfig(paths=("a",), weights=(float("nan"),)), "weights: must be numbers"),
     ],
 )
-def test_values_that_cannot_be_used(build, message):
+def test_invalid_values_are_errors(build, message):
     with pytest.raises(ConfigError, match=message):
         build()

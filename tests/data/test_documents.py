@@ -9,19 +9,19 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from manifold_hc.data import documents as place
+from manifold_hc.data import documents as documents_module
 from manifold_hc.data.documents import Skipped
 from manifold_hc.errors import DataError
 
 
 def documents(path, *arguments):
-    """The documents at `path`, each whole."""
-    return ["".join(stretches) for stretches in place.documents(path, *arguments)]
+    """The documents at `path`, each as one text."""
+    return ["".join(chunks) for chunks in documents_module.documents(path, *arguments)]
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Five documents in three formats, one of them below, and files that are none."""
+    """Five documents in three formats, one of them in a subfolder, and two files to skip."""
     (tmp_path / "below").mkdir()
     (tmp_path / "below" / "a.txt").write_text("first\ntext")
     lines = [json.dumps({"text": text}) for text in ("second", "", "Straße")]
@@ -38,17 +38,17 @@ def test_a_folder_gives_all_its_documents_in_order(folder):
     assert documents(folder) == ["first\ntext", "second", "Straße", "fourth", "fifth"]
 
 
-def test_a_text_file_is_one_document_whatever_its_name(folder):
+def test_a_text_file_with_any_suffix_is_one_document(folder):
     assert documents(folder / "notes.csv") == ["not a text"]
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
+def test_a_byte_order_mark_is_removed(tmp_path):
     (tmp_path / "a.txt").write_text("text", encoding="utf-8-sig")
     (tmp_path / "b.jsonl").write_text('{"text": "line"}', encoding="utf-8-sig")
     assert documents(tmp_path) == ["text", "line"]
 
 
-def test_another_key(tmp_path):
+def test_text_key_selects_key_and_column(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"content": "one"}\n')
     parquet.write_table(pyarrow.table({"content": ["two"]}), tmp_path / "b.parquet")
     assert documents(tmp_path, "content") == ["one", "two"]
@@ -73,13 +73,13 @@ def test_another_key(tmp_path):
         ("a.parquet", b"PAR1", r"a\.parquet cannot be read as Parquet"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_read_is_named(tmp_path, name, content, message):
+def test_an_unreadable_file_is_an_error_with_file_and_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         documents(tmp_path / name)
 
 
-def test_parquet_without_the_column_or_with_a_hole(tmp_path):
+def test_parquet_without_the_column_or_with_a_null(tmp_path):
     parquet.write_table(pyarrow.table({"id": [1]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="has no column 'text' but id"):
         documents(tmp_path)
@@ -88,7 +88,7 @@ def test_parquet_without_the_column_or_with_a_hole(tmp_path):
         documents(tmp_path)
 
 
-def test_a_row_of_parquet_that_is_no_utf8(tmp_path):
+def test_a_row_of_parquet_that_is_not_utf8(tmp_path):
     column = pyarrow.array([b"x", b"\xff", b"y"]).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="row 2: 'text' is no text"):
@@ -103,7 +103,7 @@ def test_a_folder_without_texts(tmp_path):
         documents(tmp_path / "nowhere")
 
 
-def test_endings_are_the_same_in_any_case(tmp_path):
+def test_suffixes_are_case_insensitive(tmp_path):
     (tmp_path / "A.JSONL").write_text('{"text": "one"}\n')
     (tmp_path / "b.TXT").write_text("two")
     (tmp_path / "c.Parquet").touch()
@@ -140,7 +140,7 @@ def test_compressed_files_that_cannot_be_read(tmp_path, name, content, message):
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="this Python reads .zst")
-def test_a_compression_that_python_lacks_is_named(tmp_path):
+def test_an_unsupported_compression_is_an_error(tmp_path):
     (tmp_path / "a.jsonl.zst").write_bytes(b"(\xb5/\xfd")
     with pytest.raises(DataError, match=r"packed as \.zst, which this Python does not read"):
         documents(tmp_path)
@@ -158,7 +158,7 @@ def test_linked_folders_are_read_once(tmp_path):
     assert documents(source) == ["linked", "own"]
 
 
-def test_what_a_folder_holds_besides_is_counted(folder, caplog):
+def test_skipped_files_of_a_folder_are_counted_in_the_log(folder, caplog):
     (folder / "gone.txt").symlink_to(folder / "nowhere")
     (folder / "more.CSV").touch()
     (folder / "README").touch()
@@ -182,16 +182,16 @@ def test_a_file_read_as_plain_text_is_named(folder, caplog):
     assert [record.args for record in caplog.records] == [(folder / "tables.csv.gz",)]
 
 
-def test_a_name_that_is_no_text_is_told_without_it(folder):
+def test_a_path_that_is_not_utf8_is_an_error(folder):
     with pytest.raises(DataError, match=r"the path .* is not valid UTF-8; rename the file"):
         documents(folder / "x\udcff.txt")
 
 
-def test_a_long_text_comes_in_stretches(tmp_path, monkeypatch):
-    monkeypatch.setattr(place, "STRETCH", 7)
+def test_a_long_text_is_read_in_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents_module, "CHUNK", 7)
     text = "  \n" * 9 + "Straße, 漢字 und 😀. " * 9
     (tmp_path / "a.txt").write_text(text, encoding="utf-8-sig")
-    (document,) = [list(stretches) for stretches in place.documents(tmp_path / "a.txt")]
+    (document,) = [list(chunks) for chunks in documents_module.documents(tmp_path / "a.txt")]
     assert "".join(document) == text
     assert len(document) > 9
     for mark in (b"", codecs.BOM_UTF8):
@@ -202,7 +202,7 @@ def test_a_long_text_comes_in_stretches(tmp_path, monkeypatch):
                 documents(tmp_path / "a.txt")
 
 
-def test_the_ways_on_are_named_for_both_commands(tmp_path):
+def test_errors_name_the_options_of_both_commands(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"txt": "x"}')
     with pytest.raises(DataError, match=r"see data\.text_key \(mhc tokenize --text-key\)") as error:
         documents(tmp_path / "a.jsonl")
@@ -214,7 +214,7 @@ def test_the_ways_on_are_named_for_both_commands(tmp_path):
         assert "--data" not in str(error.value)
 
 
-def test_values_that_only_python_reads_matter_in_the_text_alone(tmp_path):
+def test_json_that_msgspec_refuses_is_read_by_python(tmp_path):
     whole = f'{{"text": "one", "other\\ud800": "\\udc00", "score": NaN, "id": {"9" * 5000}}}'
     lines = [whole, '{"text": "a\\ud800b"}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
@@ -234,7 +234,7 @@ BROKEN = [
 ]
 
 
-def test_broken_rows_can_be_left_out(tmp_path):
+def test_broken_rows_can_be_skipped(tmp_path):
     rows = [row for line, _ in BROKEN for row in ('{"text": "whole"}', line)]
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     table = pyarrow.table({"text": ["x", None, "a\0b", "y"]})
@@ -251,15 +251,15 @@ def test_broken_rows_can_be_left_out(tmp_path):
         documents(tmp_path)
 
 
-def test_a_source_of_broken_rows_alone_is_refused(tmp_path):
+def test_a_source_with_only_broken_rows_is_an_error(tmp_path):
     (tmp_path / "a.jsonl").write_text("{\n{\n")
     with pytest.raises(DataError, match="has no row that can be read: broken rows left out: 2"):
         documents(tmp_path, "text", Skipped(allowed=True))
 
 
-def test_reading_tells_how_far_it_is(folder):
-    told = []
+def test_progress_reports_every_byte(folder):
+    reported = []
     (folder / "broken.txt").write_bytes(b"\xff" * 99)
-    documents(folder, "text", Skipped(allowed=True), told.append)
+    documents(folder, "text", Skipped(allowed=True), reported.append)
     files = ("below/a.txt", "broken.txt", "c.jsonl", "d.parquet")
-    assert sum(told) == pytest.approx(sum((folder / f).stat().st_size for f in files), abs=2)
+    assert sum(reported) == pytest.approx(sum((folder / f).stat().st_size for f in files), abs=2)

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save, save_file
 from manifold_hc.data import DataConfig, load
 from manifold_hc.data.documents import Skipped
 from manifold_hc.data.shard_writer import write
-from manifold_hc.data.shards import ShardFolder, is_shards
+from manifold_hc.data.shards import ShardFolder, is_shard_folder
 from manifold_hc.data.tokenizer import tokenizer
 from manifold_hc.errors import DataError
 
@@ -17,7 +17,7 @@ TEXTS = ["one document", "another", "x" * 50, "", "the last of them"]
 
 
 def documents(texts):
-    """Each text as a document in one stretch."""
+    """Documents of one chunk each."""
     return [(text,) for text in texts]
 
 
@@ -30,7 +30,7 @@ def shards(tmp_path, bpe):
     return folder, file
 
 
-def test_shards_are_the_tokens_that_the_text_gives(shards, tmp_path):
+def test_shards_have_the_tokens_of_their_text(shards, tmp_path):
     folder, file = shards
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
     mapped = load(DataConfig(paths=(str(folder),)))
@@ -44,7 +44,7 @@ def test_shards_are_the_tokens_that_the_text_gives(shards, tmp_path):
     assert mapped.vocabulary == read.vocabulary == 300
 
 
-def test_ids_are_narrow_and_documents_whole(shards):
+def test_shards_have_narrow_ids_and_whole_documents(shards):
     folder, _ = shards
     for entry in ShardFolder(folder).index.shards:
         content = load_file(folder / entry.file)
@@ -52,7 +52,7 @@ def test_ids_are_narrow_and_documents_whole(shards):
         assert content["starts"][0] == 0
 
 
-def test_a_tokenizer_travels_with_its_shards(shards):
+def test_shards_contain_their_tokenizer(shards):
     folder, file = shards
     assert (folder / "tokenizer.json").read_bytes() == file.read_bytes()
     file.unlink()
@@ -103,7 +103,7 @@ def test_a_damaged_folder(shards, damage):
         index.unlink()
     else:
         index.write_text(index.read_text()[:40])
-    assert is_shards(folder) == (damage != "no index")
+    assert is_shard_folder(folder) == (damage != "no index")
     with pytest.raises(
         DataError, match=r"shard-00001|without their shards\.json|shards\.json is damaged"
     ):
@@ -118,7 +118,7 @@ def test_a_damaged_folder(shards, damage):
         ({"file": "/dev/zero"}, r"names /dev/zero, outside its folder"),
     ],
 )
-def test_an_index_that_names_what_cannot_be(shards, change, message):
+def test_an_index_with_invalid_shards_is_an_error(shards, change, message):
     folder, _ = shards
     index = json.loads((folder / "shards.json").read_text())
     if "file" in change:
@@ -130,7 +130,7 @@ def test_an_index_that_names_what_cannot_be(shards, change, message):
         load(DataConfig(paths=(str(folder),), verify=False))
 
 
-def test_checksums_can_be_left_for_later(shards):
+def test_verify_false_skips_the_checksums(shards):
     folder, _ = shards
     file = folder / "shard-00001.safetensors"
     content = file.read_bytes()
@@ -138,8 +138,8 @@ def test_checksums_can_be_left_for_later(shards):
     assert load(DataConfig(paths=(str(folder),), verify=False))
 
 
-def test_nothing_is_read_but_what_is_asked_for(shards):
-    """The source is a map: a stretch costs its own bytes."""
+def test_a_range_of_a_source_reads_its_own_tokens(shards):
+    """Shards are memory-mapped."""
     folder, _ = shards
     source = load(DataConfig(paths=(str(folder),))).sources[0]
     whole = source.read(0, len(source))
@@ -151,11 +151,11 @@ def test_nothing_is_read_but_what_is_asked_for(shards):
 
 @pytest.mark.parametrize("limit", [1, 4, 7, 12, 10**6])
 def test_shards_hold_as_many_whole_documents_as_fit(tmp_path, limit, monkeypatch):
-    """Also where a document comes in parts and outgrows its shard on the way."""
+    """Including a document in several chunks that turns out to be too long for the shard."""
     monkeypatch.setattr("manifold_hc.data.encoding.BATCH_CHARACTERS", 2)
     texts = ["ab", "c", "defghijklm", "no", "p", "q", "rstuvwxyz"]
-    stretches = [tuple(text[i : i + 2] for i in range(0, len(text), 2)) for text in texts]
-    index = write(stretches, tokenizer("bytes"), tmp_path, limit)
+    chunks = [tuple(text[i : i + 2] for i in range(0, len(text), 2)) for text in texts]
+    index = write(chunks, tokenizer("bytes"), tmp_path, limit)
     ids = [[0] * (number > 0) + list(text.encode()) for number, text in enumerate(texts)]
     wanted: list[list[list[int]]] = [[]]
     for document in ids:
@@ -172,19 +172,19 @@ def test_shards_hold_as_many_whole_documents_as_fit(tmp_path, limit, monkeypatch
     assert [path.name for path in tmp_path.glob(".*")] == []
 
 
-def test_texts_without_tokens_are_refused(tmp_path):
+def test_texts_without_tokens_are_an_error(tmp_path):
     with pytest.raises(DataError, match="gives no tokens with bytes"):
         write(documents(["", ""]), tokenizer("bytes"), tmp_path)
 
 
-def test_broken_rows_are_stored_with_the_shards(tmp_path):
+def test_the_index_counts_broken_rows(tmp_path):
     skipped = Skipped(allowed=True)
     skipped.reasons["no JSON"] = 2
     write(documents(["x"]), tokenizer("bytes"), tmp_path, skipped=skipped)
     assert ShardFolder(tmp_path).index.skipped == {"no JSON": 2}
 
 
-def test_shards_of_an_earlier_version_load_and_say_what_they_are(shards, caplog):
+def test_shards_of_an_earlier_version_load_with_a_warning(shards, caplog):
     folder, _ = shards
     index = folder / "shards.json"
     load(DataConfig(paths=(str(folder),)))
@@ -197,7 +197,7 @@ def test_shards_of_an_earlier_version_load_and_say_what_they_are(shards, caplog)
     assert "a text that spells a special token became that token" in caplog.text
 
 
-def test_texts_beside_shards_get_the_boundary_of_the_shards(bpe, tmp_path):
+def test_texts_get_the_boundary_token_of_the_shards(bpe, tmp_path):
     (tmp_path / "text.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     file = str(bpe(special=("<eos>", "<stop>")))
     folder = tmp_path / "shards"

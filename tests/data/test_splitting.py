@@ -1,4 +1,4 @@
-"""A long document, encoded in parts."""
+"""A long document, split into pieces before it is tokenized."""
 
 import json
 import random
@@ -9,13 +9,13 @@ import pytest
 import tokenizers
 
 from manifold_hc.data import splitting
-from manifold_hc.data.encoding import encode, joined
+from manifold_hc.data.encoding import concatenate, encode
 from manifold_hc.data.tokenizer import tokenizer
-from manifold_hc.data.tokens import ArrayPart
+from manifold_hc.data.tokens import ArraySegment
 from manifold_hc.errors import DataError
 from tests.data import small_tokenizers as small
 
-PART, MARGIN = 1500, 200
+PIECE, MARGIN = 1500, 200
 KINDS = {
     "words by a pattern": small.byte_level,
     "digits from the right": lambda: small.byte_level(small.DIGITS_FROM_THE_RIGHT),
@@ -25,7 +25,7 @@ KINDS = {
     "WordPiece": small.wordpiece,
     "WordLevel": small.wordlevel,
 }
-UNCUT = {
+UNSPLIT = {
     "words of five characters": small.counted,
     "tokens across words": lambda: small.sentencepiece_bpe(joins_words=True),
 }
@@ -65,41 +65,41 @@ TEXTS = {
 
 
 @pytest.fixture
-def short_parts(monkeypatch):
-    monkeypatch.setattr(splitting, "PART", PART)
+def short_pieces(monkeypatch):
+    monkeypatch.setattr(splitting, "PIECE", PIECE)
     monkeypatch.setattr(splitting, "MARGIN", MARGIN)
 
 
-def opened(trained, folder):
+def saved_and_loaded(trained, folder):
     trained.save(str(folder / "tokenizer.json"))
     return tokenizer(str(folder / "tokenizer.json"))
 
 
-def stretches(text):
-    """What a file gives: pieces that end anywhere."""
+def chunks(text):
+    """Chunks of a text, as a file reader gives them."""
     return [text[i : i + 777] for i in range(0, len(text), 777)]
 
 
-@pytest.mark.usefixtures("short_parts")
+@pytest.mark.usefixtures("short_pieces")
 @pytest.mark.parametrize("kind", KINDS)
-def test_parts_have_the_ids_of_the_whole(tmp_path, kind):
-    found = opened(KINDS[kind](), tmp_path)
+def test_pieces_have_the_ids_of_the_whole(tmp_path, kind):
+    found = saved_and_loaded(KINDS[kind](), tmp_path)
     for name, text in TEXTS.items():
-        parts = list(found.parts(stretches(text)))
-        assert np.array_equal(np.concatenate(found.encode(parts)), found.encode([text])[0]), name
+        pieces = list(found.split(chunks(text)))
+        assert np.array_equal(np.concatenate(found.encode(pieces)), found.encode([text])[0]), name
         if name in ("prose", "hostile"):
-            assert max(map(len, parts)) < 3 * PART, f"{name}: memory stays bounded"
+            assert max(map(len, pieces)) < 3 * PIECE, f"{name}: memory stays bounded"
 
 
-@pytest.mark.usefixtures("short_parts")
-@pytest.mark.parametrize("kind", UNCUT)
-def test_where_words_are_not_local_the_whole_is_encoded(tmp_path, kind):
-    found = opened(UNCUT[kind](), tmp_path)
-    assert list(found.parts(stretches(TEXTS["prose"]))) == [TEXTS["prose"]]
+@pytest.mark.usefixtures("short_pieces")
+@pytest.mark.parametrize("kind", UNSPLIT)
+def test_a_document_is_not_split_if_words_are_not_local(tmp_path, kind):
+    found = saved_and_loaded(UNSPLIT[kind](), tmp_path)
+    assert list(found.split(chunks(TEXTS["prose"]))) == [TEXTS["prose"]]
 
 
-@pytest.mark.usefixtures("short_parts")
-def test_a_special_token_across_words_forbids_no_cuts(tmp_path):
+@pytest.mark.usefixtures("short_pieces")
+def test_a_document_is_split_despite_a_special_token_with_a_space(tmp_path):
     trained = small.sentencepiece_bpe()
     content = json.loads(trained.to_str())
     vocabulary = content["model"]["vocab"]
@@ -109,19 +109,19 @@ def test_a_special_token_across_words_forbids_no_cuts(tmp_path):
     content["added_tokens"].append(content["added_tokens"][0] | special)
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     found = tokenizer(str(tmp_path / "tokenizer.json"))
-    assert max(map(len, found.parts(stretches(TEXTS["prose"])))) < 3 * PART
+    assert max(map(len, found.split(chunks(TEXTS["prose"])))) < 3 * PIECE
 
 
-@pytest.mark.usefixtures("short_parts")
-def test_an_anchor_in_a_pattern_forbids_cuts(tmp_path):
-    found = opened(small.byte_level(r"\s+\z|\s|\S+"), tmp_path)
-    assert list(found.parts(stretches(TEXTS["prose"]))) == [TEXTS["prose"]]
+@pytest.mark.usefixtures("short_pieces")
+def test_a_document_is_not_split_if_a_pattern_has_an_anchor(tmp_path):
+    found = saved_and_loaded(small.byte_level(r"\s+\z|\s|\S+"), tmp_path)
+    assert list(found.split(chunks(TEXTS["prose"]))) == [TEXTS["prose"]]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_whole_has_the_ids_that_the_library_gives(tmp_path, kind):
-    """The copy of the tokenizer that encodes texts changes nothing but special tokens."""
-    found = opened(KINDS[kind](), tmp_path)
+def test_a_document_has_the_ids_of_the_library(tmp_path, kind):
+    """The modified tokenizer.json changes the ids of special tokens only."""
+    found = saved_and_loaded(KINDS[kind](), tmp_path)
     library = tokenizers.Tokenizer.from_file(found.name)
     for name, text in TEXTS.items():
         plain = text.replace("</s>", "")
@@ -129,45 +129,45 @@ def test_the_whole_has_the_ids_that_the_library_gives(tmp_path, kind):
         assert found.encode([plain])[0].tolist() == wanted, name
 
 
-@pytest.mark.usefixtures("short_parts")
-def test_documents_in_stretches_are_the_documents(tmp_path):
-    found = opened(small.byte_level(), tmp_path)
+@pytest.mark.usefixtures("short_pieces")
+def test_chunks_of_documents_are_concatenated_with_boundary_tokens(tmp_path):
+    found = saved_and_loaded(small.byte_level(), tmp_path)
     texts = [TEXTS["prose"], "", TEXTS["hostile"], "the end"]
-    line = joined(encode(map(stretches, texts), found))
+    segment = concatenate(encode(map(chunks, texts), found))
     whole = [ids for ids in found.encode(texts) if len(ids)]
     wanted = np.concatenate([whole[0], [found.boundary], whole[1], [found.boundary], whole[2]])
-    assert line.ids.tolist() == wanted.tolist()
-    assert line.starts.tolist() == [0, len(whole[0]), len(whole[0]) + 1 + len(whole[1])]
-    assert line.ids.dtype == np.uint16
-    assert line.digest == ArrayPart(line.ids, line.starts).digest
+    assert segment.ids.tolist() == wanted.tolist()
+    assert segment.starts.tolist() == [0, len(whole[0]), len(whole[0]) + 1 + len(whole[1])]
+    assert segment.ids.dtype == np.uint16
+    assert segment.digest == ArraySegment(segment.ids, segment.starts).digest
 
 
-@pytest.mark.usefixtures("short_parts")
+@pytest.mark.usefixtures("short_pieces")
 def test_many_ids_are_mapped_from_a_file(tmp_path, monkeypatch):
-    found = opened(small.byte_level(), tmp_path)
+    found = saved_and_loaded(small.byte_level(), tmp_path)
 
-    def line():
-        return joined(encode(map(stretches, [TEXTS["prose"], TEXTS["hostile"]]), found))
+    def concatenated():
+        return concatenate(encode(map(chunks, [TEXTS["prose"], TEXTS["hostile"]]), found))
 
-    held = line()
-    monkeypatch.setattr("manifold_hc.data.encoding.HELD", 1000)
-    mapped = line()
+    in_memory = concatenated()
+    monkeypatch.setattr("manifold_hc.data.encoding.MEMORY_BYTES", 1000)
+    mapped = concatenated()
     assert isinstance(mapped.ids, np.memmap)
-    assert not isinstance(held.ids, np.memmap)
-    assert mapped.ids.tolist() == held.ids.tolist()
-    assert mapped.starts.tolist() == held.starts.tolist()
-    assert (mapped.ids.dtype, mapped.digest) == (held.ids.dtype, held.digest)
+    assert not isinstance(in_memory.ids, np.memmap)
+    assert mapped.ids.tolist() == in_memory.ids.tolist()
+    assert mapped.starts.tolist() == in_memory.starts.tolist()
+    assert (mapped.ids.dtype, mapped.digest) == (in_memory.ids.dtype, in_memory.digest)
 
 
-def test_ids_that_do_not_fit_name_the_folder(tmp_path, monkeypatch):
+def test_a_full_temporary_folder_is_named_in_the_error(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
-    monkeypatch.setattr("manifold_hc.data.encoding.HELD", 1000)
+    monkeypatch.setattr("manifold_hc.data.encoding.MEMORY_BYTES", 1000)
     ids = np.zeros(600, dtype=np.uint8)
     with pytest.raises(DataError, match=r"do not fit in /\S+/gone: No such .*; set TMPDIR"):
-        joined([(True, ids), (False, ids)])
+        concatenate([(True, ids), (False, ids)])
 
 
-def test_a_part_without_a_place_to_cut_is_announced(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("manifold_hc.data.tokenizer.LONG_PART", 1000)
-    list(opened(small.counted(), tmp_path).parts(["the end"] * 1000))
+def test_a_long_piece_logs_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("manifold_hc.data.tokenizer.LONG_PIECE", 1000)
+    list(saved_and_loaded(small.counted(), tmp_path).split(["the end"] * 1000))
     assert "0 million characters have no place to cut; they take about 0.0 GB" in caplog.text

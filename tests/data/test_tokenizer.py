@@ -6,8 +6,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models
 from tokenizers.processors import TemplateProcessing
 
-from manifold_hc.data.boundary_token import unmarked
-from manifold_hc.data.tokenizer import narrowest, tokenizer
+from manifold_hc.data.boundary_token import end_of_text_names
+from manifold_hc.data.tokenizer import narrowest_dtype, tokenizer
 from manifold_hc.errors import ConfigError, DataError
 from tests.data import small_tokenizers as small
 
@@ -20,7 +20,7 @@ def test_bytes():
         tokenizer("bytes", boundary="<eos>")
 
 
-def test_a_tokenizer_file_gives_its_own_ids_without_special_ones(bpe):
+def test_a_tokenizer_file_gives_the_ids_of_the_library(bpe):
     file = bpe()
     found, library = tokenizer(str(file)), Tokenizer.from_file(str(file))
     texts = ["tea and toast", "Straße"]
@@ -35,7 +35,7 @@ def test_a_tokenizer_file_gives_its_own_ids_without_special_ones(bpe):
     )
 
 
-def test_truncation_padding_and_frames_in_the_file_are_left_out(bpe, tmp_path):
+def test_truncation_padding_and_post_processor_are_ignored(bpe, tmp_path):
     library = Tokenizer.from_file(str(bpe()))
     library.post_processor = TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
@@ -57,7 +57,7 @@ def test_boundaries(bpe):
         tokenizer(str(file), "<end>")
 
 
-def test_what_is_no_tokenizer_is_named(tmp_path):
+def test_a_file_that_is_not_a_tokenizer_is_an_error(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
         tokenizer(str(tmp_path / "nowhere.json"))
     (tmp_path / "other.json").write_text(json.dumps({"model": 3}))
@@ -65,8 +65,8 @@ def test_what_is_no_tokenizer_is_named(tmp_path):
         tokenizer(str(tmp_path / "other.json"))
 
 
-def test_ids_take_no_more_room_than_they_need():
-    assert [narrowest(v) for v in (256, 257, 65536, 65537)] == [
+def test_narrowest_dtype():
+    assert [narrowest_dtype(v) for v in (256, 257, 65536, 65537)] == [
         "uint8",
         "uint16",
         "uint16",
@@ -89,8 +89,8 @@ def saved(library, folder):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_text_that_spells_a_special_token_stays_text(tmp_path, kind):
-    """The library's own switch does not reach the words of a model: Unigram has `</s>`."""
+def test_the_name_of_a_special_token_in_a_text_is_text(tmp_path, kind):
+    """`encode_special_tokens` does not cover the vocabulary of a model: Unigram has `</s>`."""
     library = MODELS[kind]()
     special = [library.token_to_id(name) for name in ("</s>", "<|endoftext|>", "<|extra|>")]
     found = tokenizer(saved(library, tmp_path))
@@ -105,21 +105,21 @@ def test_a_text_that_spells_a_special_token_stays_text(tmp_path, kind):
         assert library.decode(ids).split() == text.split(), "generated ids decode to the text"
 
 
-def test_words_that_are_added_without_a_mark_stay_tokens(tmp_path):
+def test_added_tokens_that_are_not_special_stay_tokens(tmp_path):
     library = small.byte_level()
     ids = tokenizer(saved(library, tmp_path)).encode(["the <table> end"])[0].tolist()
     assert library.token_to_id("<table>") in ids
 
 
-def test_a_boundary_without_a_mark_is_text_in_a_text(tmp_path):
-    """The key makes a token the boundary; a document that spells it must not end there."""
+def test_a_boundary_token_that_is_not_special_is_text_in_a_text(tmp_path):
+    """A document that contains the name of the boundary token must not end there."""
     library = small.byte_level()
     found = tokenizer(saved(library, tmp_path), "<table>")
     assert found.boundary == library.token_to_id("<table>")
     assert found.boundary not in found.encode(["the <table> end"])[0].tolist()
 
 
-def test_a_special_token_that_merges_can_make(tmp_path):
+def test_a_special_token_that_merges_produce(tmp_path):
     letters = {"<": 0, "e": 1, ">": 2, "<e": 3, "<e>": 4, "a": 5}
     library = Tokenizer(models.BPE(letters, [("<", "e"), ("<e", ">")]))
     library.add_special_tokens(["<e>"])
@@ -133,7 +133,7 @@ def test_a_special_token_that_merges_use(tmp_path):
     assert tokenizer(saved(library, tmp_path)).encode(["a<e>a"])[0].tolist() == [5, 3, 2, 5]
 
 
-def test_a_special_token_that_merges_with_a_prefix_make(tmp_path):
+def test_a_special_token_that_merges_with_a_prefix_produce(tmp_path):
     letters = {"<": 0, "##e": 1, "##>": 2, "<e": 3, "<e>": 4}
     merges = [("<", "##e"), ("<e", "##>")]
     library = Tokenizer(models.BPE(letters, merges, continuing_subword_prefix="##"))
@@ -158,7 +158,7 @@ ONE_WORD = {
 
 @pytest.mark.parametrize("name", ONE_WORD)
 def test_a_text_without_words_is_one_word(tmp_path, name):
-    """Where the model sees the whole text as one word, nothing may split it before."""
+    """A text that the model sees as one word is not split."""
     library = Tokenizer(ONE_WORD[name])
     wanted = [library.encode(text).ids for text in ("▁a▁a", "b▁a▁b")]
     found = tokenizer(saved(library, tmp_path)).encode(["▁a▁a", "b▁a▁b"])
@@ -171,7 +171,7 @@ def test_a_special_token_of_one_character_is_that_character(tmp_path):
     assert tokenizer(saved(library, tmp_path)).encode(["a\na"])[0].tolist() == [0, 1, 0]
 
 
-def test_dropout_is_switched_off_and_said(tmp_path, caplog):
+def test_dropout_is_switched_off_with_a_warning(tmp_path, caplog):
     library = small.byte_level()
     wanted = library.encode("the end of the text" * 50).ids
     library.model.dropout = 0.5
@@ -181,15 +181,15 @@ def test_dropout_is_switched_off_and_said(tmp_path, caplog):
     assert "dropout is switched off" in caplog.text
 
 
-def test_scores_keep_their_bits(tmp_path):
-    """A number of 17 digits must not come back as its neighbour."""
+def test_scores_keep_all_digits(tmp_path):
+    """A number of more than 17 digits is copied unchanged."""
     content = json.loads(small.unigram().to_str())
     content["model"]["vocab"] = [["<unk>", 0.0], ["▁", -3.1234567890123457], ["a", -2.5]]
     content["added_tokens"] = content["added_tokens"][:1]
     source = json.dumps(content).replace("-3.1234567890123457", "-3.12345678901234567890")
     (tmp_path / "tokenizer.json").write_text(source)
     found = tokenizer(str(tmp_path / "tokenizer.json"))
-    assert b"-3.12345678901234567890" in found._definition.for_text({"<unk>"})
+    assert b"-3.12345678901234567890" in found._json.for_text({"<unk>"})
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_a_tokenizer_without_unknown_token(tmp_path, model):
         found.encode(["b"])
 
 
-def test_lost_characters_are_announced(tmp_path, caplog):
+def test_characters_without_ids_log_a_warning(tmp_path, caplog):
     tokenizer(saved(Tokenizer(models.BPE({"a": 0}, [])), tmp_path)).announce()
     assert "characters outside its vocabulary are lost" in caplog.text
     caplog.clear()
@@ -245,12 +245,12 @@ BOUNDARIES = {
 
 @pytest.mark.parametrize("case", BOUNDARIES)
 def test_the_end_of_text(tmp_path, caplog, case):
-    special, ordinary, told, wanted = BOUNDARIES[case]
+    special, ordinary, configured, wanted = BOUNDARIES[case]
     library = Tokenizer(models.BPE({"a": 0}, []))
     library.add_tokens([AddedToken(name, special=False) for name in ordinary])
     library.add_special_tokens(special)
-    if told:
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": told}))
+    if configured:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": configured}))
     found = tokenizer(saved(library, tmp_path))
     assert found.boundary == (None if wanted is None else library.token_to_id(wanted))
     assert found.boundary_name == (wanted or "")
@@ -260,20 +260,20 @@ def test_the_end_of_text(tmp_path, caplog, case):
 
 
 @pytest.mark.parametrize("content", [b"[1]", b"{", b"\xff", b"[" * 100_000, b'{"eos_token": 3}'])
-def test_a_configuration_that_names_nothing_decides_nothing(tmp_path, content):
+def test_an_invalid_configuration_is_ignored(tmp_path, content):
     library = Tokenizer(models.BPE({"a": 0}, []))
     library.add_special_tokens(["<eos>"])
     (tmp_path / "tokenizer_config.json").write_bytes(content)
     assert tokenizer(saved(library, tmp_path)).boundary_name == "<eos>"
 
 
-def test_what_could_be_marked_is_listed_by_the_order_of_the_names():
+def test_end_of_text_names_are_sorted_by_priority():
     names = ["<eos>", "eos", "[endoftext]", "sep", "<pad>"]
-    assert unmarked(dict.fromkeys(names, 0)) == ["[endoftext]", "<eos>"]
+    assert end_of_text_names(dict.fromkeys(names, 0)) == ["[endoftext]", "<eos>"]
 
 
 def test_only_regular_files_are_read(tmp_path):
-    """Opening a FIFO would wait for a writer."""
+    """Opening a FIFO would block until it has a writer."""
     library = Tokenizer(models.BPE({"a": 0}, []))
     library.add_special_tokens(["<eos>"])
     os.mkfifo(tmp_path / "tokenizer_config.json")
@@ -286,7 +286,7 @@ def test_only_regular_files_are_read(tmp_path):
     ("special", "others"),
     [(["<eos>", "[EOS]"], "[EOS]"), (["<|endoftext|>", "<|im_end|>"], "")],
 )
-def test_ends_of_turns_are_no_other_choice(tmp_path, caplog, special, others):
+def test_end_of_turn_tokens_are_not_listed_as_alternatives(tmp_path, caplog, special, others):
     library = Tokenizer(models.BPE({"a": 0}, []))
     library.add_special_tokens(special)
     with caplog.at_level("INFO", "manifold_hc"):
@@ -295,7 +295,7 @@ def test_ends_of_turns_are_no_other_choice(tmp_path, caplog, special, others):
     assert others in caplog.text
 
 
-def test_of_two_ends_of_text_the_log_names_both(tmp_path, caplog):
+def test_the_log_lists_other_end_of_text_tokens(tmp_path, caplog):
     library = Tokenizer(models.BPE({"a": 0}, []))
     library.add_special_tokens(["</s>", "<eos>"])
     with caplog.at_level("INFO", "manifold_hc"):

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from manifold_hc.data import Corpus
-from manifold_hc.data.tokens import ArrayPart, Tokens
+from manifold_hc.data.tokens import ArraySegment, Tokens
 from manifold_hc.diagnostics import GainMonitor
 from manifold_hc.models import ExpertsConfig
 from manifold_hc.training import CheckpointConfig, Checkpoints, RunConfig, RunFolder, train
@@ -27,7 +27,7 @@ def text(documents: int = 1) -> Corpus:
     """The text of the golden run, split into equal documents."""
     ids = np.frombuffer(generated_text(40_000).encode(), dtype=np.uint8)
     starts = np.arange(documents) * (len(ids) // documents)
-    return Corpus([Tokens([ArrayPart(ids, starts)])], 256)
+    return Corpus([Tokens([ArraySegment(ids, starts)])], 256)
 
 
 def config(kind: str = "mhc", checkpoint: CheckpointConfig | None = None, **training) -> RunConfig:
