@@ -1,5 +1,7 @@
-"""The package as a user gets it: a wheel, installed and run away from the checkout."""
+"""The package as a user installs it: a wheel, run outside the checkout."""
 
+import doctest
+import inspect
 import os
 import re
 import subprocess
@@ -43,7 +45,7 @@ def outside(installed, folder, *arguments):
     )
 
 
-def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+def test_the_wheel_contains_only_the_package(wheel):
     assert wheel.name.endswith("-py3-none-any.whl")  # the kernels are in what `make wheel` makes
     names = zipfile.ZipFile(wheel).namelist()
     assert "manifold_hc/py.typed" in names
@@ -73,7 +75,7 @@ def test_the_wheel_trains_and_reports_outside_the_checkout(installed, tmp_path, 
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
 
 
-def test_importing_loads_no_heavy_package(installed, tmp_path):
+def test_import_loads_no_heavy_package(installed, tmp_path):
     """Plots, templates and configuration are for the commands; a model needs none of them."""
     code = (
         "import sys, manifold_hc\n"
@@ -91,12 +93,36 @@ def test_the_public_names():
 
     for name in mhc.__all__:
         assert getattr(mhc, name) is not None
-    assert {"Connection", "ConnectionConfig", "Stack", "diagnostics", "functional"} <= set(
-        mhc.__all__
-    )
+    assert set(mhc.__all__) == {
+        "Connection",
+        "ConnectionConfig",
+        "Stack",
+        "diagnostics",
+        "functional",
+        "warmup",
+    }
 
 
-def test_the_extra_names_what_pip_installs():
+def test_dir_lists_the_public_names_only():
+    import manifold_hc as mhc
+    import manifold_hc.stack
+
+    shown = {name for name in dir(mhc) if not name.startswith("__")}
+    assert shown == set(mhc.__all__)
+    assert {"__version__", "__doc__", "__all__"} <= set(dir(mhc))
+    assert mhc.stack is sys.modules["manifold_hc.stack"], "submodules remain attributes"
+    assert mhc.config.ConnectionConfig is mhc.ConnectionConfig
+    assert not inspect.ismodule(mhc.warmup), "the function has the name of its module"
+
+
+def test_the_example_of_the_package_runs():
+    import manifold_hc as mhc
+
+    result = doctest.testmod(mhc)
+    assert (result.attempted, result.failed) == (5, 0)
+
+
+def test_the_extra_lists_the_packages_that_pip_installs():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     installed = [Requirement(line).name for line in project["optional-dependencies"]["train"]]
     assert sorted(name.replace("-", "_") for name in installed) == sorted(extras.TRAIN)
@@ -104,7 +130,7 @@ def test_the_extra_names_what_pip_installs():
 
 @pytest.fixture(scope="module")
 def core(installed, tmp_path_factory):
-    """A function that runs Python with the core's dependencies and nothing else installed."""
+    """A function that runs Python with only the core's dependencies installed."""
     site = tmp_path_factory.mktemp("core")
     for entry in {*top_level_entries(), *installed.iterdir()}:
         (site / entry.name).symlink_to(entry)
@@ -124,7 +150,7 @@ def core(installed, tmp_path_factory):
 
 
 def top_level_entries():
-    """Files and folders in site-packages of torch, the core's other needs, and what those need."""
+    """Entries in site-packages of the core's dependencies and of their dependencies."""
     waiting, seen = ["torch", "jaxtyping", "filelock", "platformdirs"], set()
     while waiting:
         name = waiting.pop().lower().replace("_", "-")
@@ -180,7 +206,7 @@ def test_a_command_without_the_extra_names_it_in_one_line(core, arguments):
     assert line.endswith("; install with: pip install 'manifold-hc[train]'")
 
 
-@pytest.mark.parametrize("module", ["training", "data", "report"])
+@pytest.mark.parametrize("module", ["training", "data", "report", "study"])
 def test_a_module_without_the_extra_names_it(core, module):
     answer = core("-c", f"import manifold_hc.{module}")
     assert answer.returncode == 1

@@ -1,4 +1,4 @@
-"""Stability figures of a whole network, taken from outside on a fixed probe batch."""
+"""Stability figures of a whole network, measured on a fixed probe batch."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -24,25 +24,43 @@ Probe = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
 class GainMonitor:
-    """Runs a probe batch and reports what the connections did to it.
+    """Runs a probe batch through a model and reports gains and diversity of its streams.
 
-    The matrices are those that the forward pass used, caught on their way from every connection's
-    maps, in the order of the calls. The model's mode, gradients and random state are left as they
-    were.
+    Forward hooks record the mixing matrices and streams of every connection in the order of the
+    calls. Training mode, gradients and random state of the model are unchanged afterwards.
+
+    Example:
+        >>> import torch
+        >>> import manifold_hc as mhc
+        >>> from manifold_hc.diagnostics import GainMonitor
+        >>> class Model(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.stack = mhc.Stack(8, mhc.ConnectionConfig(kind="residual"), sublayers=2)
+        ...     def forward(self, h):
+        ...         return self.stack(h, [torch.sin, torch.cos])
+        >>> monitor = GainMonitor(torch.randn(3, 8))
+        >>> figures = monitor(Model())
+        >>> figures["gain_forward"], figures["gain_backward"]
+        (1.0, 1.0)
     """
 
     name: str = "gain"
 
     @property
     def shown(self) -> dict[str, str]:
-        """What a progress view shows: its label, and the key of the figure."""
+        """Figures of the progress view: label and key of each."""
         return {"gain": "gain_forward", "backward": "gain_backward"}
 
     def __init__(self, probe: Probe) -> None:
-        """probe: the model's input, kept for every call; a tuple holds its positional arguments.
+        """Keep a probe batch.
 
-        A mapping (a dict, or a tokenizer's batch) holds its keyword arguments. Raises ConfigError
-        for anything else.
+        Args:
+            probe: the model's input: a tensor, a tuple of positional arguments, or a mapping (a
+                dict, or a tokenizer's batch) of keyword arguments.
+
+        Raises:
+            ConfigError: for a probe of another type.
         """
         if not isinstance(probe, Tensor | tuple | Mapping):
             raise ConfigError(
@@ -53,19 +71,30 @@ class GainMonitor:
         self.probe = probe
 
     def __call__(self, model: nn.Module) -> dict[str, Any]:
-        """Lists have one entry a sublayer, in depth order.
+        """Run the probe batch through `model` and compute its figures.
 
-        gain_forward, gain_backward: largest composite gain over depth, mean over tokens of gains;
-        gains, matrices: the four rows of `AmaxGain` for both token averages;
-        composite: token mean of the composite matrices [L, n, n];
-        log_column_sum, composite_log_column_sum, stochastic_distance: of single and composite;
-        stream_cosine, stream_rank: of the streams that each sublayer met.
-        In a pipeline every process reports all sublayers.
+        Args:
+            model: a module with connections in it, all with the same streams and tokens. In a
+                pipeline, this process's stages; every process gets the figures of all sublayers.
+
+        Returns:
+            A dict. Lists have one entry for each sublayer, in depth order.
+
+            - gain_forward, gain_backward: largest composite gain over depth, mean of the tokens';
+            - gains, matrices: the rows of `AmaxGain` for either average over tokens;
+            - composite: composite matrices [L, n, n], mean over tokens;
+            - log_column_sum, stochastic_distance: of each matrix;
+            - composite_log_column_sum: of each composite matrix;
+            - stream_cosine, stream_rank: of the streams before each sublayer.
+
+        Raises:
+            ConfigError: if the model calls no connection.
+            ShapeError: if connections differ in streams or tokens.
         """
         from manifold_hc.parallel import in_depth_order  # imports torch.distributed, for a second
 
-        found = capture(model, self.probe)
-        shapes = in_depth_order(model, [(one.sublayer, one.res.shape) for one in found])
+        calls = capture(model, self.probe)
+        shapes = in_depth_order(model, [(call.sublayer, call.res.shape) for call in calls])
         if not shapes:
             raise ConfigError("GainMonitor: the model calls no manifold_hc.Connection")
         if len(set(shapes)) > 1:
@@ -73,10 +102,10 @@ class GainMonitor:
                 "GainMonitor: every connection must have the same streams and tokens but res are "
                 f"{sorted({tuple(shape) for shape in shapes})}; watch one stack at a time"
             )
-        matrices = torch.stack(in_depth_order(model, [(one.sublayer, one.res) for one in found]))
+        matrices = torch.stack(in_depth_order(model, [(call.sublayer, call.res) for call in calls]))
         streams = in_depth_order(
             model,
-            [(one.sublayer, (pairwise_cosine(one.x), effective_rank(one.x))) for one in found],
+            [(call.sublayer, (pairwise_cosine(call.x), effective_rank(call.x))) for call in calls],
         )
         products = composites(matrices)
         gains = {average: amax_gain(matrices, average) for average in ("gains", "matrices")}
@@ -97,35 +126,36 @@ class GainMonitor:
 
 
 class Captured(NamedTuple):
-    """What one connection did."""
+    """Mixing matrices and input streams of one call of a connection."""
 
     sublayer: int
     res: Float[Tensor, "tokens n n"]
     x: Float[Tensor, "tokens n C"]
-    """The streams that it met."""
 
 
 @torch.no_grad()
 def capture(model: nn.Module, probe: Probe) -> list[Captured]:
-    """What the connections of this process did, in the order in which the model calls them.
+    """Record the calls of this process's connections, in the order of the calls.
 
-    A connection that is called twice counts twice. What torch.compile has compiled runs eagerly:
-    its graphs do not call the hooks that are set after it.
+    A connection that is called twice is recorded twice. Compiled modules run eagerly: a graph of
+    torch.compile does not call hooks that are registered after its compilation.
     """
     arguments = (
         probe if isinstance(probe, tuple) else () if isinstance(probe, Mapping) else (probe,)
     )
     keywords = dict(probe) if isinstance(probe, Mapping) else {}
-    found: list[Captured] = []
+    calls: list[Captured] = []
 
-    def keep(sublayer: int, reading: Reading) -> None:
+    def record(sublayer: int, reading: Reading) -> None:
         # On the CPU, because not every device has float64.
         x, res = reading.x.detach().cpu(), reading.res.detach().cpu()
         res, x = res.reshape(-1, *res.shape[-2:]), x.reshape(-1, *x.shape[-2:])
-        found.append(Captured(sublayer, res, x))
+        calls.append(Captured(sublayer, res, x))
 
     handles = [
-        module.maps.register_forward_hook(lambda _, given, made, s=module.sublayer: keep(s, made))
+        module.maps.register_forward_hook(
+            lambda _, x, reading, s=module.sublayer: record(s, reading)
+        )
         for module in model.modules()
         if isinstance(module, Connection)
     ]
@@ -141,4 +171,4 @@ def capture(model: nn.Module, probe: Probe) -> list[Captured]:
             module.training = training
         for handle in handles:
             handle.remove()
-    return found
+    return calls

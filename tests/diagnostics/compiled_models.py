@@ -1,4 +1,4 @@
-"""Run by test_gain.py: the figures of a model are the same before and after it is compiled."""
+"""Script of test_gain.py: a model has the same figures before and after compilation."""
 
 import copy
 
@@ -42,7 +42,7 @@ for way, compiled in WAYS.items():
     model = compiled(copy.deepcopy(plain))
     model(h).sum().backward()
     model.eval()
-    with torch.no_grad():  # as the monitor runs it: the graph of this pass fits its own
+    with torch.no_grad():  # as the monitor does, which could reuse this graph
         model(h)
     assert GainMonitor(h)(model) == wanted, way
     torch.testing.assert_close(model(h), output)

@@ -1,3 +1,4 @@
+import doctest
 import math
 import os
 import subprocess
@@ -29,8 +30,8 @@ def test_two_asymmetric_matrices_by_hand():
     assert gain.composite_backward.tolist() == [5, 5]
 
 
-def test_forward_is_what_a_signal_does_and_backward_what_a_gradient_does():
-    """The maps themselves are the judge: equal streams in, largest stream out."""
+def test_forward_gain_bounds_a_signal_and_backward_gain_a_gradient():
+    """The reference is `write` itself: equal streams in, largest stream out."""
     matrices = torch.rand(5, 3, 3)
     gain = amax_gain(matrices)
     signal = torch.ones(3, 1)
@@ -74,7 +75,7 @@ def test_products_of_doubly_stochastic_matrices_have_gain_one():
         torch.testing.assert_close(row, torch.ones_like(row))
 
 
-def test_attenuation_shows_in_the_log_column_sum():
+def test_log_column_sum_of_attenuation():
     half = 0.5 * torch.eye(3).unsqueeze(0)
     assert amax_gain(half).backward.tolist() == [0.5]
     assert diagnostics.log_column_sum(half).tolist() == pytest.approx([math.log(2)])
@@ -109,7 +110,7 @@ class Network(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["residual", "hc", "mhc"])
-def test_the_monitor_reports_what_the_forward_pass_used(kind):
+def test_the_monitor_reports_the_matrices_of_the_forward_pass(kind):
     model = Network(mhc.ConnectionConfig(kind=kind, streams=3, phi_std=1.0))
     if kind != "residual":
         for connection in model.stack.connections:
@@ -157,15 +158,17 @@ class Backwards(nn.Module):
         return self.second(x, torch.sin)
 
 
-def test_depth_is_the_order_of_the_calls():
+def test_sublayers_are_in_the_order_of_the_calls():
     figures = GainMonitor(torch.randn(3, 2, 8))(Backwards())
     wanted = amax_gain(torch.stack([FIRST, FIRST, SECOND]))
     for name, row in wanted._asdict().items():
         assert figures["gains"][name] == pytest.approx(row.tolist(), rel=1e-6)
-    assert len(GainMonitor(torch.randn(2, 8))(Backwards())["stream_rank"]) == 3, "no batch at all"
+    assert len(GainMonitor(torch.randn(2, 8))(Backwards())["stream_rank"]) == 3, (
+        "no batch dimension"
+    )
 
 
-def test_connections_that_differ_in_streams_are_refused():
+def test_connections_with_different_streams_are_an_error():
     class Mixed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -179,7 +182,7 @@ def test_connections_that_differ_in_streams_are_refused():
         GainMonitor(torch.randn(2, 8))(Mixed())
 
 
-def test_the_monitor_leaves_no_trace():
+def test_the_monitor_changes_no_state_of_the_model():
     model = Network(mhc.ConnectionConfig())
     model.train()
     model.stack.eval()
@@ -195,7 +198,7 @@ def test_the_monitor_leaves_no_trace():
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_misuse_is_named():
+def test_invalid_arguments_are_errors():
     with pytest.raises(ShapeError, match=r"matrices must be \[L, n, n\]"):
         amax_gain(torch.randn(3, 4))
     with pytest.raises(ShapeError, match="empty"):
@@ -207,8 +210,8 @@ def test_misuse_is_named():
 
 
 @pytest.mark.slow
-def test_the_monitor_sees_into_compiled_models():
-    """In a process without jaxtyping's checks, which Dynamo cannot trace."""
+def test_the_monitor_records_compiled_models():
+    """In a process without jaxtyping's shape checks, which Dynamo cannot trace."""
     script = Path(__file__).with_name("compiled_models.py")
     done = subprocess.run(
         [sys.executable, str(script)],
@@ -230,6 +233,14 @@ def test_a_probe_may_be_positional_or_keyword_arguments():
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("probe", [[1, 2, 3], "text", None])
-def test_a_probe_that_is_no_input_is_refused(probe):
+def test_a_probe_of_another_type_is_an_error(probe):
     with pytest.raises(ConfigError, match="GainMonitor: probe must be a tensor, a tuple"):
         GainMonitor(probe)
+
+
+@pytest.mark.parametrize("name", ["gain", "monitor", "streams"])
+def test_the_examples_run(name):
+    module = sys.modules[f"manifold_hc.diagnostics.{name}"]
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0
