@@ -1,7 +1,7 @@
-"""Puts the compiled CPU kernels into a wheel, one library for each instruction set.
+"""Build hook: add compiled CPU kernels to a wheel, one library for each instruction set.
 
-Off unless HATCH_BUILD_HOOK_ENABLE_CUSTOM=true, which is what `make wheel` sets: every other way of
-installing needs no compiler, and makes a wheel of Python alone.
+The hook runs only with HATCH_BUILD_HOOK_ENABLE_CUSTOM=true, as `make wheel` sets it: every other
+installation needs no compiler and makes a wheel of Python alone.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 CPU = Path("manifold_hc", "kernels", "cpu")
 
-# Stripped, and without -fopenmp: its functions are found in the runtime that PyTorch has loaded.
+# Stripped, and without -fopenmp: OpenMP functions come from the runtime that PyTorch has loaded.
 LINK = ("-s",)
 
 # Every system with glibc 2.28 or newer has a libstdc++ of GCC 8 or newer.
@@ -24,7 +24,7 @@ NEWEST = {"GLIBCXX": (3, 4, 25), "CXXABI": (1, 3, 11)}
 
 
 class CustomBuildHook(BuildHookInterface):
-    """Compiles before the wheel is packed."""
+    """Compiles the CPU kernels before the wheel is packed."""
 
     def initialize(self, version, build_data):
         """Add the libraries with their checksums, and name the platform they run on."""
@@ -42,13 +42,13 @@ class CustomBuildHook(BuildHookInterface):
         build_data["tag"] = f"py3-none-{platform_tag(libraries)}"
 
     def finalize(self, version, build_data, artifact_path):
-        """Remove what is in the wheel now."""
+        """Remove the libraries: the wheel contains them."""
         if version != "editable":
             self.folder.cleanup()
 
 
 def build(root, folder):
-    """The libraries of this machine's kind, compiled into `folder`."""
+    """Compile the libraries of this machine's architecture into `folder`."""
     compiling, prebuilt = (module(root / CPU / name) for name in ("compiler.py", "prebuilt.py"))
     variants = [v for v in prebuilt.VARIANTS if v.machine == platform.machine()]
     if platform.libc_ver()[0] != "glibc" or not variants:
@@ -67,7 +67,7 @@ def build(root, folder):
 
 
 def module(path):
-    """A file of the package; importing the package would need PyTorch."""
+    """Load a file of the package as a module; the package itself would need PyTorch."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
@@ -75,7 +75,7 @@ def module(path):
 
 
 def platform_tag(libraries):
-    """The oldest glibc that has every symbol the libraries need, as PEP 600 writes it."""
+    """Return the PEP 600 tag of the oldest glibc with every symbol that the libraries need."""
     command = ["objdump", "-T", *map(str, libraries)]
     symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     if "GOMP_parallel" not in symbols:

@@ -1,11 +1,11 @@
-"""Load DeepSeek-V4's connections, and compute what transformers computes with them.
+"""Load DeepSeek-V4's connections, and compare with transformers' DeepSeek-V4.
 
     pip install 'manifold-hc[bench]'                    # brings transformers
     python examples/deepseek_v4_weights.py
 
-A tiny DeepSeek-V4 with random weights stands for a checkpoint. Its attention and experts stay
-transformers' own; the streams go through an mhc.Stack that has taken over the checkpoint's
-connections. Hidden states and gradients are compared.
+A tiny DeepSeek-V4 with random weights takes the place of a checkpoint. Attention and experts are
+those of transformers; the streams go through an mhc.Stack with the checkpoint's connections.
+Hidden states and gradients are compared.
 """
 
 from functools import partial
@@ -25,7 +25,7 @@ CHANNELS, LAYERS, STREAMS = 32, 3, 4
 
 
 def tiny_deepseek() -> DeepseekV4Model:
-    """A model with the parts of DeepSeek-V4, a few thousand parameters each."""
+    """A DeepSeek-V4 with a few thousand parameters in each module."""
     config = DeepseekV4Config(
         vocab_size=64,
         hidden_size=CHANNELS,
@@ -50,7 +50,7 @@ def tiny_deepseek() -> DeepseekV4Model:
 
 
 def connected(model: DeepseekV4Model) -> mhc.Stack:
-    """A stack with the model's connections: two sublayers a layer, and the exit."""
+    """A stack with the model's connections: two sublayers for each layer, and the exit."""
     config = mhc.ConnectionConfig(kind="mhc", streams=STREAMS, numerics="deepseek_v4")
     stack = mhc.Stack(CHANNELS, config, sublayers=2 * LAYERS)
     load_deepseek(stack, model.state_dict())  # or the tensors of a checkpoint's safetensors files
@@ -58,7 +58,7 @@ def connected(model: DeepseekV4Model) -> mhc.Stack:
 
 
 def with_stack(model: DeepseekV4Model, stack: mhc.Stack, h: Tensor) -> Tensor:
-    """The model's layers on our streams: embedded tokens in, hidden states out, both [B, T, C]."""
+    """The model's layers with our stack: embedded tokens in, hidden states out, both [B, T, C]."""
     position_ids = torch.arange(h.shape[1]).unsqueeze(0)
     rotary = {
         kind: model.rotary_emb(h, position_ids=position_ids, layer_type=kind)
@@ -84,25 +84,25 @@ def with_stack(model: DeepseekV4Model, stack: mhc.Stack, h: Tensor) -> Tensor:
 
 
 def compare(tokens: int = 12) -> dict[str, float]:
-    """Largest differences of outputs and gradients, as a share of the largest entry."""
+    """Largest differences of outputs and gradients, relative to the largest entry."""
     torch.manual_seed(0)
     model = tiny_deepseek()
     stack = connected(model)
     h = model.embed_tokens(torch.randint(64, (2, tokens))).detach().requires_grad_()
-    theirs = model(inputs_embeds=h, use_cache=False).last_hidden_state
-    ours = with_stack(model, stack, h)
-    cotangent = torch.randn_like(theirs)
-    gradients = [torch.autograd.grad(out, h, cotangent)[0] for out in (ours, theirs)]
+    expected = model(inputs_embeds=h, use_cache=False).last_hidden_state
+    actual = with_stack(model, stack, h)
+    cotangent = torch.randn_like(expected)
+    gradients = [torch.autograd.grad(out, h, cotangent)[0] for out in (actual, expected)]
     return {
-        "hidden states": difference(ours.detach(), theirs.detach()),
+        "hidden states": difference(actual.detach(), expected.detach()),
         "gradients": difference(*gradients),
     }
 
 
-def difference(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+def difference(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 if __name__ == "__main__":
-    for what, found in compare().items():
-        print(f"{what}: largest difference {found:.1e} of the largest entry")
+    for quantity, error in compare().items():
+        print(f"{quantity}: largest difference {error:.1e} of the largest entry")

@@ -1,13 +1,13 @@
-"""A small GPT in nanoGPT's style, with mHC put in by each of the three interfaces.
+"""A small GPT in nanoGPT's style, with mHC through each of the three interfaces.
 
-    python examples/nanogpt.py                          # connection: one mhc.Connection a sublayer
+    python examples/nanogpt.py                          # one mhc.Connection for each sublayer
     python examples/nanogpt.py --way stack              # one mhc.Stack for all sublayers
-    python examples/nanogpt.py --way functions          # the bare functions, parameters of your own
+    python examples/nanogpt.py --way functions          # the functions, with your own parameters
     python examples/nanogpt.py --way residual           # the plain GPT
     python examples/nanogpt.py --text book.txt --steps 200
 
-Trains on bytes of the text, or of sums such as "23+58=81" that it makes up. All four start with the
-same loss, because a fresh mHC network computes what the residual network computes.
+Trains on the bytes of a text, or of random sums such as "23+58=81". All four start with the
+same loss, because a new mHC network computes the same function as the residual network.
 """
 
 import argparse
@@ -31,8 +31,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # B T C -> B T C
         q, k, v = (
-            part.unflatten(-1, (HEADS, -1)).transpose(1, 2)
-            for part in self.c_attn(x).split(CHANNELS, dim=-1)
+            projection.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for projection in self.c_attn(x).split(CHANNELS, dim=-1)
         )
         y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.c_proj(y.transpose(1, 2).flatten(2))
@@ -45,7 +45,7 @@ class MLP(nn.Sequential):
 
 
 class Block(nn.Module):
-    """The plain residual block; the other ways change nothing but its two additions."""
+    """The plain residual block; the other interfaces replace its two additions."""
 
     def __init__(self, layer: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class ConnectedBlock(Block):
 
 
 class FunctionsBlock(Block):
-    """Way 3: bare functions, with parameters that the block makes itself. x: [B, T, n, C]."""
+    """Way 3: the functions, with parameters of the block's own. x: [B, T, n, C]."""
 
     def __init__(self, layer: int) -> None:
         super().__init__(layer)
@@ -135,7 +135,7 @@ class GPT(nn.Module):
 
 
 def text_or_sums(file: Path | None) -> Tensor:
-    """The bytes of a file, or of sums drawn from a seed."""
+    """The bytes of a file, or of random sums."""
     draw = random.Random(0)
     pairs = [(draw.randrange(100), draw.randrange(100)) for _ in range(5000)]
     text = file.read_bytes() if file else "".join(f"{a}+{b}={a + b}\n" for a, b in pairs).encode()
@@ -143,7 +143,7 @@ def text_or_sums(file: Path | None) -> Tensor:
 
 
 def train(model: GPT, data: Tensor, steps: int, rate: float = 3e-3, batch: int = 16) -> list[float]:
-    """The loss of every step."""
+    """Train, and return the loss of every step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95))
     losses = []
     for _ in range(steps):
@@ -165,6 +165,6 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     torch.manual_seed(0)
     model = GPT(arguments.way)
-    torch.manual_seed(1)  # the same batches, whatever the model has drawn
+    torch.manual_seed(1)  # the same batches for every model
     losses = train(model, text_or_sums(arguments.text), arguments.steps)
     print(f"{arguments.way}: loss {losses[0]:.4f} at the first step, {losses[-1]:.4f} at the last")

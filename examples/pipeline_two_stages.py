@@ -1,10 +1,10 @@
-"""A stack cut into two stages of a pipeline, with torch.distributed.pipelining.
+"""A stack split into two pipeline stages, with torch.distributed.pipelining.
 
     torchrun --nproc-per-node 2 examples/pipeline_two_stages.py
 
-`Stack.part` gives each process its connections; between the stages travel the n streams of a
-microbatch, [B, T, n, C]. Loss and gradients are those of the whole stack on one process, which
-every process computes too, to compare. Runs on CPUs, with gloo.
+`Stack.part` gives each process its connections; the stages exchange the n streams of a microbatch,
+[B, T, n, C]. Every process also computes loss and gradients of the whole stack, and compares. Runs
+on CPUs, with gloo.
 """
 
 import torch

@@ -8,7 +8,7 @@ the streams, which the doubly stochastic matrix `res` mixes (arXiv 2512.24880).
     Connection: the connection of one sublayer, [..., n, C] -> [..., n, C].
     ConnectionConfig: kind (residual, hc or mhc), streams, constraint, numerics, backend.
     functional: the operators alone: expand, coefficients, sinkhorn, read, write, collapse.
-    diagnostics: gain magnitudes and other figures that show whether training is stable.
+    diagnostics: stability figures: gain magnitudes and diversity of the streams.
     warmup: compile the kernels of a run before it starts.
 
 Example:

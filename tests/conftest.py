@@ -2,8 +2,8 @@
 
 import os
 
-# Tests that run beside each other share the processors, and so do the processes they start. OpenMP
-# reads this when torch is imported.
+# Parallel test workers and the processes they start share the processors. OpenMP reads this when
+# torch is imported.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
 
@@ -27,7 +27,9 @@ def pytest_addoption(parser):
         "--wide", action="store_true", help="share runs among four processes too: some minutes"
     )
     parser.addoption(
-        "--quick", action="store_true", help="of every test the fewest cases that have every value"
+        "--quick",
+        action="store_true",
+        help="run the fewest cases that cover every value",
     )
     parser.addoption(
         "--cpu-library",
@@ -59,7 +61,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def fewest_cases(items):
-    """The cases of every parametrised test in which a value of a parameter comes first."""
+    """The cases of every parametrised test that have a value of a parameter for the first time."""
     seen, chosen = set(), []
     for item in items:
         test = item.nodeid.partition("[")[0]
@@ -81,7 +83,7 @@ def test_data(request) -> Path:
 
 @pytest.fixture
 def unchecked():
-    """Without jaxtyping's checks, so that a user's mistake reaches our own error."""
+    """Disable jaxtyping's checks, so that invalid arguments reach the package's own errors."""
     shape_checks.update("jaxtyping_disable", True)
     yield
     shape_checks.update("jaxtyping_disable", False)
@@ -94,7 +96,7 @@ def seeded():
 
 @pytest.fixture
 def text_file(tmp_path) -> Path:
-    """A text generated from a seed: words of a small made-up vocabulary."""
+    """A random text over a small vocabulary of made-up words."""
     path = tmp_path / "text.txt"
     path.write_text(generated_text(40_000))
     return path

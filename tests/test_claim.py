@@ -1,4 +1,4 @@
-"""The claim of the demo, on its own configuration but fewer steps."""
+"""The claim of the demo, with its configuration and fewer steps."""
 
 from manifold_hc.config import ConnectionConfig
 from manifold_hc.data import DataConfig, load

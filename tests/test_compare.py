@@ -54,7 +54,7 @@ def test_variants_and_seeds_share_data_order_and_budget(finished):
         assert loss == pytest.approx(recorded[kind], rel=1e-3)
 
 
-def test_complete_runs_are_kept_and_missing_ones_made(tmp_path):
+def test_complete_runs_are_kept_and_missing_ones_trained(tmp_path):
     run(tmp_path)
     before = {f: f.stat().st_mtime_ns for f in tmp_path.glob("*/seed-0/*.json*")}
     run_folder(tmp_path, "hc", 0).summary_file.unlink()
@@ -66,7 +66,7 @@ def test_complete_runs_are_kept_and_missing_ones_made(tmp_path):
     assert [r["loss"] for r in again if "loss" in r] == [r["loss"] for r in losses if "loss" in r]
 
 
-def test_other_settings_or_data_touch_nothing(tmp_path):
+def test_other_settings_or_data_change_no_files(tmp_path):
     run(tmp_path, variants=VARIANTS[:1])
     before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
     other = replace(CONFIG, optimizer=OptimizerConfig(lr=1.0))
@@ -83,7 +83,7 @@ def test_other_settings_or_data_touch_nothing(tmp_path):
     assert [f.name for f in foreign.iterdir()] == ["thesis.txt"]
 
 
-def test_a_variant_that_diverges_does_not_end_the_comparison(tmp_path):
+def test_a_comparison_continues_after_a_diverged_run(tmp_path):
     wild = replace(CONFIG, optimizer=OptimizerConfig(lr=1e30, warmup=0, clip=0.0))
     runs = run(tmp_path, config=wild, variants=VARIANTS[:2])
     assert all(r.diverged_at is not None for r in runs)
@@ -94,7 +94,7 @@ def test_a_variant_that_diverges_does_not_end_the_comparison(tmp_path):
     assert "1 of 1 diverged" in (tmp_path / "report.html").read_text()
 
 
-def test_the_rows_are_what_the_runs_measured(finished):
+def test_rows_summarise_the_runs(finished):
     runs = load_runs(finished)
     row = next(row for row in summarise(runs) if row.variant == "hc")
     own = [r for r in runs if r.variant == "hc"]
@@ -111,7 +111,7 @@ def test_the_rows_are_what_the_runs_measured(finished):
     assert row.largest_gradient_norm == max(norms)
 
 
-def test_table_csv_and_json_say_the_same(finished):
+def test_table_csv_and_json_have_the_same_figures(finished):
     runs = load_runs(finished)
     rows = summarise(runs)
     lines = as_csv(rows).splitlines()
@@ -125,7 +125,7 @@ def test_table_csv_and_json_say_the_same(finished):
     assert f"{rows[2].validation_loss:.4f} ± " in text
 
 
-def test_the_page_needs_no_other_file_and_is_the_same_every_time(finished, tmp_path):
+def test_the_page_is_self_contained_and_deterministic(finished, tmp_path):
     runs, record = load_runs(finished), comparison_record(finished)
     for name in ("a.html", "b.html"):
         write_page(runs, record, tmp_path / name)
@@ -221,18 +221,18 @@ def test_a_single_run_has_a_page_too(finished, tmp_path):
     assert "difference to" not in (tmp_path / "page.html").read_text()
 
 
-def test_what_a_crash_leaves_behind_does_not_lock_anybody_out(tmp_path):
+def test_temporary_files_of_a_crash_are_ignored(tmp_path):
     (tmp_path / ".comparison.json.x1y2").write_text("{")
     assert len(run(tmp_path, variants=VARIANTS[:1])) == 1
 
 
-def test_the_same_text_elsewhere_is_the_same_run(tmp_path):
+def test_the_same_text_at_another_path_is_the_same_run(tmp_path):
     run(tmp_path, variants=VARIANTS[:1])
     moved = replace(CONFIG, data=replace(CONFIG.data, paths=("elsewhere.txt",)))
     assert len(run(tmp_path, config=moved, variants=VARIANTS[:1])) == 1
 
 
-def test_a_comparison_can_grow(tmp_path):
+def test_variants_can_be_added_to_a_comparison(tmp_path):
     quiet = Console(quiet=True)
     for number, variant in enumerate(VARIANTS[:2]):
         compare(CONFIG, [variant], 1, TEXT, tmp_path, f"command {number}", quiet)
@@ -248,7 +248,7 @@ NO_RECORDS = ["", "{", "[]", "{}", *(json.dumps({**RECORD, key: [1]}) for key in
 
 
 @pytest.mark.parametrize("content", NO_RECORDS[:7])
-def test_a_damaged_record_is_named(tmp_path, content):
+def test_a_damaged_record_is_an_error(tmp_path, content):
     (tmp_path / "comparison.json").write_text(content)
     with pytest.raises(RunFolderError, match=r"comparison\.json is damaged: .*; put a copy of it"):
         load_runs(tmp_path)
@@ -261,7 +261,7 @@ def test_a_comparison_without_a_complete_run_goes_on(tmp_path):
 
 
 @pytest.mark.parametrize("content", [*NO_RECORDS[:5], *NO_RECORDS[7:]])
-def test_a_damaged_record_of_a_run_is_begun_again(tmp_path, content, caplog):
+def test_a_damaged_record_of_a_run_is_replaced(tmp_path, content, caplog):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(RunFolderError, match=r"run\.json is damaged: .*; no run needs it"):
         run_record(tmp_path)
@@ -299,7 +299,7 @@ def of_another_kind(record):
 
 
 @pytest.mark.parametrize("damage", [cut, without_a_row, ragged, empty, of_another_kind])
-def test_a_damaged_record_of_the_gains_is_named(finished, tmp_path, damage):
+def test_a_damaged_gain_record_is_an_error(finished, tmp_path, damage):
     shutil.copytree(finished / "mhc" / "seed-0", tmp_path / "run")
     file = tmp_path / "run" / "metrics.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()]
@@ -310,13 +310,13 @@ def test_a_damaged_record_of_the_gains_is_named(finished, tmp_path, damage):
         load_runs(tmp_path / "run")
 
 
-def test_a_folder_of_comparisons_is_no_comparison(finished):
+def test_a_folder_of_comparisons_is_an_error(finished):
     with pytest.raises(RunFolderError, match="no complete run"):
         load_runs(finished.parent)
 
 
-def test_a_validation_loss_that_is_not_finite_has_its_row(finished, tmp_path):
-    """The last step may break a model: nothing but the validation after it meets that."""
+def test_a_validation_loss_that_is_not_finite_gives_nan(finished, tmp_path):
+    """The last step may break a model: only the validation after it shows that."""
     shutil.copytree(finished, tmp_path / "runs")
     folder = RunFolder(tmp_path / "runs" / "mhc" / "seed-0")
     folder.finish(folder.summary() | {"validation_loss": math.inf})
@@ -327,7 +327,7 @@ def test_a_validation_loss_that_is_not_finite_has_its_row(finished, tmp_path):
     assert all(math.isfinite(other.validation_loss) for other in others)
 
 
-def test_a_narrow_table_stands_upright(finished):
+def test_an_upright_table_fits_a_narrow_terminal(finished):
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(as_table(summarise(load_runs(finished)), upright=True))
     lines = console.export_text().splitlines()
@@ -336,6 +336,6 @@ def test_a_narrow_table_stands_upright(finished):
     assert "…" not in "".join(lines)
 
 
-def test_a_folder_without_runs_is_named(tmp_path):
+def test_a_folder_without_runs_is_an_error(tmp_path):
     with pytest.raises(RunFolderError, match="no complete run"):
         load_runs(tmp_path)

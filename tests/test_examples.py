@@ -1,4 +1,4 @@
-"""Every example runs, and shows what it says."""
+"""Every example runs and has the results that it describes."""
 
 import importlib.util
 import re
@@ -56,7 +56,7 @@ def test_nanogpt_trains_on_a_text_from_the_command_line(text_file):
     assert last < first
 
 
-def test_watch_gain_shows_that_hc_is_free_and_mhc_is_not():
+def test_watch_gain_bounds_mhc_but_not_hc():
     example = load("watch_gain")
     hc, mhc = example.watch("hc"), example.watch("mhc")
     assert all(row["forward"] == pytest.approx(1, abs=1e-5) for row in mhc)
@@ -65,7 +65,7 @@ def test_watch_gain_shows_that_hc_is_free_and_mhc_is_not():
         assert rows[-1]["loss"] < rows[0]["loss"] / 2
 
 
-def test_deepseek_v4_weights_gives_what_transformers_gives():
+def test_deepseek_v4_weights_agrees_with_transformers():
     pytest.importorskip("transformers")
     for share in load("deepseek_v4_weights").compare().values():
         assert share < 1e-5

@@ -1,4 +1,4 @@
-"""The command `mhc`."""
+"""The command line `mhc`: its commands, errors and exit statuses."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ from manifold_hc.cli.compare import compare
 from manifold_hc.cli.info import info
 from manifold_hc.cli.options import Group
 from manifold_hc.cli.report import report
-from manifold_hc.cli.terminal import log_to_stderr, print_anything
+from manifold_hc.cli.terminal import log_to_stderr, replace_unencodable
 from manifold_hc.cli.tokenize import tokenize
 from manifold_hc.cli.train import train
 from manifold_hc.cli.verify import verify
@@ -32,7 +32,7 @@ from manifold_hc.parallel import is_rank0
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(manifold_hc.__version__, prog_name="mhc", message="%(prog)s %(version)s")
 def commands() -> None:
-    """Manifold-constrained hyper-connections: train, compare, and see what stays stable.
+    """Manifold-constrained hyper-connections: train variants and compare their stability.
 
     \b
     mhc compare            residual, HC and mHC on Python's own documentation
@@ -45,8 +45,8 @@ for command in (train, compare, bench, verify, tokenize, report, info):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; exit status 0, 2 for the user's mistakes, 1 for a failed run."""
-    print_anything()
+    """Run the command line: exit status 0, 2 for invalid input, 1 for a failed run."""
+    replace_unencodable()
     log_to_stderr()
     try:
         status = commands.main(args=arguments, prog_name="mhc", standalone_mode=False)
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not known and "allocate memory" not in str(error):
             raise
         _fail("not enough memory for this configuration; make model or batch smaller", 1)
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
@@ -81,6 +81,6 @@ def _with_notes(error: ManifoldError) -> str:
 
 def _fail(message: str, status: int) -> None:
     line = " ".join(message.split()).encode(errors="backslashreplace").decode()
-    who = "mhc" if is_rank0() else f"mhc, process {os.environ['RANK']}"
-    print(f"{who}: error: {line}", file=sys.stderr)
+    prefix = "mhc" if is_rank0() else f"mhc, process {os.environ['RANK']}"
+    print(f"{prefix}: error: {line}", file=sys.stderr)
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""`mhc compare`."""
+"""`mhc compare`: train and compare variants."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from manifold_hc.study.records import check_folder
 from manifold_hc.training import check, require_memory
 
 MOST_SEEDS = 10_000
-"""Seeds of a comparison: all its runs are planned before the first one."""
+"""Largest number of seeds: all runs are planned before the first one starts."""
 
 
 @click.command(cls=RunCommand)
@@ -52,7 +52,7 @@ MOST_SEEDS = 10_000
 def compare(
     wanted: Wanted, out: Path, variants: tuple[str, ...], seeds: int, json_file: Path | None
 ) -> None:
-    """Train variants on the same data in the same order, and show what stays stable.
+    """Train variants on the same data in the same order, and compare loss and stability.
 
     \b
     mhc compare --seeds 3 --out runs/three training.steps=300
@@ -65,7 +65,7 @@ def compare(
 
     config = wanted.config(kinds=[text.partition(":")[0] for text in variants])
     if any(pair.startswith("connection.kind=") for pair in wanted.overrides):
-        raise ConfigError("connection.kind: is what --variant decides; leave it out")
+        raise ConfigError("connection.kind: --variant decides it; leave the key out")
     if config.parallel != ParallelConfig():
         raise ConfigError("compare: trains in one process; leave the keys of parallel alone")
     chosen = [parse_variant(text, config.connection) for text in dict.fromkeys(variants)]
@@ -94,7 +94,7 @@ def compare(
 
 
 def parse_variant(text: str, connection: ConnectionConfig) -> Variant:
-    """`kind:key=value:key=value` on top of `connection`."""
+    """Parse `kind:key=value:key=value` as changes of `connection`."""
     kind, *pairs = text.split(":")
     if "=" in kind:
         raise ConfigError(f"variant: {text!r} must start with residual, hc or mhc")

@@ -1,4 +1,4 @@
-"""`mhc info`."""
+"""`mhc info`: versions, devices and backends."""
 
 import importlib.util
 import os
@@ -27,7 +27,7 @@ PACKAGES = (
 
 @click.command()
 def info() -> None:
-    """Versions, devices, backends, compiler and caches: what to send with a bug report.
+    """Versions, devices, backends, compiler and caches, for a bug report.
 
     \b
     mhc info
@@ -38,9 +38,9 @@ def info() -> None:
     from manifold_hc.files import cache_folder
     from manifold_hc.kernels import backends
 
-    found = {name: _unusable(name) for name in backends()}
-    usable = [name for name, why in found.items() if not why]
-    missing = [f"{name} not usable: {why}" for name, why in found.items() if why]
+    reasons = {name: _unusable(name) for name in backends()}
+    usable = [name for name, reason in reasons.items() if not reason]
+    missing = [f"{name} not usable: {reason}" for name, reason in reasons.items() if reason]
     rows = {
         "manifold-hc": manifold_hc.__version__,
         "python": f"{platform.python_version()} on {platform.platform()}",
@@ -58,7 +58,7 @@ def info() -> None:
 
 
 def _unusable(backend: str) -> str:
-    """Why a backend serves no call on this machine; empty if it does, as far as is known."""
+    """Return the reason that a backend is unusable on this machine, "" if none is known."""
     if backend == "triton":
         import torch
 

@@ -15,25 +15,29 @@ from manifold_hc.errors import ConfigError
 Config = TypeVar("Config")
 
 LONGEST = 200
-"""Characters of a value that an error repeats."""
+"""Characters of a value that an error message shows."""
 
 
 def override(
     config: Config, pairs: Sequence[str], values: Mapping[str, object] | None = None
 ) -> Config:
-    """A copy of the dataclass tree `config` with `a.b=value` for every pair; later ones win.
+    """Return a copy of the dataclass tree `config` with the overrides `a.b=value`.
 
-    `values` has keys with values that need no reading; pairs win over them.
+    Args:
+        config: a dataclass whose fields may be dataclasses.
+        pairs: overrides; later ones win.
+        values: overrides by key that need no parsing; pairs win over them.
 
-    Raises ConfigError, in one line, for an unknown key, a value of another type, and a value that
-    the configuration itself refuses.
+    Raises:
+        ConfigError: in one line, for an unknown key, a value of another type, and a value that the
+            configuration does not allow.
     """
     tree: dict[str, Any] = {}
     given: list[tuple[str, object]] = list((values or {}).items())
-    for place, pair in enumerate(pairs):
+    for index, pair in enumerate(pairs):
         key, equals, text = pair.partition("=")
         if not equals:
-            following = pairs[place + 1] if place + 1 < len(pairs) else ""
+            following = pairs[index + 1] if index + 1 < len(pairs) else ""
             hint = suggestion(config, key, following) or "see --help for the keys"
             raise ConfigError(f"{pair!r} is not an option or key=value; {hint}")
         given.append((key, text))
@@ -49,7 +53,7 @@ def override(
 
 
 def override_from(config: Config, file: Path) -> Config:
-    """A copy of `config` with the keys of a JSON file, such as a run folder's `config.json`.
+    """Return a copy of `config` with the keys of a JSON file, such as a run's `config.json`.
 
     The file may leave keys out. Raises ConfigError as `override` does, with the file's name.
     """
@@ -60,7 +64,7 @@ def override_from(config: Config, file: Path) -> Config:
 
 
 def describe(config: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """(key, default, sentence) of every leaf of a dataclass tree."""
+    """Yield (key, default, sentence) of every leaf of a dataclass tree."""
     sentences = {
         parameter.arg_name: " ".join((parameter.description or "").split())
         for parameter in docstring_parser.parse_from_object(type(config)).params
@@ -74,11 +78,11 @@ def describe(config: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
         sentence = sentences.get(field.name, "")
         if get_origin(hints[field.name]) is Literal:
             sentence += f" One of {', '.join(get_args(hints[field.name]))}."
-        yield f"{prefix}{field.name}", _shown(value), sentence.strip()
+        yield f"{prefix}{field.name}", _format(value), sentence.strip()
 
 
 def closest(config: Any, key: str, prefix: str = "") -> str | None:
-    """The key of `config` that `key` most likely means; None if none is like it."""
+    """Return the key of `config` closest to `key`; None if none is close."""
     known = [leaf for leaf, _, _ in describe(config, prefix)]
     last = {leaf.rpartition(".")[2]: leaf for leaf in reversed(known)}
     name = key.rpartition(".")[2]
@@ -92,21 +96,20 @@ def closest(config: Any, key: str, prefix: str = "") -> str | None:
 
 
 def suggestion(config: Any, key: str, following: str) -> str:
-    """What to type in place of `key`, written without its "="; empty if no key is like it.
+    """Return a hint for a `key` typed without "=", empty if no key is close.
 
-    following: the next word of the command line, which is the value unless it is an option or
-    another key=value.
+    following: the next argument, which is the value unless it is an option or another key=value.
     """
-    meant = closest(config, key.replace("-", "_"))
-    if meant is None:
+    match = closest(config, key.replace("-", "_"))
+    if match is None:
         return ""
-    default = next(shown for leaf, shown, _ in describe(config) if leaf == meant)
+    default = next(shown for leaf, shown, _ in describe(config) if leaf == match)
     if following and "=" not in following and not following.startswith("--"):
-        return f"did you mean {meant}={following}?"
-    return f"did you mean {meant}={'true' if default in ('true', 'false') else 'VALUE'}?"
+        return f"did you mean {match}={following}?"
+    return f"did you mean {match}={'true' if default in ('true', 'false') else 'VALUE'}?"
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return (
@@ -115,7 +118,7 @@ def _shown(value: Any) -> str:
 
 
 def _merged(config: Any, tree: dict[str, Any], prefix: str = "") -> Any:
-    """`config` with the leaves of `tree`, texts or JSON values; checked once, with all of them."""
+    """Return `config` with the leaves of `tree`, texts or JSON values, validated together."""
     hints, changes = get_type_hints(type(config)), {}
     for name, new in tree.items():
         key, value = f"{prefix}{name}", getattr(config, name, None)
@@ -135,7 +138,7 @@ def _merged(config: Any, tree: dict[str, Any], prefix: str = "") -> Any:
 
 
 def _first_leaf(key: str, value: Any) -> str:
-    """The whole key of the first leaf below `key`."""
+    """Return the full key of the first leaf below `key`."""
     while isinstance(value, dict) and value:
         name, value = next(iter(value.items()))
         key = f"{key}.{name}"
@@ -149,7 +152,7 @@ def _unknown(key: str, config: Any, prefix: str) -> str:
 
 
 def _parsed(key: str, new: Any, hint: Any, present: Any) -> Any:
-    """present: the value there is, an example of one that would do."""
+    """Convert a value to the type `hint`; present: the current value, an example for the error."""
     value = new
     if get_origin(hint) is tuple and isinstance(new, str):
         value = [part.strip() for part in new.split(",") if part.strip()]
@@ -157,7 +160,7 @@ def _parsed(key: str, new: Any, hint: Any, present: Any) -> Any:
         return msgspec.convert(value, hint, strict=False)
     except (msgspec.ValidationError, UnicodeError):
         several = get_origin(hint) is tuple
-        wanted = _several(get_args(hint), _shown(present)) if several else _wanted(hint)
+        wanted = _several(get_args(hint), _format(present)) if several else _wanted(hint)
         raise ConfigError(f"{key}: must be {wanted} but is {_quoted(new)}") from None
 
 
@@ -175,7 +178,7 @@ def _wanted(hint: Any) -> str:
 
 
 def _several(kinds: tuple[Any, ...], example: str) -> str:
-    """The elements that a tuple takes: so many of one kind, or any number."""
+    """Describe the elements of a tuple type: a fixed number, or any number of one type."""
     kind = kinds[0]
     if get_origin(kind) is Literal:
         return f"any of {', '.join(get_args(kind))}, with commas between,"

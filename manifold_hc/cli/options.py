@@ -1,4 +1,4 @@
-"""What commands have in common: where a RunConfig comes from, where figures go."""
+"""Options that commands share: the configuration of a run, the device, the JSON file."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -31,7 +31,7 @@ device_option = click.option(
 
 
 def judged_device(name: str) -> str:
-    """The device called `name`; "auto" passes over MPS, which has no float64 to judge by."""
+    """Return the device `name`; "auto" skips MPS, which has no float64 for the reference."""
     from manifold_hc.training.device import find_device
 
     found = find_device(name).type
@@ -42,11 +42,11 @@ WITHOUT_EFFECT = {
     "residual": {field.name for field in fields(ConnectionConfig)} - {"kind", "backend"},
     "hc": {"constraint", "iterations", "numerics", "hc_eps"},
 }
-"""Keys of `connection` that a kind does not read."""
+"""Keys of `connection` that a kind does not use."""
 
 
 def require_effect(keys: Iterable[str], kinds: Sequence[str]) -> None:
-    """Raise ConfigError for the first of `keys` of `connection` that none of the `kinds` reads."""
+    """Raise ConfigError for a key of `connection` that none of the `kinds` uses."""
     for key in keys:
         if all(key in WITHOUT_EFFECT.get(kind, ()) for kind in kinds):
             raise ConfigError(
@@ -56,10 +56,10 @@ def require_effect(keys: Iterable[str], kinds: Sequence[str]) -> None:
 
 
 class Group(click.Group):
-    """A group that prints its help, with exit status 2, where no command is given."""
+    """A group that prints its help and exits with status 2 if no command is given."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As click does."""
+        """Parse the arguments, or print the help if there are none."""
         if not args:
             click.echo(ctx.get_help(), err=True)
             ctx.exit(2)
@@ -67,10 +67,10 @@ class Group(click.Group):
 
 
 class RunCommand(click.Command):
-    """A command that takes the keys of a run, which its --help lists."""
+    """A command with key=value arguments, which its --help lists."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As click does, with a hint for a key that was typed as an option."""
+        """Parse the arguments; the error for a key typed as an option has a hint."""
         given = list(args)
         try:
             return super().parse_args(ctx, args)
@@ -78,14 +78,14 @@ class RunCommand(click.Command):
             raise click.UsageError(_no_option(error, given), ctx) from None
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """One row a key, after the options."""
+        """Add one row for each key after the options."""
         rows = [(f"{key}={default}", sentence) for key, default, sentence in describe(RunConfig())]
         with formatter.section("Keys, with their defaults"):
             formatter.write_dl(rows)
 
 
 def _no_option(error: click.NoSuchOption, given: Sequence[str]) -> str:
-    """The message for an unknown option: click's own where its name is like that of another."""
+    """Return the message for an unknown option: a key's hint, or click's own suggestion."""
     key = error.option_name.lstrip("-")
     word = next((word for word in given if word.partition("=")[0] == error.option_name), "")
     value = word.partition("=")[2] or next(iter(given[given.index(word) + 1 :] if word else ()), "")
@@ -99,7 +99,7 @@ def _no_option(error: click.NoSuchOption, given: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the command line says of a configuration."""
+    """Configuration options of a command line."""
 
     preset: str | None
     config_file: Path | None
@@ -107,10 +107,11 @@ class Wanted:
     overrides: tuple[str, ...]
 
     def config(self, base: RunConfig | None = None, kinds: Sequence[str] = ()) -> RunConfig:
-        """Preset, file, --data and KEY=VALUE, one over the other, on top of `base`.
+        """Build the configuration: KEY=VALUE wins over --data, over the file, over the preset.
 
-        kinds: of the connections that it is for, the configuration's own if left out. A KEY=VALUE
-        that none of them reads is refused; a file's keys are not, because a run writes all of them.
+        base: configuration to change, in place of a preset. kinds: of the connections that will be
+        trained, default the configuration's own; a KEY=VALUE that none of them uses is an error.
+        A file may have such keys, because a run writes all of them.
         """
         config = base or (preset(self.preset) if self.preset else RunConfig())
         if self.config_file:
@@ -126,7 +127,7 @@ class Wanted:
 
 
 def run_options(function: Callable[..., None]) -> Callable[..., None]:
-    """Add --preset, --config, --data and KEY=VALUE, and hand the command what is `wanted`."""
+    """Add --preset, --config, --data and KEY=VALUE; the command gets them as `wanted`."""
 
     @click.option(
         "--preset",

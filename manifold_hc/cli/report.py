@@ -1,4 +1,4 @@
-"""`mhc report`."""
+"""`mhc report`: table and page of a run folder."""
 
 import os
 import shlex
@@ -40,7 +40,7 @@ def report(folder: Path, out: Path | None, json_file: Path | None) -> None:
 
 
 def check_outputs(page: Path, json_file: Path | None) -> None:
-    """Raise ConfigError where the report's files would take the place of a run's own."""
+    """Raise ConfigError if a file of the report has the name of a run's own file."""
     if page.suffix != ".html":
         raise ConfigError(f"report: --out must end in .html but is {page}")
     for file in filter(None, (page.with_suffix(".json"), json_file)):
@@ -49,10 +49,7 @@ def check_outputs(page: Path, json_file: Path | None) -> None:
 
 
 def publish(folder: Path, page: Path, json_file: Path | None) -> "list[Run]":
-    """Print the table of `folder` and write page, picture, CSV and JSON beside one another.
-
-    Returns the runs.
-    """
+    """Print the table of `folder`, write page, PNG, CSV and JSON, and return the runs."""
     from manifold_hc.report import as_csv, as_json, as_table, load_runs, summarise, write_page
     from manifold_hc.study.records import comparison_record
     from manifold_hc.training.record import run_record

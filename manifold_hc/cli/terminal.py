@@ -1,4 +1,4 @@
-"""Where the commands print."""
+"""Consoles, log handler and encoding of the commands' output."""
 
 import codecs
 import io
@@ -14,17 +14,17 @@ from rich.console import Console
 from manifold_hc.parallel import is_rank0
 
 WIDE = 130
-"""Columns that the table of a comparison needs."""
+"""Columns of the table of a comparison."""
 
 PLAIN = {"±": "+-"}
-"""What stands for a sign of the tables that an encoding lacks."""
+"""Replacements of characters that an encoding lacks."""
 
 PLAIN_WIDTH = 160
-"""Columns where no terminal tells."""
+"""Columns of the output without a terminal."""
 
 
-def print_anything() -> None:
-    """Let the outputs take characters that their encoding lacks, in an ASCII locale for one."""
+def replace_unencodable() -> None:
+    """Make stdout and stderr replace characters that their encoding lacks."""
     codecs.register_error("manifold_hc", _replaced)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -40,13 +40,13 @@ def _replaced(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def command_line() -> str:
-    """The command that was typed, as a record keeps it."""
+    """Return the command line, quoted for a shell."""
     return shlex.join(["mhc", *sys.argv[1:]]).encode(errors="backslashreplace").decode()
 
 
 @cache
 def console(*, stderr: bool = False) -> Console:
-    """A rich console; plain text without a terminal or with NO_COLOR set."""
+    """Return a rich console; plain text without a terminal or with NO_COLOR set."""
     found = Console(stderr=stderr, highlight=False)
     if found.is_terminal and not os.environ.get("NO_COLOR"):
         return found
@@ -59,17 +59,17 @@ def console(*, stderr: bool = False) -> Console:
 
 
 class _ConsoleHandler(logging.Handler):
-    """Prints through the console, so that a message stands above a progress bar."""
+    """Prints through the console, so that messages appear above a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with suppress(OSError):  # a log on a full disk must not stop what it tells of
+        with suppress(OSError):  # a log on a full disk must not stop the command
             console(stderr=True).print(self.format(record), markup=False, soft_wrap=True)
 
 
 def log_to_stderr() -> None:
-    """Show the library's messages; of several processes the first one speaks for all."""
+    """Show the library's log messages; in a distributed run, those of rank 0."""
     logger = logging.getLogger("manifold_hc")
     logger.handlers = [_ConsoleHandler()]
-    # How torch moves the parts of a tensor is nothing that a user can change.
+    # DTensor warns of how it moves shards, which a user cannot change.
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
     logger.setLevel(logging.INFO if is_rank0() else logging.CRITICAL)

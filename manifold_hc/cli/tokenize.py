@@ -1,8 +1,10 @@
-"""`mhc tokenize`."""
+"""`mhc tokenize`: write shards."""
 
 import logging
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -55,7 +57,7 @@ logger = logging.getLogger("manifold_hc")
 @click.option(
     "--skip-broken",
     is_flag=True,
-    help="Leave out rows that cannot be read, and count them; the first one ends it otherwise.",
+    help="Leave out rows that cannot be read, and count them; the first one is an error otherwise.",
 )
 @json_option
 def tokenize(
@@ -68,7 +70,7 @@ def tokenize(
     skip_broken: bool,
     json_file: Path | None,
 ) -> None:
-    """Turn texts into shards of token ids, which training maps instead of reading.
+    """Tokenize texts into shards, which training memory-maps.
 
     \b
     mhc tokenize books/ more.jsonl --tokenizer tokenizer.json --out shards/books
@@ -93,30 +95,13 @@ def tokenize(
     chosen.announce()
     skipped = Skipped(allowed=skip_broken)
     start = time.perf_counter()
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        unfinished.mkdir(parents=True)
-    except OSError as error:
-        raise RunFolderError(
-            f"tokenize: {out} cannot be made ({error.strerror}); choose another with --out"
-        ) from None
-    try:
-        with ReadingProgress(console(stderr=True), total) as progress:
-            texts = (
-                text
-                for source in sources
-                for text in documents(source, text_key, skipped, progress.advance, listed[source])
-            )
-            index = write(texts, chosen, unfinished, shard_tokens, skipped)
-        if out.is_dir():
-            out.rmdir()
-        unfinished.rename(out)
-    except BaseException as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise ManifoldError(f"tokenize: {out} cannot be written: {error.strerror}") from None
-        raise
+    with _new_folder(out) as folder, ReadingProgress(console(stderr=True), total) as progress:
+        texts = (
+            text
+            for source in sources
+            for text in documents(source, text_key, skipped, progress.advance, listed[source])
+        )
+        index = write(texts, chosen, folder, shard_tokens, skipped)
     seconds = time.perf_counter() - start
     figures = {
         "documents": index.documents,
@@ -137,3 +122,26 @@ def tokenize(
     click.echo(f"shards: {out}")
     if json_file:
         write_atomically(json_file, msgspec.json.format(msgspec.json.encode(figures)))
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """Create a temporary folder, which becomes `out` at the end; an error removes it."""
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+    except OSError as error:
+        raise RunFolderError(
+            f"tokenize: {out} cannot be made ({error.strerror}); choose another with --out"
+        ) from None
+    try:
+        yield unfinished
+        if out.is_dir():
+            out.rmdir()
+        unfinished.rename(out)
+    except BaseException as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ManifoldError(f"tokenize: {out} cannot be written: {error.strerror}") from None
+        raise

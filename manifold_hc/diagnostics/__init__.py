@@ -1,4 +1,4 @@
-"""Figures that show whether training is stable: gain magnitudes and diversity of the streams."""
+"""Stability figures of a model: gain magnitudes and diversity of the streams."""
 
 from manifold_hc.diagnostics.gain import (
     AmaxGain,

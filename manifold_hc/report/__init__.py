@@ -1,4 +1,4 @@
-"""From a run folder to a table and a page."""
+"""Reports of runs: a table, CSV, JSON and an HTML page."""
 
 from manifold_hc.extras import require_train
 

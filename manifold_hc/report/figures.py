@@ -1,4 +1,4 @@
-"""The plots of a report, as matplotlib figures."""
+"""Plots of a report, as matplotlib figures."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -14,25 +14,26 @@ from manifold_hc.report.runs import Run
 COLOURS = ("#5b6472", "#d1495b", "#00798c", "#edae49", "#6a4c93", "#66a182", "#2e4057", "#a44a3f")
 
 GAINS = (0.5, 2.0)
-"""What an axis of gains spans at least: rounding noise around 1 must not fill it."""
+"""Smallest range of an axis of gains, so that rounding noise around 1 does not fill it."""
 
 NOISE = (-0.01, 0.01)
-"""What an axis of differences spans at least."""
+"""Smallest range of an axis of differences."""
 
-Span = tuple[float, float]
+Range = tuple[float, float]
 
 Series = Callable[[Run], tuple[np.ndarray, np.ndarray]]
+"""Returns x and y of one line of a run."""
 
 
 def loss(runs: Sequence[Run], baseline: str | None) -> Figure:
-    """Training loss and its difference to the baseline."""
+    """Plot the training loss and its difference to the baseline."""
     return _with_difference(
         runs, baseline, lambda run: _smooth(run.series("step", "loss")), "training loss (nats)"
     )
 
 
 def validation(runs: Sequence[Run], baseline: str | None) -> Figure:
-    """Validation loss at every validation and its difference to the baseline."""
+    """Plot the validation loss at every validation and its difference to the baseline."""
     figure = _with_difference(
         runs, baseline, lambda run: run.series("validation", "loss"), "validation loss (nats)"
     )
@@ -43,14 +44,14 @@ def validation(runs: Sequence[Run], baseline: str | None) -> Figure:
 
 
 def gradient_norm(runs: Sequence[Run], baseline: str | None) -> Figure:
-    """Gradient norm before clipping and its difference to the baseline."""
+    """Plot the gradient norm before clipping and its difference to the baseline."""
     return _with_difference(
         runs, baseline, lambda run: _smooth(run.series("step", "gradient_norm")), "gradient norm"
     )
 
 
 def gain_over_training(runs: Sequence[Run]) -> Figure:
-    """Largest composite gain over depth at every probed step."""
+    """Plot the largest composite gain over depth at every probed step."""
     figure, axes = _panels(2)
     for axis, direction in zip(axes, ("forward", "backward"), strict=True):
         _lines(axis, runs, lambda run, d=direction: run.series("gain", f"gain_{d}"))  # type: ignore[misc]
@@ -61,7 +62,7 @@ def gain_over_training(runs: Sequence[Run]) -> Figure:
 
 
 def gain_over_depth(runs: Sequence[Run]) -> Figure:
-    """Single and composite gain of every sublayer at the last step."""
+    """Plot the single and composite gain of every sublayer at the last step."""
     figure, axes = _panels(2, 2)
     rows = ("forward", "backward", "composite_forward", "composite_backward")
     for axis, row in zip(axes, rows, strict=True):
@@ -79,10 +80,10 @@ def gain_over_depth(runs: Sequence[Run]) -> Figure:
 
 
 def streams_over_depth(runs: Sequence[Run]) -> Figure:
-    """Whether the streams still differ at the last step."""
+    """Plot cosine and effective rank of the streams of every sublayer at the last step."""
     figure, axes = _panels(2)
     most = max([2, *(len(run.gains[-1]["composite"][0]) for run in runs if run.gains)])
-    for axis, key, title, span in (
+    for axis, key, title, least in (
         (axes[0], "stream_cosine", "mean cosine between streams", (0.0, 1.0)),
         (axes[1], "stream_rank", "effective rank of the streams", (1.0, float(most))),
     ):
@@ -93,13 +94,13 @@ def streams_over_depth(runs: Sequence[Run]) -> Figure:
 
         _lines(axis, runs, at_depth)
         _label(axis, title, "sublayer", "")
-        _span(axis, span)
+        _widen(axis, least)
     axes[0].legend(frameon=False)
     return figure
 
 
 def composite_matrices(runs: Sequence[Run]) -> Figure:
-    """Token mean of the whole network's product of mixing matrices, first seed of each variant."""
+    """Plot each variant's composite matrix of the whole network, mean over tokens, first seed."""
     first = {run.variant: run for run in reversed(runs) if run.gains}
     chosen = [first[name] for name in dict.fromkeys(run.variant for run in runs) if name in first]
     figure, axes = _panels(max(1, len(chosen)), width=3.2, height=3.0)
@@ -117,7 +118,7 @@ def composite_matrices(runs: Sequence[Run]) -> Figure:
 
 
 def overview(runs: Sequence[Run]) -> Figure:
-    """Loss, gain over training and gain over depth side by side."""
+    """Plot loss, gain over training and gain over depth in one row."""
     figure, axes = _panels(3, width=4.2)
     _lines(axes[0], runs, lambda run: _smooth(run.series("step", "loss")))
     _label(axes[0], "training loss (nats)", "step", "")
@@ -138,7 +139,7 @@ def overview(runs: Sequence[Run]) -> Figure:
 
 
 def to_svg(figure: Figure) -> str:
-    """The figure as an SVG element, the same bytes for the same figure."""
+    """Return the figure as an SVG element; equal figures give equal bytes."""
     text = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": "manifold-hc", "svg.fonttype": "none"}):
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
@@ -146,7 +147,7 @@ def to_svg(figure: Figure) -> str:
 
 
 def to_png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
+    """Return the figure as a PNG file."""
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=130)
     return data.getvalue()
@@ -155,6 +156,7 @@ def to_png(figure: Figure) -> bytes:
 def _with_difference(
     runs: Sequence[Run], baseline: str | None, series: Series, title: str
 ) -> Figure:
+    """Plot a series of every run, and its difference to the baseline run of the same seed."""
     figure, axes = _panels(1 if baseline is None else 2)
     _lines(axes[0], runs, series)
     _label(axes[0], title, "step", "")
@@ -170,32 +172,28 @@ def _with_difference(
 
         _lines(axes[1], [run for run in runs if run.seed in base], difference)
         _label(axes[1], f"difference to {baseline}", "step", "")
-        _span(axes[1], NOISE)
+        _widen(axes[1], NOISE)
     return figure
 
 
 def _lines(axis: Axes, runs: Sequence[Run], series: Series) -> None:
-    """A line a variant, its mean over seeds, with a band from the least to the largest."""
+    """Draw a line for each variant, mean over seeds, with a band from smallest to largest."""
     names = list(dict.fromkeys(run.variant for run in runs))
-    for index, (colour, name) in enumerate(zip(_cycle(), names, strict=False)):
+    for index, (colour, name) in enumerate(zip(COLOURS * 8, names, strict=False)):
         found = [series(run) for run in runs if run.variant == name]
         length = min(len(values) for _, values in found)
         if not length:
             continue
         steps, values = found[0][0][:length], np.stack([v[:length] for _, v in found])
-        # Wider below: a line that lies under another one still shows.
+        # Lines drawn first are wider, so that a line under another one is visible.
         width = min(4.0, 1.5 + 1.2 * (len(names) - 1 - index))
         axis.plot(steps, values.mean(0), color=colour, label=name, linewidth=width)
         if len(found) > 1:
             axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.18, lw=0)
 
 
-def _cycle() -> Sequence[str]:
-    return COLOURS * 8
-
-
 def _smooth(series: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Running mean over 3 % of the run, shorter at its start."""
+    """Compute the running mean over 3 % of the run, over fewer steps at its start."""
     steps, values = series
     window = max(1, round(0.03 * len(values)))
     sums = np.cumsum(np.concatenate([[0.0], values]))
@@ -219,15 +217,15 @@ def _label(axis: Axes, title: str, x: str, y: str) -> None:
     axis.grid(alpha=0.25, linewidth=0.6)
 
 
-def _span(axis: Axes, least: Span) -> None:
-    """Widen the y axis to `least` with a margin, where what was drawn leaves it narrower."""
+def _widen(axis: Axes, least: Range) -> None:
+    """Widen the y axis to at least the range `least`, plus a margin."""
     margin = 0.04 * (least[1] - least[0])
     low, high = axis.get_ylim()
     axis.set_ylim(min(low, least[0] - margin), max(high, least[1] + margin))
 
 
 def _as_gains(axis: Axes) -> None:
-    """A logarithmic y axis that spans at least `GAINS` and has plain numbers."""
+    """Make the y axis logarithmic, with plain numbers and at least the range `GAINS`."""
     axis.set_yscale("log")
     low, high = axis.get_ylim()
     low, high = min(low, GAINS[0]), max(high, GAINS[1])

@@ -1,4 +1,4 @@
-"""One self-contained HTML page for a run folder."""
+"""The page of a run folder: one self-contained HTML file."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from manifold_hc.report.runs import Run
 from manifold_hc.report.table import BASELINE, as_table, summarise
 
 ORIGIN = ("folder", "date", "machine")
-"""What a page says of its runs below its title, of what is known."""
+"""Members of the record that are shown below the title, if known."""
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,16 @@ class _Section:
 
 
 def write_page(runs: Sequence[Run], record: dict[str, Any], page: Path) -> None:
-    """Write `page`, which needs no other file, and a picture of its main plots beside it.
+    """Write the self-contained HTML file `page`, and a PNG of its main plots with the same name.
 
-    record: folder, date, commands, machine and versions, shown as they are.
+    record: folder, date, commands, machine and versions, shown unchanged.
     """
     write_atomically(page, render(runs, record))
     write_atomically(page.with_suffix(".png"), figures.to_png(figures.overview(runs)))
 
 
 def render(runs: Sequence[Run], record: dict[str, Any]) -> str:
-    """The page as text."""
+    """Return the page as HTML text."""
     variants = list(dict.fromkeys(run.variant for run in runs))
     table = as_table(summarise(runs))
     columns = [list(column.cells) for column in table.columns]
@@ -55,7 +55,7 @@ def render(runs: Sequence[Run], record: dict[str, Any]) -> str:
         headings=[column.header for column in table.columns],
         rows=list(zip(*columns, strict=True)),
         sections=_sections(runs, BASELINE if BASELINE in variants else None),
-        probes=[_probe(run) for run in runs if run.gains],
+        probes=[_probe_row(run) for run in runs if run.gains],
         configurations=[
             {"name": f"{run.variant} seed {run.seed}", "json": _pretty(run.config)} for run in runs
         ],
@@ -66,7 +66,7 @@ def render(runs: Sequence[Run], record: dict[str, Any]) -> str:
 
 
 def _sections(runs: Sequence[Run], baseline: str | None) -> list[_Section]:
-    """The plots; those of the stability figures only where they were taken."""
+    """Plot the sections; those of stability figures only if a run was probed."""
     plots = [
         ("Loss", "Running mean over 3 % of the run.", figures.loss(runs, baseline)),
         (
@@ -109,7 +109,8 @@ def _sections(runs: Sequence[Run], baseline: str | None) -> list[_Section]:
     return [_Section(title, text, figures.to_svg(figure)) for title, text, figure in plots]
 
 
-def _probe(run: Run) -> list[str]:
+def _probe_row(run: Run) -> list[str]:
+    """Format the figures of the last probe as a row of cells."""
     last = run.gains[-1]
     cells = [
         np.max(last[average][f"composite_{direction}"])

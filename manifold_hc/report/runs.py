@@ -1,4 +1,4 @@
-"""Finished runs, read back from their folders."""
+"""Complete runs, read from their folders."""
 
 import math
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ Numbers = list[float | None]
 
 
 class GainRecord(msgspec.Struct):
-    """What the report draws from a record of the gain monitor; null is a number not finite."""
+    """Members of a gain monitor's record that a report uses; null if a number is not finite."""
 
     gain_forward: float | None
     gain_backward: float | None
@@ -36,13 +36,13 @@ class GainRecord(msgspec.Struct):
 
 
 def largest(values: Iterable[float]) -> float:
-    """The largest of the values that are numbers; NaN if none is."""
+    """Return the largest value that is not NaN; NaN if all are."""
     return max((value for value in values if not math.isnan(value)), default=math.nan)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: what it was and what it measured."""
+    """One run: configuration, summary and metrics."""
 
     variant: str
     config: RunConfig
@@ -56,37 +56,37 @@ class Run:
 
     @property
     def diverged_at(self) -> int | None:
-        """The first step whose loss or gradient norm was not finite."""
+        """First step with a loss or gradient norm that is not finite; None if the run completed."""
         step: int | None = self.summary.get("diverged_at")
         return step
 
     @cached_property
     def gains(self) -> list[dict[str, Any]]:
-        """The stability figures of every probed step."""
+        """Stability figures of every probed step."""
         return [record for record in self.metrics if record["event"] == "gain"]
 
     def series(self, event: str, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values of one figure over training."""
+        """Return steps and values of one figure over training."""
         records = [record for record in self.metrics if record["event"] == event]
         steps = np.array([record["step"] for record in records], dtype=np.int64)
         return steps, np.array([record[key] for record in records], dtype=np.float64)
 
     def largest(self, key: str) -> float:
-        """Largest value of a stability figure over training; NaN if none was taken."""
+        """Return the largest value of a stability figure over training; NaN without any."""
         return largest(record[key] for record in self.gains)
 
 
 def load_runs(folder: Path) -> list[Run]:
-    """The complete runs of a comparison, by variant and seed, or the one of a single run's folder.
+    """Load the complete runs of a comparison, by variant and seed, or a single run.
 
-    Raises RunFolderError when there is none or a file is damaged.
+    Raises RunFolderError if there is none or a file is damaged.
     """
     found = [(folder, "")] if RunFolder(folder).is_complete() else []
     variants = comparison_record(folder).get("variants", [])
     for variant in variants:
         complete = [file.parent for file in (folder / variant).glob("seed-*/summary.json")]
-        ours = [path for path in complete if _seed(path).isdecimal()]
-        found += [(path, variant) for path in sorted(ours, key=lambda path: int(_seed(path)))]
+        numbered = [path for path in complete if _seed(path).isdecimal()]
+        found += [(path, variant) for path in sorted(numbered, key=lambda path: int(_seed(path)))]
     if not found and variants:
         raise RunFolderError(
             f"report: {folder} holds no complete run yet; the mhc compare that began it goes on"
@@ -97,7 +97,7 @@ def load_runs(folder: Path) -> list[Run]:
 
 
 def _not_complete(run: RunFolder) -> RunFolderError:
-    """The error for a folder without a complete run: how far its run is, if it is one's."""
+    """Return the error for a folder without a complete run, with the steps of an unfinished one."""
     if not run.config_file.exists():
         return RunFolderError(f"report: {run.path} holds no complete run; is it a run folder?")
     config = run.config()
@@ -120,21 +120,21 @@ def _load(run: RunFolder, variant: str) -> Run:
 
 
 def _require_gains(file: Path, records: list[dict[str, Any]]) -> None:
-    """Raise RunFolderError for a record of the gain monitor that cannot be drawn."""
+    """Raise RunFolderError for a record of the gain monitor that is not valid."""
     for number, record in enumerate(records, start=1):
         if record["event"] != "gain":
             continue
-        cure = f"delete line {number}"
+        repair = f"delete line {number}"
         try:
             found = msgspec.convert(record, GainRecord)
         except msgspec.ValidationError as error:
-            raise damaged(file, f"a gain record is not valid: {error}", cure) from None
-        if not _is_whole(found):
-            raise damaged(file, "a gain record is cut", cure)
+            raise damaged(file, f"a gain record is not valid: {error}", repair) from None
+        if not _is_consistent(found):
+            raise damaged(file, "a gain record is cut", repair)
 
 
-def _is_whole(record: GainRecord) -> bool:
-    """Whether all figures are of the same sublayers, and the composites square."""
+def _is_consistent(record: GainRecord) -> bool:
+    """Return True if all figures have the same number of sublayers and composites are square."""
     L, n = len(record.composite), len(next(iter(record.composite), ()))
     averages = (record.gains, record.matrices)
     lists = [average.get(row, []) for average in averages for row in AmaxGain._fields]
@@ -145,7 +145,7 @@ def _is_whole(record: GainRecord) -> bool:
 
 
 def _with_nan(value: Any) -> Any:
-    """NaN for every null: a number that was not finite when it was written."""
+    """Replace every null by NaN; the writer replaces numbers that are not finite by null."""
     if isinstance(value, dict):
         return {key: _with_nan(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""The figures of a comparison, a row a variant."""
+"""Table of a comparison: one row for each variant."""
 
 import csv
 import io
@@ -17,44 +17,45 @@ BASELINE = "residual"
 DIFFERENCE = f"difference to {BASELINE}"
 
 CONFIDENCE = 0.95
-"""Of the intervals."""
+"""Level of the confidence intervals."""
 
 
 @dataclass(frozen=True)
 class VariantRow:
-    """One variant over its seeds; NaN where every seed diverged or nothing was probed."""
+    """Figures of one variant over its seeds; NaN if every seed diverged or none was probed."""
 
     variant: str
     seeds: int
     diverged: int
-    """Seeds whose loss or gradient norm stopped being finite; left out of the means."""
+    """Seeds with a loss or gradient norm that is not finite; left out of the means."""
     validation_loss: float
     """Mean over seeds, nats a token."""
     interval: float
-    """Half the 95 % interval of that mean; NaN for a single seed."""
+    """Half the 95 % confidence interval of `validation_loss`; NaN for a single seed."""
     difference: float
-    """Mean of the loss differences to the residual run of the same seed; NaN without one."""
+    """Mean difference of the loss to the residual run of the same seed; NaN without one."""
     difference_interval: float
-    """Half the 95 % interval of that mean: narrower than `interval` where seeds differ most."""
+    """Half the 95 % confidence interval of `difference`, paired by seed."""
     seconds_per_step: float
-    """Median step of each run, mean over seeds."""
+    """Median time of a step in a run, mean over seeds."""
     largest_gradient_norm: float
-    """Over all steps and seeds, before clipping."""
+    """Largest gradient norm over all steps and seeds, before clipping."""
     largest_forward_gain: float
-    """Composite, over depth, probed steps and seeds; mean over tokens."""
+    """Largest composite gain over depth, probed steps and seeds; mean over tokens."""
     largest_backward_gain: float
+    """Largest composite backward gain, as `largest_forward_gain`."""
     parameters: int
 
 
 def summarise(runs: Sequence[Run]) -> list[VariantRow]:
-    """One row a variant, in the order of the runs."""
+    """Summarise every variant in one row, in the order of the runs."""
     variants = dict.fromkeys(run.variant for run in runs)
     baseline = _losses([run for run in runs if run.variant == BASELINE])
     return [_row(name, [run for run in runs if run.variant == name], baseline) for name in variants]
 
 
 def _losses(runs: Sequence[Run]) -> dict[int, float]:
-    """Validation loss by seed, of the runs that reached their end."""
+    """Return the validation loss by seed of the runs that did not diverge."""
     return {run.seed: run.summary["validation_loss"] for run in runs if run.diverged_at is None}
 
 
@@ -80,6 +81,7 @@ def _row(name: str, runs: list[Run], baseline: dict[int, float]) -> VariantRow:
 
 
 def _interval(values: list[float]) -> float:
+    """Compute half the confidence interval of the mean; NaN below two values."""
     if len(values) < 2 or not all(map(math.isfinite, values)):
         return math.nan
     return student(len(values) - 1) * stdev(values) / math.sqrt(len(values))
@@ -87,9 +89,9 @@ def _interval(values: list[float]) -> float:
 
 @cache
 def student(freedom: int) -> float:
-    """The t that Student's distribution exceeds in absolute value with probability 0.05.
+    """Compute the two-sided 95 % quantile of Student's t, exact for any degrees of freedom.
 
-    freedom: degrees of freedom, at least 1. By bisection of the distribution's finite series.
+    freedom: degrees of freedom, at least 1. Bisection of the distribution's finite series.
 
     >>> round(student(10), 3)
     2.228
@@ -97,12 +99,12 @@ def student(freedom: int) -> float:
     low, high = 0.0, math.pi / 2
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, freedom) < CONFIDENCE else (low, middle)
+        low, high = (middle, high) if _probability(middle, freedom) < CONFIDENCE else (low, middle)
     return math.sqrt(freedom) * math.tan(low)
 
 
-def _within(angle: float, freedom: int) -> float:
-    """P(|T| < sqrt(freedom) tan(angle)): Abramowitz and Stegun, equations 26.7.3 and 26.7.4."""
+def _probability(angle: float, freedom: int) -> float:
+    """Compute P(|T| < sqrt(freedom) tan(angle)): Abramowitz and Stegun, 26.7.3 and 26.7.4."""
     odd = freedom % 2
     term = math.sin(angle) * (math.cos(angle) if odd else 1.0)
     total = 0.0
@@ -113,9 +115,10 @@ def _within(angle: float, freedom: int) -> float:
 
 
 def as_table(rows: Sequence[VariantRow], *, upright: bool = False) -> Table:
-    """For people; `upright` puts the variants side by side, for a narrow terminal.
+    """Format the rows as a table.
 
-    The differences are left out where there is nothing to compare with.
+    upright: one column for each variant, for a narrow terminal. The differences are left out if
+    there is no residual variant to compare with.
     """
     cells = [_cells(row) for row in rows]
     headings = [
@@ -133,7 +136,7 @@ def as_table(rows: Sequence[VariantRow], *, upright: bool = False) -> Table:
 
 
 def _cells(row: VariantRow) -> dict[str, str]:
-    """What stands under each heading."""
+    """Format the cells of a row, by heading."""
     loss = _with_interval(f"{row.validation_loss:.4f}", row.interval)
     if row.diverged:
         loss += f" ({row.diverged} of {row.seeds} diverged)"
@@ -156,7 +159,7 @@ def _with_interval(figure: str, interval: float) -> str:
 
 
 def as_csv(rows: Sequence[VariantRow]) -> str:
-    """For spreadsheets."""
+    """Format the rows as CSV."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(VariantRow)], lineterminator="\n")
     writer.writeheader()
@@ -165,7 +168,7 @@ def as_csv(rows: Sequence[VariantRow]) -> str:
 
 
 def as_json(rows: Sequence[VariantRow], runs: Sequence[Run]) -> dict[str, Any]:
-    """For programs: the rows, and the figures of every run; null where a figure is NaN."""
+    """Return the rows and the figures of every run as JSON values; NaN becomes null."""
     return {
         "variants": [_without_nan(asdict(row)) for row in rows],
         "runs": [

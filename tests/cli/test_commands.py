@@ -70,7 +70,7 @@ def test_train_compare_and_report(capfd, tmp_path, text_file, monkeypatch):
         assert known in page
 
 
-def test_a_run_can_start_from_anothers_configuration(capfd, tmp_path, text_file):
+def test_a_run_can_start_from_the_configuration_of_another(capfd, tmp_path, text_file):
     first, second = tmp_path / "first", tmp_path / "second"
     mhc(capfd, "train", "--data", text_file, "--out", first, *SMALL, "connection.streams=3")
     config = ["--config", first / "config.json", "training.seed=7"]
@@ -155,7 +155,7 @@ def test_a_run_folder_in_use(capfd, tmp_path, text_file, command):
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
-def test_what_is_saved_is_not_touched(capfd, tmp_path, text_file, command):
+def test_files_of_a_complete_run_are_unchanged(capfd, tmp_path, text_file, command):
     out = tmp_path / "run"
     base = [command, "--data", text_file, "--out", out, *SMALL]
     assert mhc(capfd, *base)[0] == 0
@@ -174,7 +174,7 @@ def test_a_diverged_run_is_status_1_in_one_line(capfd, tmp_path, text_file):
     assert err.splitlines()[-1].startswith("mhc: error: train: ")
 
 
-def test_at_step_0_no_rate_is_to_blame(capfd, tmp_path, text_file):
+def test_divergence_at_step_0_does_not_blame_the_learning_rate(capfd, tmp_path, text_file):
     base = ["train", "--data", text_file, "--out", tmp_path / "run", *SMALL]
     status, _, err = mhc(capfd, *base, "model.init_std=1e30")
     assert status == 1
@@ -183,8 +183,8 @@ def test_at_step_0_no_rate_is_to_blame(capfd, tmp_path, text_file):
     assert "optimizer.lr" not in err.splitlines()[-1]
 
 
-def test_a_state_beyond_repair_is_not_gone_on_from(capfd, tmp_path, text_file):
-    """A step fails from the state before it at any rate; from an older one it may not."""
+def test_resume_after_divergence_names_an_older_checkpoint(capfd, tmp_path, text_file):
+    """The state before the failed step diverges at any learning rate; an older one may not."""
     out = tmp_path / "run"
     small = [*SMALL, "checkpoint.best=false", "optimizer.schedule=constant", "optimizer.warmup=0"]
     assert mhc(capfd, "train", "--data", text_file, "--out", out, *small)[0] == 0
@@ -200,7 +200,7 @@ def test_a_state_beyond_repair_is_not_gone_on_from(capfd, tmp_path, text_file):
     assert mhc(capfd, *older.split()[1:-1], "optimizer.lr=1e-3")[0] == 0
 
 
-def test_a_state_beyond_repair_without_an_older_one(capfd, tmp_path, text_file):
+def test_divergence_without_an_older_checkpoint(capfd, tmp_path, text_file):
     wild = ["training.steps=9", "optimizer.lr=1e30", "optimizer.warmup=0", "optimizer.clip=0"]
     _, _, err = mhc(capfd, "train", "--data", text_file, "--out", tmp_path / "run", *SMALL, *wild)
     assert "step 1 is beyond repair, whatever the rate; start another run with a lower one" in err
@@ -215,14 +215,14 @@ def test_a_comparison_is_status_1_where_every_run_diverged(capfd, tmp_path, text
         assert (status, err.count("mhc: error:")) == (1, 1)
         assert "report.html" in out
         assert err.splitlines()[-1].startswith("mhc: error: compare: every run in ")
-    # Beside a run that did not diverge, one that did is a result.
+    # A comparison with one complete run is a result, even if the other one diverged.
     summary = tmp_path / "all" / "mhc" / "seed-0" / "summary.json"
     figures = ("validation_loss", "seconds_per_step", "largest_gradient_norm", "parameters")
     summary.write_text(json.dumps(dict.fromkeys(figures, 1.0) | {"steps": 3}))
     assert mhc(capfd, *base, *wild)[0] == 0
 
 
-def test_report_never_writes_over_a_run(capfd, tmp_path, text_file):
+def test_report_does_not_overwrite_files_of_a_run(capfd, tmp_path, text_file):
     out = tmp_path / "run"
     assert mhc(capfd, "compare", "--data", text_file, "--out", out, *SMALL)[0] == 0
     before = {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
@@ -241,7 +241,7 @@ def test_report_never_writes_over_a_run(capfd, tmp_path, text_file):
     assert {f: f.read_bytes() for f in out.rglob("*") if f.is_file()} == before
 
 
-def test_a_folder_of_somebody_else_is_left_as_it_is(capfd, tmp_path, text_file):
+def test_a_folder_with_other_files_is_unchanged(capfd, tmp_path, text_file):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
     for command in ("train", "compare"):
@@ -253,7 +253,7 @@ def test_a_folder_of_somebody_else_is_left_as_it_is(capfd, tmp_path, text_file):
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
-def test_a_model_too_large_is_refused_before_anything_is_read(capfd, tmp_path, command):
+def test_a_model_that_is_too_large_is_an_error_before_reading(capfd, tmp_path, command):
     huge = ["model.channels=3000000", "--data", tmp_path / "nowhere", "--out", tmp_path / "run"]
     status, out, err = mhc(capfd, command, *huge)
     assert (status, out, err.count("\n")) == (2, "", 1)
@@ -261,14 +261,14 @@ def test_a_model_too_large_is_refused_before_anything_is_read(capfd, tmp_path, c
     assert not (tmp_path / "run").exists()
 
 
-def test_a_batch_too_large_is_one_line(capfd, tmp_path, text_file):
+def test_a_batch_that_is_too_large_is_one_line(capfd, tmp_path, text_file):
     huge = ["training.batch=2000000000", "--out", tmp_path / "run"]
     status, _, err = mhc(capfd, "train", "--data", text_file, *huge)
     assert status == 1
     assert err.splitlines()[-1].startswith("mhc: error: not enough memory")
 
 
-def test_report_of_nothing(capfd, tmp_path):
+def test_report_of_an_empty_folder(capfd, tmp_path):
     status, _, err = mhc(capfd, "report", tmp_path)
     assert (status, err.count("\n")) == (2, 1)
     assert "no complete run" in err
@@ -299,7 +299,7 @@ def test_a_report_that_cannot_be_written_names_its_file(capfd, tmp_path, text_fi
     )
 
 
-def test_a_run_that_is_all_warm_up_says_so_once(capfd, tmp_path, text_file):
+def test_a_run_of_only_warm_up_logs_one_warning(capfd, tmp_path, text_file):
     said = "training.steps=3 is all warm-up: optimizer.warmup=3; set it lower"
     base = ["--data", text_file, *SMALL]
     train, compare = ["train", *base, "--out"], ["compare", *base, "--out"]
@@ -310,7 +310,7 @@ def test_a_run_that_is_all_warm_up_says_so_once(capfd, tmp_path, text_file):
     assert mhc(capfd, "train", *base, "--dry-run")[2] == ""
 
 
-def test_only_what_can_go_on_is_offered_to(capfd, tmp_path, text_file):
+def test_resume_is_offered_for_runs_only(capfd, tmp_path, text_file):
     books, runs = tmp_path / "books", tmp_path / "runs"
     for folder, name in ((books, "thesis.txt"), (runs, "comparison.json")):
         folder.mkdir()
@@ -378,7 +378,7 @@ def test_values_of_every_type():
             keys.override(RunConfig(), [pair])
 
 
-def test_keys_are_checked_together_whatever_their_order():
+def test_keys_are_validated_together_in_any_order():
     pairs = ["connection.hc_eps=1e-5", "connection.numerics=deepseek_v4"]
     assert keys.override(RunConfig(), pairs) == keys.override(RunConfig(), pairs[::-1])
     assert keys.override(RunConfig(), ["training.steps=1", "training.steps=2"]).training.steps == 2
@@ -405,7 +405,7 @@ def test_variants():
 
 
 def test_output_without_a_terminal_is_plain(tmp_path, text_file):
-    """A process of its own, as in a pipe: no colour, no cursor movement, no wrapped table."""
+    """In a pipe, without colour, cursor movement or wrapped tables."""
     command = [sys.executable, "-m", "manifold_hc", "compare", "--data", str(text_file)]
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "FORCE_COLOR")}
     answer = subprocess.run(

@@ -1,4 +1,4 @@
-"""What a new user types first, and what they get for a slip."""
+"""First commands of a new user, and the hints for typing errors."""
 
 import importlib.util
 import inspect
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("unchecked")
 
 
 @pytest.mark.parametrize("group", [[], ["bench"]])
-def test_a_group_alone_prints_its_help(capfd, group):
+def test_a_group_without_a_command_prints_its_help(capfd, group):
     status, out, err = mhc(capfd, *group)
     assert (status, out) == (2, "")
     assert err == mhc(capfd, *group, "--help")[1]
@@ -48,7 +48,7 @@ def test_a_key_typed_as_an_option_gets_a_hint(capfd, name):
         assert hint in err
 
 
-def test_other_options_keep_clicks_own_hint(capfd):
+def test_other_options_have_clicks_hint(capfd):
     status, _, err = mhc(capfd, "train", "--resum", "x")
     assert (status, err.count("\n")) == (2, 1)
     assert "--resume" in err
@@ -62,7 +62,7 @@ WITHOUT_EFFECT = {
 
 
 @pytest.mark.parametrize("kind", WITHOUT_EFFECT)
-def test_a_key_that_the_kind_does_not_read_is_refused_everywhere(capfd, tmp_path, text_file, kind):
+def test_a_key_that_the_kind_does_not_use_is_an_error(capfd, tmp_path, text_file, kind):
     chosen, pair = WITHOUT_EFFECT[kind]
     key = pair.partition("=")[0]
     wanted = f"{key}: has no effect with connection.kind={kind}; leave it out"
@@ -77,28 +77,28 @@ def test_a_key_that_the_kind_does_not_read_is_refused_everywhere(capfd, tmp_path
     assert not (tmp_path / "c").exists()
 
 
-def test_a_key_that_one_variant_reads_is_for_that_one(capfd, tmp_path, text_file):
+def test_a_key_that_one_variant_uses_is_allowed(capfd, tmp_path, text_file):
     base = ["compare", "--data", text_file, "--out", tmp_path / "c", *SMALL]
     assert mhc(capfd, *base, "connection.constraint=identity")[0] == 0
 
 
 @pytest.mark.parametrize("seeds", [0, 10_001, 2**64])
-def test_an_impossible_number_of_seeds_is_one_line(capfd, tmp_path, text_file, seeds):
+def test_an_invalid_number_of_seeds_is_one_line(capfd, tmp_path, text_file, seeds):
     base = ["compare", "--data", text_file, "--out", tmp_path / "c", *SMALL]
     status, _, err = mhc(capfd, *base, "--seeds", str(seeds))
     assert (status, err.count("\n")) == (2, 1)
     assert f"{seeds} is not in the range 1<=x<=10000" in err
 
 
-def test_the_variants_decide_on_the_kind(capfd, tmp_path, text_file):
+def test_compare_takes_the_kind_from_its_variants(capfd, tmp_path, text_file):
     base = ["compare", "--data", text_file, "--out", tmp_path / "c", *SMALL]
     status, _, err = mhc(capfd, *base, "connection.kind=hc")
     assert (status, err.count("\n")) == (2, 1)
-    assert "connection.kind: is what --variant decides" in err
+    assert "connection.kind: --variant decides it" in err
     assert not (tmp_path / "c").exists()
 
 
-def test_keys_of_a_file_that_have_no_effect_are_left_alone(capfd, tmp_path, text_file):
+def test_keys_of_a_file_may_have_no_effect(capfd, tmp_path, text_file):
     run = tmp_path / "run"
     residual = ["connection.kind=residual", *SMALL]
     assert mhc(capfd, "train", "--data", text_file, "--out", run, *residual)[0] == 0
@@ -108,7 +108,7 @@ def test_keys_of_a_file_that_have_no_effect_are_left_alone(capfd, tmp_path, text
     assert mhc(capfd, *again, "connection.kind=mhc", "connection.streams=8")[0] == 0
 
 
-def test_every_command_has_an_example_of_its_own(capfd):
+def test_every_command_has_an_example(capfd):
     def leaves(group, path):
         for name, command in group.commands.items():
             yield [*path, name]
@@ -121,7 +121,7 @@ def test_every_command_has_an_example_of_its_own(capfd):
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_info_lists_the_backends_that_serve(capfd, monkeypatch, installed):
+def test_info_lists_the_usable_backends(capfd, monkeypatch, installed):
     import torch
 
     known, find_spec = {"triton": object() if installed else None}, importlib.util.find_spec
@@ -144,7 +144,7 @@ ASCII = {
 }
 
 
-def test_names_and_signs_in_an_ascii_locale(capfd, tmp_path, text_file):
+def test_output_in_an_ascii_locale(capfd, tmp_path, text_file):
     folder = tmp_path / "läufe"
     base = ["compare", "--data", text_file, "--out", folder, *SMALL, "training.steps=1"]
     assert mhc(capfd, *base, "--variant", "residual", "--seeds", "2")[0] == 0
@@ -160,7 +160,7 @@ def test_names_and_signs_in_an_ascii_locale(capfd, tmp_path, text_file):
 
 
 def test_every_field_is_documented_in_python():
-    """In the class's docstring, which help() shows, by the sentence that stands at the field."""
+    """The class's docstring, which help() shows, has the sentence of every field."""
     docs = {p.arg_name: p for p in docstring_parser.parse(ConnectionConfig.__doc__).params}
     listed = {key: sentence for key, _, sentence in describe(ConnectionConfig())}
     assert docs.keys() == listed.keys() == {f.name for f in fields(ConnectionConfig)}

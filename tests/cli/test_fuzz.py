@@ -1,4 +1,4 @@
-"""Whatever a configuration says, the answer is a plan or one line: no traceback, no hang."""
+"""Random configurations give a plan or an error of one line, never a traceback or a hang."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from manifold_hc.training import RunConfig, RunFolder
 pytestmark = pytest.mark.usefixtures("unchecked")
 
 EXAMPLES = int(os.environ.get("MHC_FUZZ_EXAMPLES", "25"))
-"""More of them by hand: MHC_FUZZ_EXAMPLES=2000 pytest tests/cli/test_fuzz.py."""
+"""Number of examples; for more: MHC_FUZZ_EXAMPLES=2000 pytest tests/cli/test_fuzz.py."""
 
 quick = settings(
     max_examples=EXAMPLES,
@@ -110,15 +110,15 @@ def whole():
 
 
 def damaged(changes):
-    """The whole configuration with the leaves, sections or foreign keys of `changes`."""
+    """The default configuration with the leaves, sections or unknown keys of `changes`."""
     tree = whole()
     for key, value in changes:
         *sections, name = key.split(".")
-        place = tree
+        branch = tree
         for section in sections:
-            place = place.setdefault(section, {}) if isinstance(place, dict) else {}
-        if isinstance(place, dict):
-            place[name] = value
+            branch = branch.setdefault(section, {}) if isinstance(branch, dict) else {}
+        if isinstance(branch, dict):
+            branch[name] = value
     return tree
 
 
@@ -166,7 +166,7 @@ def test_bytes_of_a_file(tmp_path_factory, cut, put, drop):
     require_an_answer(answer("train", "--dry-run", "--config", file))
 
 
-def test_a_file_nested_without_end(tmp_path):
+def test_a_deeply_nested_file(tmp_path):
     file = tmp_path / "config.json"
     file.write_text('{"model":' * 100_000)
     require_an_answer(answer("train", "--dry-run", "--config", file))

@@ -1,4 +1,4 @@
-"""What people type to train: sources, shards, resuming, presets."""
+"""Commands that train: sources, shards, resuming, presets."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ def files(folder):
     return {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
-def test_a_run_goes_on_by_its_folder_alone(capfd, tmp_path, text_file):
+def test_resume_needs_only_the_run_folder(capfd, tmp_path, text_file):
     run, whole = tmp_path / "run", tmp_path / "whole"
     flat = ["--data", text_file, *SMALL, "optimizer.schedule=constant"]
     assert mhc(capfd, "train", *flat, "--out", run)[0] == 0
@@ -39,7 +39,7 @@ def test_a_run_goes_on_by_its_folder_alone(capfd, tmp_path, text_file):
     assert len(losses(run)) == 6
 
 
-def test_what_a_run_refuses_when_it_goes_on(capfd, tmp_path, text_file):
+def test_invalid_changes_on_resume_are_errors(capfd, tmp_path, text_file):
     run = tmp_path / "run"
     assert mhc(capfd, "train", "--data", text_file, *SMALL, "--out", run)[0] == 0
     (tmp_path / "other.txt").write_text(text_file.read_text()[1:])
@@ -64,7 +64,7 @@ def test_what_a_run_refuses_when_it_goes_on(capfd, tmp_path, text_file):
     assert mhc(capfd, "train", "--resume", tmp_path)[0] == 2
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(capfd, tmp_path, text_file):
+def test_resume_skips_a_damaged_checkpoint(capfd, tmp_path, text_file):
     run = tmp_path / "run"
     assert (
         mhc(capfd, "train", "--data", text_file, *SMALL, "checkpoint.every=2", "--out", run)[0] == 0
@@ -98,7 +98,7 @@ def test_a_checkpoint_of_another_model(capfd, tmp_path, text_file):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_process_says_how_to_go_on(tmp_path, text_file, number):
+def test_a_stopped_process_names_the_command_to_resume(tmp_path, text_file, number):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "manifold_hc", "train", "--data", str(text_file), "--out"]
     steps = ["training.steps=100000", "training.probe_every=100000"]
@@ -123,7 +123,7 @@ def test_a_stopped_process_says_how_to_go_on(tmp_path, text_file, number):
     assert recorded.startswith("mhc train --data ")
 
 
-def test_a_stopped_comparison_goes_on_by_the_same_command(tmp_path, text_file, capfd):
+def test_a_stopped_comparison_resumes_by_the_same_command(tmp_path, text_file, capfd):
     both, whole = tmp_path / "both", tmp_path / "whole"
     options = ["compare", "--data", str(text_file), *SMALL, "--variant", "mhc", "--variant", "hc"]
     options += ["training.steps=150", "training.probe_every=50"]
@@ -154,14 +154,14 @@ def test_dry_run_reads_and_writes_nothing(capfd, tmp_path, monkeypatch):
     assert "processes" not in small
 
 
-def test_dry_run_tells_who_shares_the_run(capfd):
+def test_dry_run_shows_the_processes(capfd):
     pipeline = ("parallel.pipeline=5", "parallel.schedule=DualPipeV", "training.accumulate=64")
     out = mhc(capfd, "train", "--preset", "27b", "--dry-run", *pipeline, "parallel.shard=4")[1]
     assert "pipeline 5 x shard 4; DualPipeV over 10 stages of 3 blocks" in " ".join(out.split())
     assert "microbatches: 64 of 5 sequences" in " ".join(out.split())
 
 
-def test_a_comparison_is_one_process(capfd, tmp_path, text_file):
+def test_a_comparison_runs_in_one_process(capfd, tmp_path, text_file):
     found = mhc(
         capfd, "compare", "--data", text_file, "--out", tmp_path / "c", "parallel.schedule=GPipe"
     )
@@ -170,7 +170,7 @@ def test_a_comparison_is_one_process(capfd, tmp_path, text_file):
     assert not (tmp_path / "c").exists()
 
 
-def test_shards_train_as_their_text_does(capfd, tmp_path, text_file, bpe):
+def test_shards_give_the_losses_of_their_text(capfd, tmp_path, text_file, bpe):
     shards, tokenizer = tmp_path / "shards", bpe()
     status, out, err = mhc(
         capfd, "tokenize", text_file, "--tokenizer", tokenizer, "--out", shards,
@@ -256,7 +256,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(capfd, tmp_path, 
     assert losses(run) == wanted
 
 
-def test_the_cure_of_a_damaged_file_cures_it(capfd, tmp_path, text_file):
+def test_the_repair_of_a_damaged_file_works(capfd, tmp_path, text_file):
     run = tmp_path / "run"
     base = ["train", "--data", text_file, *SMALL, "optimizer.schedule=constant"]
     assert mhc(capfd, *base, "--out", run)[0] == 0
