@@ -12,7 +12,7 @@ from typing import Any
 import click
 from rich.markup import escape
 
-from manifold_hc.cli.options import Group, device_option, json_option, judged_device
+from manifold_hc.cli.options import Group, device_option, json_option, float64_device
 from manifold_hc.cli.terminal import console
 from manifold_hc.errors import ConfigError, ManifoldError
 from manifold_hc.files import write_atomically
@@ -127,7 +127,7 @@ def request_options(function: Callable[..., None]) -> Callable[..., None]:
     def command(
         dtypes: tuple[str, ...], device: str, save: bool, json_file: Path | None, **options: Any
     ) -> None:
-        chosen = judged_device(device)
+        chosen = float64_device(device)
         function(request=Request(function.__name__, dtypes, chosen, save, json_file), **options)
 
     return command

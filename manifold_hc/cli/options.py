@@ -30,7 +30,7 @@ device_option = click.option(
 )
 
 
-def judged_device(name: str) -> str:
+def float64_device(name: str) -> str:
     """Return the device `name`; "auto" skips MPS, which has no float64 for the reference."""
     from manifold_hc.training.device import find_device
 

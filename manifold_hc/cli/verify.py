@@ -9,7 +9,7 @@ import msgspec
 from rich.markup import escape
 from rich.table import Table
 
-from manifold_hc.cli.options import device_option, json_option, judged_device
+from manifold_hc.cli.options import device_option, json_option, float64_device
 from manifold_hc.cli.terminal import console
 from manifold_hc.errors import ManifoldError
 from manifold_hc.files import write_atomically
@@ -35,7 +35,7 @@ def verify(device: str, json_file: Path | None) -> None:
     from manifold_hc.bench.output import results
     from manifold_hc.verify import Line, verify
 
-    chosen = judged_device(device)
+    chosen = float64_device(device)
     lines: list[Line] = []
     with console(stderr=True).status("verify") as status:
         for line in verify(chosen, lambda text: status.update(escape(text))):

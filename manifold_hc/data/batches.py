@@ -28,21 +28,23 @@ class Batch(NamedTuple):
         documents = None if self.documents is None else self.documents.to(device)
         return Batch(self.inputs.to(device), self.targets.to(device), documents)
 
-    def span(self, part: int, parts: int) -> "Batch":
-        """One of `parts` equal parts of every sequence, with the documents of the whole."""
-        if parts == 1:
-            return self
-        return Batch(
-            self.inputs.chunk(parts, 1)[part], self.targets.chunk(parts, 1)[part], self.documents
-        )
+    def slice_sequences(self, rank: int, size: int) -> "Batch":
+        """Return slice `rank` of `size` equal slices of every sequence.
 
-    def pieces(self, count: int) -> list["Batch"]:
-        """`count` batches of equal size, one after the other."""
+        `documents` remain those of the whole sequences.
+        """
+        if size == 1:
+            return self
+        inputs, targets = self.inputs.chunk(size, 1)[rank], self.targets.chunk(size, 1)[rank]
+        return Batch(inputs, targets, self.documents)
+
+    def microbatches(self, count: int) -> list["Batch"]:
+        """Split the batch into `count` batches with equal numbers of sequences."""
         if count == 1:
             return [self]
         documents = [None] * count if self.documents is None else self.documents.chunk(count)
-        parts = zip(self.inputs.chunk(count), self.targets.chunk(count), documents, strict=True)
-        return [Batch(*part) for part in parts]
+        split = zip(self.inputs.chunk(count), self.targets.chunk(count), documents, strict=True)
+        return [Batch(*fields) for fields in split]
 
 
 class Batches:

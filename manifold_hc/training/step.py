@@ -69,7 +69,7 @@ def backward(model: nn.Module, batch: Batch, targets: int, training: TrainingCon
             *batch, lambda logits, chosen: mean_loss(logits, chosen) * _weight(chosen, targets)
         )
     loss = torch.zeros((), device=batch.inputs.device)
-    for microbatch in batch.pieces(training.accumulate):
+    for microbatch in batch.microbatches(training.accumulate):
         mean = loss_of(model, microbatch, training.precision)
         summand = mean * _weight(microbatch.targets, targets)
         summand.backward()
@@ -169,7 +169,7 @@ def _first_infinite_layer(state: TrainState, batch: Batch, config: RunConfig) ->
         for name in group_of
     ]
     try:
-        for microbatch in batch.pieces(config.training.accumulate):
+        for microbatch in batch.microbatches(config.training.accumulate):
             loss_of(model, microbatch, config.training.precision)
     finally:
         for handle in handles:

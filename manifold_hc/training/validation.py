@@ -14,7 +14,7 @@ def rank_slice(batches: Batches, first: int, processes: Processes) -> Batch:
     Data-parallel ranks take consecutive sequences, tensor-parallel ranks consecutive tokens.
     """
     size = batches.batch // processes.dp_size
-    return batches.take(first + size * processes.dp_rank, size).span(
+    return batches.take(first + size * processes.dp_rank, size).slice_sequences(
         processes.tp_rank, processes.tp_size
     )
 
@@ -30,7 +30,7 @@ def validate(state: TrainState, batches: Batches) -> float:
     for number in range(min(training.validation_batches, epoch)):
         with processes.phase(f"validation batch {number}"):
             batch = rank_slice(batches, number * batches.batch, processes)
-            for microbatch in batch.to(state.device).pieces(training.accumulate):
+            for microbatch in batch.to(state.device).microbatches(training.accumulate):
                 count = count_targets(microbatch.targets)
                 loss += loss_of(model, microbatch, training.precision).double() * count
                 targets += count

@@ -114,15 +114,15 @@ def test_sequences_with_several_documents_have_document_numbers():
     assert all(unmasked[i].documents is None for i in range(3))
 
 
-def test_pieces_are_the_batch():
+def test_microbatches_are_the_batch():
     batch = Batches(documents(4, 3, 50), sequence=5, batch=12, seed=0)[0]
     for count in (1, 2, 3, 6):
-        pieces = batch.pieces(count)
-        assert len(pieces) == count
-        for whole, parts in zip(batch, zip(*pieces, strict=True), strict=True):
+        microbatches = batch.microbatches(count)
+        assert len(microbatches) == count
+        for whole, slices in zip(batch, zip(*microbatches, strict=True), strict=True):
             assert whole is not None
-            assert torch.equal(torch.cat(parts), whole)
-    assert Batches(corpus(90), 5, 6, seed=0)[0].pieces(3)[2].documents is None
+            assert torch.equal(torch.cat(slices), whole)
+    assert Batches(corpus(90), 5, 6, seed=0)[0].microbatches(3)[2].documents is None
 
 
 def test_split_holds_out_the_end():
