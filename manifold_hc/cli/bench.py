@@ -12,7 +12,7 @@ from typing import Any
 import click
 from rich.markup import escape
 
-from manifold_hc.cli.options import Group, device_option, json_option, float64_device
+from manifold_hc.cli.options import Group, device_option, float64_device, json_option
 from manifold_hc.cli.terminal import console
 from manifold_hc.errors import ConfigError, ManifoldError
 from manifold_hc.files import write_atomically

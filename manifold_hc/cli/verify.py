@@ -9,7 +9,7 @@ import msgspec
 from rich.markup import escape
 from rich.table import Table
 
-from manifold_hc.cli.options import device_option, json_option, float64_device
+from manifold_hc.cli.options import device_option, float64_device, json_option
 from manifold_hc.cli.terminal import console
 from manifold_hc.errors import ManifoldError
 from manifold_hc.files import write_atomically
