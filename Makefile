@@ -16,11 +16,12 @@ TEST_DATA ?=
 ARGS ?=
 
 BIN := .venv/bin
-# What another PyTorch is tested in: one environment for each.
+# Environment of each other PyTorch that is tested.
 OTHER := .venv-$(subst /,-,$(subst ==,-,$(TORCH)))
-# The tests of what somebody else's model uses: no command, no trainer.
+# The tests of the connections alone: no command, no trainer.
 CORE := $(addprefix tests/test_,functional.py constraints.py mutants.py connection.py norms.py \
-	single_pass.py parts.py recompute.py warmup.py torch_names.py) tests/kernels tests/diagnostics
+	single_pass.py parts.py recompute.py replaced_forward.py warmup.py \
+	docstrings.py torch_names.py) tests/kernels tests/diagnostics
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:  ## list the targets
@@ -36,7 +37,7 @@ test: .venv/ready-to-develop  ## run the tests, on up to eight processors
 	$(BIN)/pytest --numprocesses=logical --maxprocesses=8 --dist=worksteal $(if $(TEST_DATA),--test-data=$(TEST_DATA)) $(ARGS)
 
 # The interpreter of Triton 3.6, which PyTorch 2.10 brings, does not run with NumPy 2.4.
-test-torch:  ## run the core's tests beside another PyTorch: make test-torch TORCH=torch==2.10.0
+test-torch:  ## run the core's tests with another PyTorch: make test-torch TORCH=torch==2.10.0
 	$(PYTHON) -m venv $(OTHER)
 	$(OTHER)/bin/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	$(OTHER)/bin/pip install --quiet --editable '.[test-core]' 'numpy<2.4'

@@ -91,7 +91,7 @@ class ConnectionConfig:
         if isinstance(self.iterations, int) and self.iterations > most:
             raise ConfigError(
                 f"iterations: must be at most {most} but is {shown(self.iterations)}; "
-                "constraint=exact is what more of them tend to"
+                "constraint=exact is the limit of more iterations"
             )
         require_at_least_one(self, "iterations")
         require_number(self, "phi_std", "norm_eps", "hc_eps")
