@@ -16,7 +16,7 @@ from manifold_hc.precision import is_autocast
 _CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
 
 
-def is_written(kind: type, forward: Callable[..., Any]) -> bool:
+def is_original_forward(kind: type, forward: Callable[..., Any]) -> bool:
     """True if the class body itself defines this forward: neither patched in later nor wrapped."""
     code = getattr(forward, "__code__", None)
     return (
@@ -27,7 +27,9 @@ def is_written(kind: type, forward: Callable[..., Any]) -> bool:
 
 
 KNOWN_FORWARDS: dict[type, Callable[..., Any]] = {
-    kind: kind.forward for kind in (nn.RMSNorm, nn.LayerNorm) if is_written(kind, kind.forward)
+    kind: kind.forward
+    for kind in (nn.RMSNorm, nn.LayerNorm)
+    if is_original_forward(kind, kind.forward)
 }
 """Forward of each class that kernels and recompute know, as its class body defines it.
 
@@ -47,7 +49,7 @@ def known_forward(kind: type) -> Callable[..., Any] | None:
             return KNOWN_FORWARDS[base]
         if "input_norm" in vars(base):
             made: Callable[..., Any] = cast(type[nn.Module], base).forward
-            return made if any(is_written(owner, made) for owner in base.__mro__) else None
+            return made if any(is_original_forward(owner, made) for owner in base.__mro__) else None
     return None
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from manifold_hc.recompute import RecomputeContext
 
 
-class Boundary(NamedTuple):
+class BoundaryPlan(NamedTuple):
     """Plan of the boundary before one sublayer."""
 
     source: Tensor | PendingWrite
@@ -211,18 +211,19 @@ class Stack(nn.Module):
         # does not allow.
         return (_owned(x), _owned(cast(Tensor, pre))) if self.config.single_pass else _owned(x)
 
-    def _boundary(self, source: Tensor | PendingWrite, norm: Branch | None) -> Boundary:
-        """Decide whether one fused kernel computes the boundary, and which norm with it.
+    def _boundary(self, source: Tensor | PendingWrite, norm: Branch | None) -> BoundaryPlan:
+        """Decide whether one operator computes the boundary, and which norm with it.
 
-        The only place that decides it. The kernel needs a pending write and maps that kernels
-        compute (`reads_in_kernel`); the configuration's `fuse_boundaries` can switch it off.
+        The only place in the package that decides it. `functional.boundary` needs a pending write
+        and maps that kernels compute (`reads_in_kernel`); the configuration's `fuse_boundaries` can
+        switch it off. The reference has no kernels: it computes the same operator in steps.
         """
         config = self.config
         fused = config.fuse_boundaries and config.reads_in_kernel
         # The first sublayer, and one after an altered connection, have written streams already.
         if not isinstance(source, PendingWrite) or not fused:
-            return Boundary(_written(source), None)
-        return Boundary(source, None if norm is None else kernel_norm(norm, source.reading.x))
+            return BoundaryPlan(_written(source), None)
+        return BoundaryPlan(source, None if norm is None else kernel_norm(norm, source.reading.x))
 
     def _run_sublayer(
         self,

@@ -59,7 +59,7 @@ class WeightedSampler:
     def __init__(
         self, lengths: Sequence[int], sequence: int, seed: int, weights: Sequence[float]
     ) -> None:
-        """weights: shares, relative to their sum; ConfigError for one below 1 in `PERIOD`."""
+        """weights: shares; raises ConfigError for one below 1 / `PERIOD` of their sum."""
         share = np.array(weights) / sum(weights) * PERIOD
         # Largest remainders: the quotas of a period are integers and add up to PERIOD.
         quota = np.floor(share).astype(np.int64)

@@ -71,7 +71,7 @@ def list_files(path: Path) -> list[Path]:
 def _search(folder: Path) -> tuple[list[Path], Counter[str]]:
     """Return the files below `folder` to read, and the number of skipped ones by reason."""
     found, skipped = [], Counter[str]()
-    # Links are followed last, so that a folder is found by its own path if it has one here.
+    # Follow links last, so that a folder that is also reachable directly keeps its real path.
     folders, links, seen = deque([folder]), deque[Path](), set[tuple[int, int]]()
     while folders or links:
         current = folders.popleft() if folders else links.popleft()

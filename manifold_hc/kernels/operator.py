@@ -1,7 +1,7 @@
 """Base class of the custom operators: one operator of one backend.
 
 `torch.ops.manifold_hc.<backend>_<operator>` is known to autograd, `torch.compile` and CUDA graphs
-by a schema, a fake and a derivative. Each room in `operators/` holds one of them with its
+by a schema, a fake and a derivative. Each file in `operators/` holds one of them with its
 derivatives and the call that flattens the tokens.
 """
 

@@ -35,7 +35,7 @@ def fused_maps(
 
 
 class Settings(NamedTuple):
-    """Numbers behind a token's coefficients."""
+    """Options of the operators that compute coefficients."""
 
     constraint: str
     iterations: int
@@ -44,7 +44,7 @@ class Settings(NamedTuple):
     norm_eps: float
     hc_eps: float
     learns: bool
-    """True if the gradient that comes through the link is a gradient of res too."""
+    """True if res is trained: the gradient through the link is a gradient of res too."""
 
 
 def settings_of(
@@ -116,7 +116,7 @@ class WriteInputs(NamedTuple):
     res: Tensor
 
 
-class Maps(NamedTuple):
+class ComputedMaps(NamedTuple):
     """Coefficients of N tokens, with the projections they come from."""
 
     pre: Tensor
@@ -132,7 +132,7 @@ class Maps(NamedTuple):
 
 
 class SavedMaps(NamedTuple):
-    """Part of `Maps` that the backward of the coefficients keeps."""
+    """Part of `ComputedMaps` that the backward of the coefficients keeps."""
 
     res: Tensor
     projected: Tensor

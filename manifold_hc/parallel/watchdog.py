@@ -121,7 +121,7 @@ def describe(progress: list[Progress | None]) -> str:
 
     progress: by rank; None for a rank that has published none.
     """
-    # Pipeline stages have different counts at any time, but waiting ranks are marked.
+    # Counts differ between pipeline stages, so compare only ranks not marked as waiting.
     busy = [p for p in progress if p is None or not p.operation.endswith(WAITING)] or progress
     least = min(one.count if one else -1 for one in busy)
     now = max(one.published for one in progress if one)

@@ -15,7 +15,7 @@ from manifold_hc.errors import RunFolderError
 from manifold_hc.study.records import comparison_record
 from manifold_hc.training import RunConfig, RunFolder
 from manifold_hc.training.folder import resume_command
-from manifold_hc.training.json_files import damaged
+from manifold_hc.training.json_files import damaged_error
 
 Numbers = list[float | None]
 
@@ -128,9 +128,9 @@ def _require_gains(file: Path, records: list[dict[str, Any]]) -> None:
         try:
             found = msgspec.convert(record, GainRecord)
         except msgspec.ValidationError as error:
-            raise damaged(file, f"a gain record is not valid: {error}", repair) from None
+            raise damaged_error(file, f"a gain record is not valid: {error}", repair) from None
         if not _is_consistent(found):
-            raise damaged(file, "a gain record is cut", repair)
+            raise damaged_error(file, "a gain record is cut", repair)
 
 
 def _is_consistent(record: GainRecord) -> bool:

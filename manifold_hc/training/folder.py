@@ -25,7 +25,7 @@ from torch import Tensor
 from manifold_hc.errors import RunFolderError
 from manifold_hc.files import read_regular, remove_temporaries, write_atomically
 from manifold_hc.training.config import RunConfig
-from manifold_hc.training.json_files import damaged, is_number, read_json, unreadable
+from manifold_hc.training.json_files import damaged_error, is_number, read_json, unreadable_error
 from manifold_hc.training.metrics_file import MetricsFile
 
 logger = logging.getLogger("manifold_hc")
@@ -109,7 +109,7 @@ class RunFolder:
         try:
             known = read_regular(self._job_file) if self._job_file.exists() else None
         except OSError as error:
-            raise unreadable(self._job_file, error) from None
+            raise unreadable_error(self._job_file, error) from None
         return known is not None and job is not None and known == job.encode()
 
     def require_shared(self, config: RunConfig) -> None:
@@ -232,12 +232,12 @@ class RunFolder:
         cure = f"delete it, and {again} writes it again"
         summary = read_json(self.summary_file, cure)
         if not isinstance(summary, dict):
-            raise damaged(self.summary_file, "figures are missing", cure)
+            raise damaged_error(self.summary_file, "figures are missing", cure)
         if "diverged_at" in summary:
             if not isinstance(summary["diverged_at"], int):
-                raise damaged(self.summary_file, "diverged_at is no step", cure)
+                raise damaged_error(self.summary_file, "diverged_at is no step", cure)
             return summary
         for key in sorted(SUMMARY):
             if not is_number(summary.get(key, "missing")):
-                raise damaged(self.summary_file, f"{key} is missing or no number", cure)
+                raise damaged_error(self.summary_file, f"{key} is missing or no number", cure)
         return summary

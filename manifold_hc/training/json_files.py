@@ -9,13 +9,13 @@ from manifold_hc.errors import RunFolderError
 from manifold_hc.files import read_regular
 
 
-def damaged(file: Path, how: str, cure: str) -> RunFolderError:
+def damaged_error(file: Path, how: str, cure: str) -> RunFolderError:
     """Return the error for a file of a run with invalid content, and its repair."""
     return RunFolderError(f"run folder: {file} is damaged: {how}; {cure}")
 
 
-def unreadable(file: Path, error: OSError) -> RunFolderError:
-    """Return the error for a file of a run that the disk does not give."""
+def unreadable_error(file: Path, error: OSError) -> RunFolderError:
+    """Return the error for a run file that cannot be read."""
     return RunFolderError(f"run folder: {file} cannot be read: {error.strerror}")
 
 
@@ -26,9 +26,9 @@ def read_json(file: Path, cure: str) -> Any:
     except FileNotFoundError:
         raise RunFolderError(f"run folder: {file.parent} has no {file.name}") from None
     except OSError as error:
-        raise unreadable(file, error) from None
+        raise unreadable_error(file, error) from None
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise damaged(file, str(error), cure) from None
+        raise damaged_error(file, str(error), cure) from None
 
 
 def read_record(file: Path, members: dict[str, Any], cure: str) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def read_record(file: Path, members: dict[str, Any], cure: str) -> dict[str, Any
         for name, kind in members.items():
             msgspec.convert(record.get(name), kind)
     except msgspec.ValidationError as error:
-        raise damaged(file, str(error), cure) from None
+        raise damaged_error(file, str(error), cure) from None
     return record
 
 

@@ -11,7 +11,7 @@ import msgspec
 
 from manifold_hc.errors import ManifoldError
 from manifold_hc.files import is_permanent, read_regular
-from manifold_hc.training.json_files import damaged, is_number, unreadable
+from manifold_hc.training.json_files import damaged_error, is_number, unreadable_error
 
 logger = logging.getLogger("manifold_hc")
 
@@ -68,7 +68,7 @@ class MetricsFile:
         try:
             written = read_regular(self.path) if self.path.exists() else b""
         except OSError as error:
-            raise unreadable(self.path, error) from None
+            raise unreadable_error(self.path, error) from None
         lines = [*written.split(b"\n")[:-1], *self._held.split(b"\n")[:-1]]
         records: list[dict[str, Any]] = []
         for number, line in enumerate(lines, start=1):
@@ -76,9 +76,9 @@ class MetricsFile:
             try:
                 record = msgspec.json.decode(line, type=dict[str, Any])
             except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-                raise damaged(self.path, f"line {number}: {error}", cure) from None
+                raise damaged_error(self.path, f"line {number}: {error}", cure) from None
             if problem := _problem(record):
-                raise damaged(self.path, f"line {number} {problem}", cure)
+                raise damaged_error(self.path, f"line {number} {problem}", cure)
             records.append(record)
         return records
 

@@ -71,7 +71,7 @@ class TrainState:
         if random is not None and self._accelerator:
             self._accelerator.set_rng_state(random)
 
-    def improves(self, validation_loss: float | None) -> bool:
+    def record_best(self, validation_loss: float | None) -> bool:
         """Return True, and keep the loss, if it is the lowest validation loss so far."""
         if validation_loss is None or not validation_loss < self.best:
             return False

@@ -96,7 +96,7 @@ def gradient_norm(model: nn.Module, processes: Processes) -> Tensor:
 
 
 def count_targets(targets: Tensor) -> Tensor:
-    """Return the number of targets without padding."""
+    """Return the number of targets, padding excluded."""
     return (targets != NO_TARGET).sum()
 
 

@@ -22,6 +22,7 @@ from manifold_hc.files import retry_write
 from manifold_hc.models import balance
 from manifold_hc.parallel import Processes, job_id
 from manifold_hc.training import checkpoint_files
+from manifold_hc.training.batch_slice import rank_slice
 from manifold_hc.training.checkpoint import Checkpoints
 from manifold_hc.training.config import RunConfig
 from manifold_hc.training.device import deterministic, peak_memory
@@ -33,7 +34,7 @@ from manifold_hc.training.sinks import open_sinks
 from manifold_hc.training.state import TrainState
 from manifold_hc.training.step import take_step
 from manifold_hc.training.stopping import StopRequest, stop_requests
-from manifold_hc.training.validation import rank_slice, validate
+from manifold_hc.training.validation import validate
 
 logger = logging.getLogger("manifold_hc")
 
@@ -146,7 +147,7 @@ def _fit(
             metrics.end_step(step)
 
             signal = processes.agree_on_signal(stop.signal)
-            best = state.improves(validation_loss)
+            best = state.record_best(validation_loss)
             due = checkpoints.is_due(state.step, best=best)
             ends = last or signal is not None
             saved = (due or ends) and checkpoints.save(state, validation_loss, wait=ends)

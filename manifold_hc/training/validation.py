@@ -1,22 +1,11 @@
-"""Validation loss, and each rank's slice of a batch."""
+"""Validation loss."""
 
 import torch
 
-from manifold_hc.data import Batch, Batches
-from manifold_hc.parallel import Processes
+from manifold_hc.data import Batches
+from manifold_hc.training.batch_slice import rank_slice
 from manifold_hc.training.state import TrainState
 from manifold_hc.training.step import count_targets, loss_of
-
-
-def rank_slice(batches: Batches, first: int, processes: Processes) -> Batch:
-    """Return this rank's slice of the batch that begins with sequence `first`.
-
-    Data-parallel ranks take consecutive sequences, tensor-parallel ranks consecutive tokens.
-    """
-    size = batches.batch // processes.dp_size
-    return batches.take(first + size * processes.dp_rank, size).slice_sequences(
-        processes.tp_rank, processes.tp_size
-    )
 
 
 @torch.no_grad()

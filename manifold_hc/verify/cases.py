@@ -115,10 +115,7 @@ def _coefficients_case(constraint: str, numerics: str) -> Case:
             constraint=constraint,
             numerics=preset(numerics),
         ),
-        {
-            "permutation": lambda n: n <= 5,
-            "kronecker": lambda n: n & (n - 1) == 0,
-        }.get(constraint, lambda n: True),
+        lambda n: table.problem(n) is None,
     )
 
 

@@ -20,9 +20,9 @@ from manifold_hc.parallel import join_process_group
 from manifold_hc.parallel.config import SCHEDULES
 from manifold_hc.parallel.watchdog import STATUS
 from manifold_hc.training import RunFolder, check
+from manifold_hc.training.batch_slice import rank_slice
 from manifold_hc.training.state import TrainState
 from manifold_hc.training.step import backward, count_targets
-from manifold_hc.training.validation import rank_slice
 from tests.parallel.layouts import CPU, distributed, layouts, run, run_all, with_microbatches
 from tests.parallel.ranks import ProcessEnded, outcomes, run_on_ranks
 from tests.parallel.test_golden_distributed import RUNS, compare

@@ -1,4 +1,4 @@
-"""One function a peer: import it, load its parameters from ours, call it like our connection.
+"""One function per peer: import it, load its parameters from ours, call it like our connection.
 
 Each package is imported inside its function, so that none of them is needed to use this one.
 """

@@ -12,9 +12,9 @@ from manifold_hc.kernels.cpu.memory import empty
 from manifold_hc.kernels.cpu.project import partial_dphi
 from manifold_hc.kernels.values import (
     BoundaryGradients,
+    ComputedMaps,
     InputNorm,
     MapParameters,
-    Maps,
     ReadingGradients,
     SavedMaps,
     Settings,
@@ -101,14 +101,14 @@ MHC_BOUNDARY_BACKWARD = kernel(
 )
 
 
-def coefficients(x: Tensor, maps: MapParameters, settings: Settings) -> Maps:
+def coefficients(x: Tensor, maps: MapParameters, settings: Settings) -> ComputedMaps:
     """Return the maps of x [N, n, C]."""
     return _maps_of(x, None, None, maps, None, settings, None)
 
 
 def coefficients_and_read(
     x: Tensor, maps: MapParameters, settings: Settings
-) -> tuple[Tensor, Maps]:
+) -> tuple[Tensor, ComputedMaps]:
     """Return u [N, C] and the maps of x [N, n, C]."""
     u = empty(x, x.shape[0], x.shape[2])
     return u, _maps_of(x, None, None, maps, None, settings, u)
@@ -120,7 +120,7 @@ def boundary(
     maps: MapParameters,
     norm: InputNorm | None,
     settings: Settings,
-) -> tuple[Tensor, Tensor, Maps]:
+) -> tuple[Tensor, Tensor, ComputedMaps]:
     """Return the written streams [N, n, C], u [N, C] and the maps of the written streams.
 
     pre: read weights [N, n]; None to read with the new ones.
@@ -139,10 +139,10 @@ def _maps_of(
     norm: InputNorm | None,
     settings: Settings,
     u: Tensor | None,
-) -> Maps:
+) -> ComputedMaps:
     """Return the maps of `streams`, which `write` fills first, and fill u unless it is None."""
     (N, n, C), R, new = streams.shape, maps.phi.shape[0], maps.phi.new_empty
-    made = Maps(new(N, n), new(N, n), new(N, n, n), new(N, R), new(N))
+    made = ComputedMaps(new(N, n), new(N, n), new(N, n, n), new(N, R), new(N))
     MHC_BOUNDARY(
         x=None if write is None else write.x,
         y=None if write is None else write.y,

@@ -43,10 +43,10 @@ def library() -> ctypes.CDLL:
     Raises BackendError when they must be built and there is no compiler, when it fails, or when the
     cache folder cannot be written; the message says which.
     """
-    return _prebuilt() or _cached()
+    return _load_prebuilt() or _load_or_build()
 
 
-def _prebuilt() -> ctypes.CDLL | None:
+def _load_prebuilt() -> ctypes.CDLL | None:
     """Return the wheel's library, if it has an undamaged one for this processor."""
     target = prebuilt.find()
     if target is None:
@@ -62,7 +62,7 @@ def _prebuilt() -> ctypes.CDLL | None:
     return found
 
 
-def _cached() -> ctypes.CDLL:
+def _load_or_build() -> ctypes.CDLL:
     compiler = find_compiler()
     if compiler is None:
         raise BackendError(
@@ -71,7 +71,7 @@ def _cached() -> ctypes.CDLL:
         )
     target = cache_folder() / "kernels" / _key(compiler) / "operators.so"
     try:
-        return _found(target) or _built(compiler, target)
+        return _load_cached(target) or _build(compiler, target)
     except OSError as error:
         raise BackendError(
             f"the CPU kernels cannot be kept in {target.parent}: {error}; "
@@ -104,7 +104,7 @@ def _processor() -> str:
     return "\n".join(dict.fromkeys(line for line in lines if line.startswith(keys)))
 
 
-def _found(target: Path) -> ctypes.CDLL | None:
+def _load_cached(target: Path) -> ctypes.CDLL | None:
     """Return the library of an earlier build, if it exists and is undamaged."""
     if not target.exists():
         return None
@@ -126,11 +126,11 @@ def _checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _built(compiler: tuple[str, ...], target: Path) -> ctypes.CDLL:
+def _build(compiler: tuple[str, ...], target: Path) -> ctypes.CDLL:
     """Build the library; other processes wait for the first one and find its file."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_suffix(".lock")):
-        if (found := _found(target)) is not None:
+        if (found := _load_cached(target)) is not None:
             return found
         start = time.perf_counter()
         # A warning, which Python shows without any configuration: the program seems to hang.

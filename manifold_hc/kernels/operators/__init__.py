@@ -1,4 +1,4 @@
-"""The operators of a compiled backend, one room each: call, schema, fake, kernel, derivatives."""
+"""Operators of a compiled backend, one file each: call, schema, fake, kernel, derivatives."""
 
 from torch import Tensor
 
@@ -28,8 +28,8 @@ class Operators:
         self.read = Read(backend, support)
         self.write = Write(backend, support)
         self.coefficients_and_read = CoefficientsAndRead(backend, support)
-        self.coefficients = Coefficients(backend, support, self.coefficients_and_read.differentiate)
-        self.boundary = Boundary(backend, support, self.write.differentiate)
+        self.coefficients = Coefficients(backend, support, self.coefficients_and_read.backward_op)
+        self.boundary = Boundary(backend, support, self.write.backward_op)
         self.rebuild = Rebuild(backend, support)
 
     def hc_coefficients(

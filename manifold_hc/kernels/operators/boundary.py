@@ -98,7 +98,7 @@ class BoundaryResult(NamedTuple):
 
 
 class Boundary(Operator):
-    """Written streams [N, n, C], u [N, C], `Maps` of the written streams, the carrier of a link.
+    """Written streams [N, n, C], u [N, C], their `ComputedMaps`, and the carrier of a link.
 
     `pre`: read weights [N, n], the new ones where it is None. With a norm u is normalised.
     """
@@ -109,9 +109,9 @@ class Boundary(Operator):
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
 
-    def __init__(self, backend: str, support: Support, differentiate_write: WriteBackward) -> None:
-        self.differentiate = BoundaryBackward(backend, support)
-        self.differentiate_write = differentiate_write
+    def __init__(self, backend: str, support: Support, write_backward_op: WriteBackward) -> None:
+        self.backward_op = BoundaryBackward(backend, support)
+        self.write_backward_op = write_backward_op
         super().__init__(backend, support)
 
     def __call__(
@@ -211,7 +211,7 @@ class Boundary(Operator):
             ctx.saved_tensors
         )
         found = BoundaryGradients(
-            *self.differentiate.op(
+            *self.backward_op.op(
                 grad_written, *grads, written, y, write_post, read_pre, phi, alpha, bias,
                 weight, ctx.input_eps, *saved, *ctx.settings,
             )
@@ -221,7 +221,7 @@ class Boundary(Operator):
             dlink = found.written  # g: the coefficients before the write make res^T g and <g, x>
         else:
             # dx = res^T g, dy = <post, g>, dpost = <g, y>, dres = <g, x>
-            dx, dy, dpost, dres = self.differentiate_write.op(
+            dx, dy, dpost, dres = self.write_backward_op.op(
                 found.written, x, y, write_post, write_res
             )
         dpre = None if read_pre is None else found.pre

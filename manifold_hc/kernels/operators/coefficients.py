@@ -67,7 +67,7 @@ class CoefficientsAndReadBackward(Operator):
 
 
 class CoefficientsAndRead(Operator):
-    """u [N, C], `Maps` of the streams x [N, n, C], and the carrier of a link."""
+    """u [N, C], `ComputedMaps` of the streams x [N, n, C], and the carrier of a link."""
 
     schema = (
         f"coefficients_and_read(Tensor x, {MAPS}, {SETTINGS})"
@@ -75,7 +75,7 @@ class CoefficientsAndRead(Operator):
     )
 
     def __init__(self, backend: str, support: Support) -> None:
-        self.differentiate = CoefficientsAndReadBackward(backend, support)
+        self.backward_op = CoefficientsAndReadBackward(backend, support)
         super().__init__(backend, support)
 
     def __call__(
@@ -124,21 +124,21 @@ class CoefficientsAndRead(Operator):
     ) -> FourGradients:
         """Return the gradients of x, phi, alpha and bias."""
         grads = ReadingGradients(u, pre, post, res, link)
-        found: FourGradients = self.differentiate.op(*grads, *ctx.saved_tensors, *ctx.settings)
+        found: FourGradients = self.backward_op.op(*grads, *ctx.saved_tensors, *ctx.settings)
         return found
 
 
 class Coefficients(Operator):
-    """`Maps` of the streams x [N, n, C]: the bits of `coefficients_and_read`, without a read."""
+    """`ComputedMaps` of x [N, n, C], bitwise equal to those of `coefficients_and_read`."""
 
     schema = (
         f"coefficients(Tensor x, {MAPS}, {SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
 
     def __init__(
-        self, backend: str, support: Support, differentiate: CoefficientsAndReadBackward
+        self, backend: str, support: Support, backward_op: CoefficientsAndReadBackward
     ) -> None:
-        self.differentiate = differentiate
+        self.backward_op = backward_op
         super().__init__(backend, support)
 
     def __call__(
@@ -180,7 +180,7 @@ class Coefficients(Operator):
         _inverse_rms: Tensor | None,
     ) -> FourGradients:
         """Return the gradients of x, phi, alpha and bias."""
-        # No u and no link: the kernel leaves their terms of dx and dres out.
+        # This operator returns no u and no link: the kernel omits their terms of dx and dres.
         grads = ReadingGradients(u=None, pre=pre, post=post, res=res, link=None)
-        found: FourGradients = self.differentiate.op(*grads, *ctx.saved_tensors, *ctx.settings)
+        found: FourGradients = self.backward_op.op(*grads, *ctx.saved_tensors, *ctx.settings)
         return found

@@ -42,7 +42,7 @@ class Project(Operator):
     schema = "project(Tensor v, Tensor phi, float norm_eps) -> (Tensor, Tensor)"
 
     def __init__(self, backend: str, support: Support) -> None:
-        self.differentiate = ProjectBackward(backend, support)
+        self.backward_op = ProjectBackward(backend, support)
         super().__init__(backend, support)
 
     def __call__(self, x: Tensor, phi: Tensor, norm_eps: float) -> Tensor:
@@ -74,5 +74,5 @@ class Project(Operator):
 
     def backward(self, ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the gradients of v and phi."""
-        found: tuple[Tensor, Tensor] = self.differentiate.op(grad, *ctx.saved_tensors)
+        found: tuple[Tensor, Tensor] = self.backward_op.op(grad, *ctx.saved_tensors)
         return found

@@ -35,7 +35,7 @@ class Read(Operator):
     schema = "read(Tensor x, Tensor pre) -> Tensor"
 
     def __init__(self, backend: str, support: Support) -> None:
-        self.differentiate = ReadBackward(backend, support)
+        self.backward_op = ReadBackward(backend, support)
         super().__init__(backend, support)
 
     def __call__(self, x: Tensor, pre: Tensor) -> Tensor:
@@ -65,5 +65,5 @@ class Read(Operator):
     def backward(self, ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients of x and pre."""
         x, pre = ctx.saved_tensors
-        found: tuple[Tensor, Tensor] = self.differentiate.op(grad, x, pre)
+        found: tuple[Tensor, Tensor] = self.backward_op.op(grad, x, pre)
         return found

@@ -41,7 +41,7 @@ class Sinkhorn(Operator):
     schema = f"sinkhorn(Tensor logits, {NUMBERS}) -> Tensor"
 
     def __init__(self, backend: str, support: Support) -> None:
-        self.differentiate = SinkhornBackward(backend, support)
+        self.backward_op = SinkhornBackward(backend, support)
         super().__init__(backend, support)
 
     def __call__(self, logits: Tensor, iterations: int, numerics: Numerics) -> Tensor:
@@ -72,4 +72,4 @@ class Sinkhorn(Operator):
     def backward(self, ctx: Any, grad: Tensor) -> tuple[Tensor]:
         """Return the gradient of logits."""
         (logits,) = ctx.saved_tensors
-        return (self.differentiate.op(grad, logits, *ctx.numbers),)
+        return (self.backward_op.op(grad, logits, *ctx.numbers),)

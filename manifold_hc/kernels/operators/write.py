@@ -58,14 +58,15 @@ class BranchBackward(Operator):
 class Write(Operator):
     """x' [N, n, C] of x [N, n, C], y [N, C], post [N, n] and res [N, o, i], in x's dtype.
 
-    Under a link, x and res get their gradients through it alone: see `operator.grad_carrier`.
+    With a link, this operator returns no gradients for x and res: the backward of the coefficients
+    computes them (`operator.grad_carrier`).
     """
 
     schema = "write(Tensor x, Tensor y, Tensor post, Tensor res, Tensor? link) -> Tensor"
 
     def __init__(self, backend: str, support: Support) -> None:
-        self.differentiate = WriteBackward(backend, support)
-        self.differentiate_branch = BranchBackward(backend, support)
+        self.backward_op = WriteBackward(backend, support)
+        self.branch_backward_op = BranchBackward(backend, support)
         super().__init__(backend, support)
 
     def __call__(
@@ -108,9 +109,9 @@ class Write(Operator):
         """Return the gradients of x, y, post, res and link."""
         if ctx.is_linked:
             y, post = ctx.saved_tensors
-            dy, dpost = self.differentiate_branch.op(grad, y, post)
+            dy, dpost = self.branch_backward_op.op(grad, y, post)
             # The link passes g on: the coefficients make dx = res^T g and dres = <g, x>.
             return None, dy, dpost, None, grad
         x, y, post, res = ctx.saved_tensors
-        dx, dy, dpost, dres = self.differentiate.op(grad, x, y, post, res)
+        dx, dy, dpost, dres = self.backward_op.op(grad, x, y, post, res)
         return dx, dy, dpost, dres, None

@@ -17,7 +17,7 @@ from manifold_hc.kernels.triton.coefficients import empty_maps, finish
 from manifold_hc.kernels.triton.norm import normalised
 from manifold_hc.kernels.triton.read import plus
 from manifold_hc.kernels.triton.write import streams_of, weights_of, written_stream
-from manifold_hc.kernels.values import InputNorm, MapParameters, Maps, Settings, WriteInputs
+from manifold_hc.kernels.values import ComputedMaps, InputNorm, MapParameters, Settings, WriteInputs
 
 KEPT = tl.constexpr(4)
 """Largest n whose matrix of a token stays in registers, at half the cost of its addresses.
@@ -110,7 +110,7 @@ def boundary(
     maps: MapParameters,
     norm: InputNorm | None,
     settings: Settings,
-) -> tuple[Tensor, Tensor, Maps]:
+) -> tuple[Tensor, Tensor, ComputedMaps]:
     """Return the written streams [N, n, C], u [N, C] and the maps of the written streams.
 
     pre: read weights [N, n]; None to read with the new ones.

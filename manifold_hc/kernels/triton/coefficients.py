@@ -24,7 +24,7 @@ from manifold_hc.kernels.triton.sinkhorn import (
     project_onto_doubly_stochastic,
     role,
 )
-from manifold_hc.kernels.values import MapParameters, Maps, Settings
+from manifold_hc.kernels.values import ComputedMaps, MapParameters, Settings
 
 
 @triton.jit
@@ -155,10 +155,10 @@ def one_launch_kernel(
     )  # fmt: skip
 
 
-def empty_maps(x: Tensor, phi: Tensor) -> Maps:
+def empty_maps(x: Tensor, phi: Tensor) -> ComputedMaps:
     """Return memory for the maps of the streams x."""
     (tokens, n, _), new = x.shape, phi.new_empty
-    return Maps(
+    return ComputedMaps(
         pre=new(tokens, n),
         post=new(tokens, n),
         res=new(tokens, n, n),
@@ -169,18 +169,18 @@ def empty_maps(x: Tensor, phi: Tensor) -> Maps:
 
 def coefficients_and_read(
     x: Tensor, maps: MapParameters, settings: Settings
-) -> tuple[Tensor, Maps]:
+) -> tuple[Tensor, ComputedMaps]:
     """Return u [N, C] and the maps of x [N, n, C]."""
     u = x.new_empty(x.shape[0], x.shape[2])
     return u, _maps_of(x, maps, settings, u)
 
 
-def coefficients(x: Tensor, maps: MapParameters, settings: Settings) -> Maps:
+def coefficients(x: Tensor, maps: MapParameters, settings: Settings) -> ComputedMaps:
     """Return the maps of x [N, n, C]: the bits of `coefficients_and_read`."""
     return _maps_of(x, maps, settings, None)
 
 
-def _maps_of(x: Tensor, maps: MapParameters, settings: Settings, u: Tensor | None) -> Maps:
+def _maps_of(x: Tensor, maps: MapParameters, settings: Settings, u: Tensor | None) -> ComputedMaps:
     """Return the maps of x, and fill u where it is not None."""
     phi, alpha, bias = maps
     tokens, n, C = x.shape
@@ -203,7 +203,7 @@ def _maps_of(x: Tensor, maps: MapParameters, settings: Settings, u: Tensor | Non
 
 def finish(
     x: Tensor, partial: Tensor, squares: Tensor, maps: MapParameters, u: Tensor | None,
-    made: Maps, settings: Settings,
+    made: ComputedMaps, settings: Settings,
 ) -> None:  # fmt: skip
     """Fill `made`, and u where it is not None, from the partial sums of x's projections."""
     tokens, n, C = x.shape

@@ -91,7 +91,7 @@ def _kept(history, steps, step):
 @triton.jit
 @no_type_check
 def _undone(G, z, r, c, axis: tl.constexpr):
-    # G - M sum(G): through the normalisation that made M
+    # Gradient before the normalisation that made M: G - M sum(G).
     M = tl.exp2(z + r[:, :, None] + c[:, None, :])
     return G - M * tl.expand_dims(tl.sum(G, axis), axis)
 

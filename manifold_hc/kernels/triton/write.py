@@ -103,9 +103,9 @@ def _pass_over_channels(
     n: tl.constexpr, C: tl.constexpr, L: tl.constexpr, V: tl.constexpr,
     ROWS: tl.constexpr, STORES: tl.constexpr,
 ):  # fmt: skip
-    """Store the inner products of ROWS output streams from `first` on: dpost, and dres with x.
+    """Store dpost and, if x is given, dres of ROWS output streams from `first` on.
 
-    With STORES, where `first` is 0, also dy, and dx with x.
+    With STORES, which needs first == 0, also dy and, if x is given, dx.
     """
     BT: tl.constexpr = token.shape[0]
     COUNT: tl.constexpr = n if STORES else ROWS
