@@ -38,7 +38,7 @@ def rebuild_kernel(
     streams: tl.tuple, inputs: tl.tuple, tokens: int,
     n: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Write each sublayer's streams and read its input; with a read more than writes, x is first."""
+    """Write each sublayer's streams, read its input; with one more read than writes, x is first."""
     WRITES: tl.constexpr = len(ys)
     BEFORE: tl.constexpr = len(pres) - len(ys)
     CHUNKS: tl.constexpr = (C + BC - 1) // BC
