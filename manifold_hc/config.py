@@ -33,13 +33,13 @@ class ConnectionConfig:
         hc_eps: Epsilon of the deepseek_v4 preset, which alone has one; None for the preset's.
         alpha: Initial gate of the dynamic part.
         phi_std: Standard deviation of the initial projection phi.
-        disable: Maps replaced by constants, as in the paper's Table 1: pre by 1/n, post by 1, res
-            by the identity.
+        disable: Maps replaced by constants, as in the paper's Table 1: pre 1/n, post 1, res
+            identity.
         single_pass: True if each sublayer reads with the `pre` of the one before (DeepSeek-V4.1);
-            only in a Stack.
+            in a Stack.
         backend: Backend that computes the connection: auto, reference, cpu or triton.
         fuse_boundaries: True if a Stack computes a write, the next coefficients and the next read
-            in one kernel where there is one. `warmup` measures which is faster.
+            in one kernel.
 
     Raises:
         ConfigError: If a field has a wrong type or value, or two fields exclude each other.
