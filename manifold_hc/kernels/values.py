@@ -139,6 +139,19 @@ class SavedMaps(NamedTuple):
     inverse_rms: Tensor
 
 
+class SavedBoundary(NamedTuple):
+    """Tensors of a boundary that its backward keeps, besides the maps."""
+
+    written: Tensor
+    """Streams that the write made [N, n, C]."""
+    y: Tensor | None
+    """Branch output of the write [N, C]; None for coefficients without a write, and so `post`."""
+    post: Tensor | None
+    """Write weights [N, n]."""
+    pre: Tensor | None
+    """Read weights [N, n] that were given; None if the new coefficients were used."""
+
+
 class ReadingGradients(NamedTuple):
     """Gradients of the results of a reading; None for a result without one."""
 
@@ -170,6 +183,7 @@ SETTINGS = (
 )
 NORM = "Tensor? weight, float input_eps"
 SAVED_MAPS = "Tensor res, Tensor projected, Tensor inverse_rms"
+SAVED_BOUNDARY = "Tensor written, Tensor y, Tensor post, Tensor? pre"
 READING_GRADIENTS = (
     "Tensor? grad_u, Tensor? grad_pre, Tensor? grad_post, Tensor? grad_res, Tensor? grad_link"
 )
@@ -186,6 +200,7 @@ GROUPS: dict[str, Callable[[Sequence[Any]], Any]] = {
     SETTINGS: Settings._make,
     NORM: norm_or_none,
     SAVED_MAPS: SavedMaps._make,
+    SAVED_BOUNDARY: SavedBoundary._make,
     READING_GRADIENTS: ReadingGradients._make,
 }
 """Fragment of a schema -> function from its arguments to their value."""

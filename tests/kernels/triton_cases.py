@@ -26,6 +26,7 @@ from manifold_hc.kernels.values import (
     InputNorm,
     MapParameters,
     ReadingGradients,
+    SavedBoundary,
     SavedMaps,
     Settings,
     WriteInputs,
@@ -367,7 +368,7 @@ def check_boundary(
     wants = derived(outputs, cotangents, list(leaves.values()))
     grad_written, *grads = cotangents
     found = coefficients_backward.boundary_backward(
-        grad_written, ReadingGradients(*grads), written, y, post, pre,
+        grad_written, ReadingGradients(*grads), SavedBoundary(written, y, post, pre),
         parameters, input_norm, saved(made), settings,
     )._asdict()  # fmt: skip
     whole, dy, dpost = found["written"], found.pop("y"), found.pop("post")

@@ -35,6 +35,7 @@ from manifold_hc.kernels.values import (
     InputNorm,
     MapParameters,
     ReadingGradients,
+    SavedBoundary,
     SavedMaps,
     Settings,
     WriteInputs,
@@ -96,7 +97,7 @@ def launches_of(n, C, dtype, constraint, transposed, *, tokens=256, tiles=None):
         for pre, own in ((None, None), (None, norm), (gate, None), (gate, norm)):
             boundary.boundary(WriteInputs(x, y, gate, matrix), pre, maps, own, learning)
             coefficients_backward.boundary_backward(
-                x, grads, x, y, gate, pre, maps, own, saved, learning
+                x, grads, SavedBoundary(x, y, gate, pre), maps, own, saved, learning
             )
         sinkhorn.sinkhorn(matrix, 20, transposed, epsilon)
         sinkhorn.sinkhorn_backward(matrix, matrix, 20, transposed, epsilon)

@@ -16,6 +16,7 @@ from manifold_hc.kernels.values import (
     InputNorm,
     MapParameters,
     ReadingGradients,
+    SavedBoundary,
     SavedMaps,
     Settings,
     WriteInputs,
@@ -184,23 +185,22 @@ def coefficients_and_read_backward(
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, phi, alpha and bias."""
-    found = boundary_backward(None, grads, x, None, None, None, maps, None, saved, settings)
+    boundary = SavedBoundary(written=x, y=None, post=None, pre=None)
+    found = boundary_backward(None, grads, boundary, maps, None, saved, settings)
     return found.written, found.phi, found.alpha, found.bias
 
 
 def boundary_backward(
     grad_written: Tensor | None,
     grads: ReadingGradients,
-    written: Tensor,
-    y: Tensor | None,
-    post: Tensor | None,
-    pre: Tensor | None,
+    boundary: SavedBoundary,
     maps: MapParameters,
     norm: InputNorm | None,
     saved: SavedMaps,
     settings: Settings,
 ) -> BoundaryGradients:
-    """Return all gradients; y and post: of the write that made the streams, None without one."""
+    """Return the gradients of all inputs."""
+    written, y, post, pre = boundary
     phi = maps.phi
     (N, n, C), R = written.shape, phi.shape[0]
     weight = None if norm is None else norm.weight

@@ -22,12 +22,14 @@ from manifold_hc.kernels.values import (
     MAPS,
     NORM,
     READING_GRADIENTS,
+    SAVED_BOUNDARY,
     SAVED_MAPS,
     SETTINGS,
     BoundaryGradients,
     InputNorm,
     MapParameters,
     ReadingGradients,
+    SavedBoundary,
     SavedMaps,
     Settings,
     WriteInputs,
@@ -39,7 +41,7 @@ class BoundaryBackward(Operator):
 
     schema = (
         f"boundary_backward(Tensor? grad_written, {READING_GRADIENTS}, "
-        f"Tensor written, Tensor y, Tensor post, Tensor? pre, {MAPS}, {NORM}, {SAVED_MAPS}, "
+        f"{SAVED_BOUNDARY}, {MAPS}, {NORM}, {SAVED_MAPS}, "
         f"{SETTINGS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
 
@@ -47,10 +49,7 @@ class BoundaryBackward(Operator):
         self,
         grad_written: Tensor | None,
         grads: ReadingGradients,
-        written: Tensor,
-        y: Tensor,
-        post: Tensor,
-        pre: Tensor | None,
+        boundary: SavedBoundary,
         maps: MapParameters,
         norm: InputNorm | None,
         saved: SavedMaps,
@@ -58,23 +57,16 @@ class BoundaryBackward(Operator):
     ) -> tuple[Tensor, ...]:
         """Run the backend's kernel."""
         if self.backend == "cpu":
-            return cpu.boundary_backward(
-                grad_written, grads, written, y, post, pre, maps, norm, saved, settings
-            )
+            return cpu.boundary_backward(grad_written, grads, boundary, maps, norm, saved, settings)
         from manifold_hc.kernels.triton import coefficients_backward as triton
 
-        return triton.boundary_backward(
-            grad_written, grads, written, y, post, pre, maps, norm, saved, settings
-        )
+        return triton.boundary_backward(grad_written, grads, boundary, maps, norm, saved, settings)
 
     def fake(
         self,
         grad_written: Tensor | None,
         grads: ReadingGradients,
-        written: Tensor,
-        y: Tensor,
-        post: Tensor,
-        pre: Tensor | None,
+        boundary: SavedBoundary,
         maps: MapParameters,
         norm: InputNorm | None,
         saved: SavedMaps,
@@ -82,8 +74,10 @@ class BoundaryBackward(Operator):
     ) -> tuple[Tensor, ...]:
         """Return empty results."""
         weight = None if norm is None else norm.weight
-        inputs = (written, y, post, pre, *maps, weight)
-        return tuple(written.new_empty(0) if t is None else torch.empty_like(t) for t in inputs)
+        inputs = (*boundary, *maps, weight)
+        return tuple(
+            boundary.written.new_empty(0) if t is None else torch.empty_like(t) for t in inputs
+        )
 
 
 class BoundaryResult(NamedTuple):

@@ -27,6 +27,7 @@ from manifold_hc.kernels.values import (
     InputNorm,
     MapParameters,
     ReadingGradients,
+    SavedBoundary,
     SavedMaps,
     Settings,
 )
@@ -210,18 +211,15 @@ def coefficients_and_read_backward(
 def boundary_backward(
     grad_written: Tensor | None,
     grads: ReadingGradients,
-    written: Tensor,
-    y: Tensor,
-    post: Tensor,
-    pre: Tensor | None,
+    boundary: SavedBoundary,
     maps: MapParameters,
     norm: InputNorm | None,
     saved: SavedMaps,
     settings: Settings,
 ) -> BoundaryGradients:
-    """Return all gradients; y and post: of the write that made the streams."""
-    write = gradient.Write(grad_written, y, post)
-    return _backward(grads, write, written, pre, maps, norm, saved, settings)
+    """Return the gradients of all inputs."""
+    write = gradient.Write(grad_written, boundary.y, boundary.post)
+    return _backward(grads, write, boundary.written, boundary.pre, maps, norm, saved, settings)
 
 
 def _backward(
