@@ -191,7 +191,7 @@ class RecomputeContext:
             )
         self._block: Block | None = None
         self._rebuildable: dict[int, Rebuildable] = {}
-        """By the address of their storage, which the entry keeps alive."""
+        """Keyed by the address of their storage, which the entry keeps alive."""
         self._undecided: list[Saved] = []
         """Saved since the last `keep`, which decides which of them become handles."""
         self._normalised: Tensor | None = None

@@ -94,7 +94,7 @@ class Reading(NamedTuple):
     read_weights: Float[Tensor, "*batch n"]
     """Weights that u was read with: pre, or the `pre` that `boundary` was given."""
     link: BackwardLink | None
-    """For the `write` that follows; None where the backend does not use one."""
+    """Link for the `write` that follows; None if the backend uses none."""
 
 
 def link_of(grad_carrier: Tensor | None, x: Tensor, res: Tensor) -> BackwardLink | None:

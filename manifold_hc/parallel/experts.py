@@ -42,7 +42,7 @@ class _Route(NamedTuple):
     received: list[int]
     """Number of rows received from each rank."""
     arrived: Int[Tensor, " S"]
-    """For each row sorted by expert: its index in the received rows, which are sorted by rank."""
+    """Index, per row sorted by expert, into the received rows, which are sorted by rank."""
 
 
 class TokenExchange:
