@@ -1,8 +1,9 @@
 """The boundary between two sublayers, by separate operators and fused, timed in a run of four."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor
 from manifold_hc import functional
 from manifold_hc.bench.correctness import TOLERANCE, compare
 from manifold_hc.bench.measure.timing import Timing, measure, thread_counts, timed
-from manifold_hc.bench.output.sheet import TIMES, Sheet, medians
+from manifold_hc.bench.output.sheet import TIMES, Sheet
 from manifold_hc.bench.problem import Inputs, Problem
 from manifold_hc.bench.task import Task, leaf
 from manifold_hc.errors import ManifoldError
 from manifold_hc.functional import InputNorm
+from manifold_hc.maps import first_read_weights
 
 DEPTH = 4
 """Sublayers in a run; each but the first begins with a boundary."""
@@ -53,19 +55,19 @@ def bench_boundaries(problem: Problem, backend: str, rounds: int) -> list[Bounda
     """
     for norm in (False, True):
         require_correct(problem, backend, norm)
-    rows = [BoundaryRow(form, norm, backend) for norm in (False, True) for form in FORMS]
-    tasks = [run_of_sublayers(problem, backend, FORMS[row.form], row.norm) for row in rows]
-    runs = [timed(task, passes=DEPTH) for task in tasks]
-    measure(rows, runs, rounds, [thread_counts(problem.device)] * len(runs))
-    return rows
+    turns = []
+    for norm, (form, run) in product((False, True), FORMS.items()):
+        task = run_of_sublayers(problem, backend, run, norm)
+        turns.append((BoundaryRow(form, norm, backend), timed(task, passes=DEPTH)))
+    measure(turns, rounds, [thread_counts(problem.device)] * len(turns))
+    return [row for row, _ in turns]
 
 
 def require_correct(problem: Problem, backend: str, norm: bool) -> None:
     """Compare all outputs and gradients of every form with separate operators in float64."""
-    exact = replace(problem, dtype="float64")
     tolerance = DEPTH * TOLERANCE[problem.torch_dtype]
     wanted = {
-        form: run_of_sublayers(exact, "reference", FORMS[form], norm, numbers_of=problem).tensors()
+        form: run_of_sublayers(problem, "reference", FORMS[form], norm, exact=True).tensors()
         for form in (SEPARATE, SINGLE)
     }
     for form, run in FORMS.items():
@@ -84,24 +86,21 @@ def require_correct(problem: Problem, backend: str, norm: bool) -> None:
 def boundaries_sheet(rows: Sequence[BoundaryRow], peer_name: str, peer: Timing | None) -> Sheet:
     """One row for each form; `peer`, whose connection has no norms, is compared in the notes."""
     totals = {(row.form, row.norm): row.total for row in rows}
-    return Sheet(
-        f"One sublayer with its boundary, in a run of {DEPTH}",
-        ("form", *TIMES, "vs separate"),
-        [
-            [
-                f"{row.form}{', with norms' * row.norm}, {row.backend}",
-                *medians(row),
-                f"{totals[BASELINES.get(row.form, SEPARATE), row.norm] / row.total:.2f}",
-            ]
-            for row in rows
-        ],
-        [
-            f"a sublayer, {row.form}: {peer_name} takes {peer.total / row.total:.2f} times as long"
-            for row in rows
-            if peer is not None and row.form in (FUSED, SINGLE_FUSED) and not row.norm
-        ],
-        LEGEND,
-    )
+    columns: dict[str, Callable[[BoundaryRow], str]] = {
+        "form": lambda row: f"{row.form}{', with norms' * row.norm}, {row.backend}",
+        **TIMES,
+        "vs separate": lambda row: (
+            f"{totals[BASELINES.get(row.form, SEPARATE), row.norm] / row.total:.2f}"
+        ),
+    }
+    notes = [
+        f"a sublayer, {row.form}: {peer_name} takes {peer.total / row.total:.2f} times as long"
+        for row in rows
+        if peer is not None and row.form in (FUSED, SINGLE_FUSED) and not row.norm
+    ]
+    cells = [[cell(row) for cell in columns.values()] for row in rows]
+    title = f"One sublayer with its boundary, in a run of {DEPTH}"
+    return Sheet(title, list(columns), cells, notes, LEGEND)
 
 
 class Sublayer(NamedTuple):
@@ -126,9 +125,11 @@ Form = Callable[[Tensor, Sequence[Sublayer], str, str], list[Tensor]]
 def _separate(
     x: Tensor, sublayers: Sequence[Sublayer], numerics: str, backend: str, single_pass: bool
 ) -> list[Tensor]:
-    inputs, previous_pre = [], _first_read(x)
+    inputs: list[Tensor] = []
     for own in sublayers:
         pre, post, res = functional.coefficients(x, *own.maps, numerics=numerics, backend=backend)
+        if not inputs:
+            previous_pre = first_read_weights(pre)
         u = functional.read(x, previous_pre if single_pass else pre, backend)
         inputs.append(own.normalise(u))
         x, previous_pre = functional.write(x, own.y, post, res, backend), pre
@@ -151,7 +152,7 @@ def _fused(
     reading = functional.coefficients_and_read(
         x, *previous.maps, numerics=numerics, backend=backend
     )
-    u = functional.read(x, _first_read(x), backend) if single_pass else reading.u
+    u = functional.read(x, first_read_weights(reading.pre), backend) if single_pass else reading.u
     inputs = [previous.normalise(u)]
     for own in others:
         reading = functional.boundary(
@@ -181,24 +182,13 @@ FORMS: dict[str, Form] = {
 }
 
 
-def _first_read(x: Tensor) -> Tensor:
-    """Single-pass read weights of the first sublayer: one-hot on stream 0."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    weights = torch.zeros(x.shape[-2], dtype=wide, device=x.device)
-    weights[0] = 1
-    return weights
-
-
 def run_of_sublayers(
-    problem: Problem, backend: str, form: Form, norm: bool, numbers_of: Problem | None = None
+    problem: Problem, backend: str, form: Form, norm: bool, exact: bool = False
 ) -> Task:
-    """Return a run of DEPTH sublayers in one form.
-
-    numbers_of: problem whose rounded inputs it gets, converted to its own dtype.
-    """
-    given = [(numbers_of or problem).inputs(seed) for seed in range(DEPTH)]
-    if numbers_of is not None:
-        given = [Inputs(*(t.to(problem.torch_dtype) for t in inputs)) for inputs in given]
+    """Return a run of DEPTH sublayers in one form; if `exact`, in float64 on the same numbers."""
+    given = [problem.inputs(seed) for seed in range(DEPTH)]
+    if exact:
+        given = [Inputs(*(tensor.double() for tensor in inputs)) for inputs in given]
     x, sublayers, leaves = leaf(given[0].x), [], []
     for inputs in given:
         phi, alpha, bias, y = map(leaf, (inputs.phi, inputs.alpha, inputs.bias, inputs.y))

@@ -12,7 +12,7 @@ from manifold_hc import functional
 from manifold_hc.bench.measure.timing import Timing, measure, thread_counts, timed
 from manifold_hc.bench.output.sheet import Sheet
 from manifold_hc.bench.problem import Problem
-from manifold_hc.bench.task import Task, leaf
+from manifold_hc.bench.task import call
 
 
 @dataclass
@@ -25,26 +25,27 @@ class OperatorRow(Timing):
 
 def bench_operators(problem: Problem, backends: Sequence[str], rounds: int) -> list[OperatorRow]:
     """Time every operator on every backend; the backends take turns."""
-    rows = []
+    rows, threads = [], [thread_counts(problem.device)] * len(backends)
     for operator, (function, tensors) in _calls(problem).items():
-        own = [OperatorRow(operator, backend) for backend in backends]
-        runs = [timed(_task(partial(function, backend=row.backend), tensors)) for row in own]
-        measure(own, runs, rounds, [thread_counts(problem.device)] * len(runs))
-        rows += own
+        turns = [
+            (OperatorRow(operator, each), timed(call(partial(function, backend=each), tensors)))
+            for each in backends
+        ]
+        measure(turns, rounds, threads)
+        rows += [row for row, _ in turns]
     return rows
 
 
 def operators_sheet(rows: Sequence[OperatorRow]) -> Sheet:
     """One row for each operator, one column for each backend."""
     backends = list(dict.fromkeys(row.backend for row in rows))
-    seconds = {(row.operator, row.backend): row.total for row in rows}
+    seconds: dict[str, list[float]] = {}
+    for row in rows:
+        seconds.setdefault(row.operator, []).append(row.total)
     return Sheet(
         "Operators, forward and backward",
         ["operator", *(f"{backend} ms" for backend in backends)],
-        [
-            [operator, *(f"{1e3 * seconds[operator, backend]:.3g}" for backend in backends)]
-            for operator in dict.fromkeys(row.operator for row in rows)
-        ],
+        [[name, *(f"{1e3 * each:.3g}" for each in totals)] for name, totals in seconds.items()],
     )
 
 
@@ -63,16 +64,3 @@ def _calls(problem: Problem) -> dict[str, tuple[Callable[..., Any], list[Tensor]
         "read": (functional.read, [inputs.x, pre]),
         "write": (functional.write, [inputs.x, inputs.y, post, res]),
     }
-
-
-def _task(function: Callable[..., Any], tensors: Sequence[Tensor]) -> Task:
-    """One call with random cotangents."""
-    leaves = tuple(map(leaf, tensors))
-
-    def forward() -> tuple[Tensor, ...]:
-        result = function(*leaves)
-        return result if isinstance(result, tuple) else (result,)
-
-    with torch.no_grad():
-        cotangents = tuple(torch.randn_like(output) for output in forward())
-    return Task(forward, leaves, cotangents)

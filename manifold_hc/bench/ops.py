@@ -8,18 +8,20 @@ from typing import Any, Literal
 from manifold_hc.bench import peers
 from manifold_hc.bench.boundaries import BoundaryRow, bench_boundaries, boundaries_sheet
 from manifold_hc.bench.correctness import check
-from manifold_hc.bench.measure.bandwidth import bound_bytes, copy_bandwidth
-from manifold_hc.bench.measure.graphs import graphed
+from manifold_hc.bench.measure.bandwidth import bound_bytes, bound_elements, copy_bandwidth
 from manifold_hc.bench.measure.memory import cost
-from manifold_hc.bench.measure.timing import Run, Timing, first_call, measure, thread_counts, timed
-from manifold_hc.bench.operators import OperatorRow, bench_operators, operators_sheet
-from manifold_hc.bench.output.sheet import NONE, Sheet, milliseconds, quartiles, samples
-from manifold_hc.bench.peers.implementations import (
-    Implementation,
-    compiled,
-    ours,
-    supported_backends,
+from manifold_hc.bench.measure.timing import (
+    Run,
+    Timing,
+    first_call,
+    graphed,
+    measure,
+    thread_counts,
+    timed,
 )
+from manifold_hc.bench.operators import OperatorRow, bench_operators, operators_sheet
+from manifold_hc.bench.output.sheet import NONE, TIMES, Sheet, milliseconds, quartiles, samples
+from manifold_hc.bench.peers.implementations import Implementation, ours, supported_backends
 from manifold_hc.bench.problem import Inputs, Problem
 from manifold_hc.bench.task import quiet
 
@@ -114,27 +116,34 @@ class OpsResult:
     def sheets(self) -> list[Sheet]:
         """Return the sheets of implementations, operators and boundaries."""
         p, peer = self.problem, None if self.eager_only else self.fastest_peer
-        launches = LAUNCHES[p.device.partition(":")[0]]
+        columns: dict[str, Callable[[Row], str]] = {
+            "implementation": lambda row: row.implementation,
+            **TIMES,
+            "quartiles": quartiles,
+            "threads": lambda row: "graph" if row.graphed else str(row.threads),
+            "GB/s": lambda row: _pair(self.speeds(row, 1e9), digits=1),
+            "% of copy": lambda row: _pair(self.speeds(row, self.copy_bandwidth / 100)),
+            "x bound": lambda row: f"{row.total / self.bound_seconds:.1f}",
+            "memory": lambda row: _ratio(row.extra_bytes, p.stream_bytes),
+            "launches": lambda row: _pair((row.forward_launches, row.backward_launches)),
+            "first s": lambda row: _ratio(row.first_call),
+            "x ours": lambda row: _ratio(row.total, self.ours.total if self.ours else None),
+        }
+        shown = [row for row in self.rows if row.state == "timed"]
+        failed = [row for row in self.rows if row.state != "timed"]
         implementations = Sheet(
             f"{p.dtype}, {p.size}, {p.numerics} numerics, {samples(self.rows)}",
-            list(COLUMNS),
-            [
-                [cell(self, row) for cell in COLUMNS.values()]
-                for row in self.rows
-                if row.state == "timed"
-            ],
+            list(columns),
+            [[cell(row) for cell in columns.values()] for row in shown],
             self._notes(),
-            LEGEND.format(launches=launches),
-            [
-                f"{row.state}: {row.implementation}: {row.reason}"
-                for row in self.rows
-                if row.state != "timed"
-            ],
+            LEGEND.format(launches=LAUNCHES[p.device.partition(":")[0]]),
+            [f"{row.state}: {row.implementation}: {row.reason}" for row in failed],
         )
         sheets = [implementations, operators_sheet(self.operators)]
         if self.boundaries:
-            name = peer.implementation if peer else ""
-            sheets.append(boundaries_sheet(self.boundaries, name, peer))
+            sheets.append(
+                boundaries_sheet(self.boundaries, peer.implementation if peer else "", peer)
+            )
         return sheets
 
     def speeds(self, row: Row, unit: float) -> tuple[float, float]:
@@ -144,10 +153,10 @@ class OpsResult:
 
     def _notes(self) -> list[str]:
         """The bound, the fastest peers, differences of the equations, refusing backends."""
-        n = self.problem.streams
+        forward, backward = bound_elements(self.problem.streams)
         notes = [
-            f"bound: {self.forward_bytes / 1e6:.1f} MB forward, {4 * n + 2}C a token, "
-            f"{self.backward_bytes / 1e6:.1f} MB backward, {5 * n + 3}C; a large copy moves "
+            f"bound: {self.forward_bytes / 1e6:.1f} MB forward, {forward}C a token, "
+            f"{self.backward_bytes / 1e6:.1f} MB backward, {backward}C; a large copy moves "
             f"{self.copy_bandwidth / 1e9:.1f} GB/s: {milliseconds(self.bound_seconds)} ms in all"
         ]
         fastest_peers = [("fastest eager peer", self.fastest_eager_peer)]
@@ -174,23 +183,6 @@ def _pair(values: Sequence[int | float | None], digits: int = 0) -> str:
     return " / ".join(NONE if value is None else f"{value:.{digits}f}" for value in values)
 
 
-COLUMNS: dict[str, Callable[[OpsResult, Row], str]] = {
-    "implementation": lambda result, row: row.implementation,
-    "forward ms": lambda result, row: milliseconds(row.halves[0]),
-    "backward ms": lambda result, row: milliseconds(row.halves[1]),
-    "total ms": lambda result, row: milliseconds(row.total),
-    "quartiles": lambda result, row: quartiles(row),
-    "threads": lambda result, row: "graph" if row.graphed else str(row.threads),
-    "GB/s": lambda result, row: _pair(result.speeds(row, 1e9), digits=1),
-    "% of copy": lambda result, row: _pair(result.speeds(row, result.copy_bandwidth / 100)),
-    "x bound": lambda result, row: f"{row.total / result.bound_seconds:.1f}",
-    "memory": lambda result, row: _ratio(row.extra_bytes, result.problem.stream_bytes),
-    "launches": lambda result, row: _pair((row.forward_launches, row.backward_launches)),
-    "first s": lambda result, row: _ratio(row.first_call),
-    "x ours": lambda result, row: _ratio(row.total, result.ours.total if result.ours else None),
-}
-
-
 def fastest(rows: Iterable[Row]) -> Row | None:
     """Return the timed row with the smallest median; None without one."""
     return min((row for row in rows if row.state == "timed"), key=lambda r: r.total, default=None)
@@ -215,7 +207,7 @@ def bench_ops(
         rows.append(row)
     progress(f"{problem.dtype}: {rounds} rounds of all")
     threads = [thread_counts(problem.device, row.compiled) for row, _ in runs]
-    measure([row for row, _ in runs], [run for _, run in runs], rounds, threads)
+    measure(runs, rounds, threads)
     progress(f"{problem.dtype}: operators")
     operators = bench_operators(problem, backends, rounds)
     progress(f"{problem.dtype}: boundaries")
@@ -230,29 +222,24 @@ Build = Callable[[], Implementation]
 def _contenders(
     problem: Problem, inputs: Inputs, backends: Sequence[str], eager_only: bool
 ) -> Iterator[tuple[Row, Build]]:
-    """Rows without figures, each with the function that builds its implementation."""
+    """Rows without figures, each with the function that builds its implementation, uncompiled."""
     for backend in backends:
         yield Row(f"manifold-hc, {backend}", True, False), partial(ours, problem, inputs, backend)
     if not eager_only:
-        build: Build = partial(ours, problem, inputs, "reference")
-        yield Row("manifold-hc, reference, compiled", False, True), partial(_compiled, build)
+        name = "manifold-hc, reference, compiled"
+        yield Row(name, False, True), partial(ours, problem, inputs, "reference")
     for peer in peers.for_problem(problem):
-        build = partial(peer.build, problem, inputs)
-        yield Row(peer.package, False, False, peer.version, peer.note), build
-        if peer.compiles and not eager_only:
-            name = f"{peer.package}, compiled"
-            yield Row(name, False, True, peer.version, peer.note), partial(_compiled, build)
-
-
-def _compiled(build: Build) -> Implementation:
-    return compiled(build())
+        for compiled in (False, True) if peer.compiles and not eager_only else (False,):
+            name = f"{peer.package}{', compiled' * compiled}"
+            row = Row(name, False, compiled, peer.version, peer.note)
+            yield row, partial(peer.build, problem, inputs)
 
 
 def _prepare(row: Row, build: Build, inputs: Inputs) -> Run | None:
     """Fill in all figures but the times; return the run, or None if it is missing or wrong."""
     try:
         with quiet():
-            implementation = build()
+            implementation = build().compile() if row.compiled else build()
             task = implementation.task(inputs)
             row.first_call = first_call(task.both)
             comparison = check(implementation, inputs)

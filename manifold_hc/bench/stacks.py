@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from manifold_hc.bench.measure.memory import peak_bytes
 from manifold_hc.bench.measure.memory_ledger import KINDS, STREAMS, Branch, Ledger, Norm
 from manifold_hc.bench.measure.timing import Timing, measure, timed
-from manifold_hc.bench.output.sheet import TIMES, Sheet, increase, medians, samples
+from manifold_hc.bench.output.sheet import TIMES, Sheet, increase, samples
 from manifold_hc.bench.problem import Problem
 from manifold_hc.bench.task import Task, leaf
 from manifold_hc.config import Recompute
@@ -19,8 +20,6 @@ from manifold_hc.stack import Stack
 
 Norms = Literal["given", "inside"]
 """Place of the input norms: given to the connections, or inside the branches."""
-
-COLUMNS = ("recompute block", *KINDS, "rest", "peak", *TIMES, "vs all kept")
 
 LEGEND = (
     "recompute block: its number of sublayers. Memory in multiples of C per token: by kind, at the "
@@ -74,18 +73,21 @@ class StackResult:
             for row in self.rows
             if row.chosen
         ]
-        return [Sheet(title, COLUMNS, [self._cells(r, all_kept) for r in self.rows], notes, LEGEND)]
+        columns: dict[str, Callable[[StackRow], str]] = {
+            "recompute block": lambda row: (
+                "all kept" if row is all_kept else f"{row.recompute}{', auto' * row.chosen}"
+            ),
+            **{kind: partial(self._held, kind) for kind in KINDS},
+            "rest": lambda row: self._multiples(row.rest),
+            "peak": lambda row: self._multiples(row.peak),
+            **TIMES,
+            "vs all kept": lambda row: "" if row is all_kept else increase(row, all_kept),
+        }
+        cells = [[cell(row) for cell in columns.values()] for row in self.rows]
+        return [Sheet(title, list(columns), cells, notes, LEGEND)]
 
-    def _cells(self, row: StackRow, all_kept: StackRow) -> list[str]:
-        length = f"{row.recompute}{', auto' * row.chosen}"
-        return [
-            "all kept" if row is all_kept else length,
-            *(self._multiples(row.held[kind]) for kind in KINDS),
-            self._multiples(row.rest),
-            self._multiples(row.peak),
-            *medians(row),
-            "" if row is all_kept else increase(row, all_kept),
-        ]
+    def _held(self, kind: str, row: StackRow) -> str:
+        return self._multiples(row.held[kind])
 
     def _multiples(self, size: int) -> str:
         """Bytes in multiples of C elements per token."""
@@ -119,7 +121,7 @@ def bench_stacks(
         gc.collect()
     progress(f"{problem.dtype}: {rounds} rounds of all")
     runs = [timed(_connections_alone(problem, build(length))) for length in all_lengths]
-    measure(rows, runs, rounds, warm_up=1)
+    measure(list(zip(rows, runs, strict=True)), rounds, warm_up=1)
     return StackResult(problem, sublayers, single_pass, norms, rows)
 
 

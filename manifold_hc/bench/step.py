@@ -10,14 +10,13 @@ from typing import Any
 import torch
 
 from manifold_hc.bench import parts
-from manifold_hc.bench.measure.timing import Run, Sample, Timing, call_seconds, measure, timed
+from manifold_hc.bench.measure.timing import Run, Timing, call_seconds, measure, timed
 from manifold_hc.bench.output.sheet import (
     NONE,
     TIMES,
     Sheet,
     duration,
     increase,
-    medians,
     quartiles,
     samples,
 )
@@ -33,10 +32,11 @@ RESIDUAL, MHC, PEER = "residual", "mhc", "transformers"
 STREAMS, ANY = "streams", "any"
 """Kinds of the parts that every connection with several streams has, and that every step has."""
 
+LABELS = {ANY: NONE, STREAMS: "several streams"}
+"""Names of these kinds in the table."""
+
 EXPERT_BLOCKS = 2
 """Transformer blocks with experts that are built and timed; they stand for all others."""
-
-COLUMNS = ("part", "connection", "per step", *TIMES[:2], "quartiles", "vs residual")
 
 LEGEND = "per step: how often a step has the part; quartiles: of forward and backward, in ms."
 
@@ -128,27 +128,22 @@ class StepResult:
                 f"{100 * self.overhead_without_optimizer(kind):.1f} % of a step without its "
                 "optimizer"
             )
-        return [
-            Sheet(
-                f"{self.preset}, {p.dtype}, {p.size}, {samples(self.parts)}",
-                COLUMNS,
-                [self._cells(part) for part in self.parts],
-                notes,
-                LEGEND,
-                [f"missing: {kind}: {reason}" for kind, reason in self.missing.items()],
-            )
-        ]
-
-    def _cells(self, part: Part) -> list[str]:
-        plain = {p.name: p for p in self.of_kind(RESIDUAL)}.get(part.name, part)
-        return [
-            part.name,
-            {ANY: NONE, STREAMS: "several streams"}.get(part.kind, part.kind),
-            f"{part.times:.3g}",
-            *medians(part)[:2],
-            quartiles(part),
-            "" if part is plain else increase(part, plain),
-        ]
+        plain = {part.name: part for part in self.of_kind(RESIDUAL)}
+        columns: dict[str, Callable[[Part], str]] = {
+            "part": lambda part: part.name,
+            "connection": lambda part: LABELS.get(part.kind, part.kind),
+            "per step": lambda part: f"{part.times:.3g}",
+            "forward ms": TIMES["forward ms"],
+            "backward ms": TIMES["backward ms"],
+            "quartiles": quartiles,
+            "vs residual": lambda part: (
+                increase(part, plain[part.name]) if part.kind in (MHC, PEER) else ""
+            ),
+        }
+        title = f"{self.preset}, {p.dtype}, {p.size}, {samples(self.parts)}"
+        cells = [[cell(part) for cell in columns.values()] for part in self.parts]
+        missing = [f"missing: {kind}: {reason}" for kind, reason in self.missing.items()]
+        return [Sheet(title, list(columns), cells, notes, LEGEND, missing)]
 
 
 def _quartile(values: list[float], index: int) -> float:
@@ -164,25 +159,22 @@ def bench_step(
         plain = Decoder(model, ConnectionConfig(kind="residual"))
     result = StepResult(name, problem, count_parameters(plain).total)
 
-    def add(title: str, kind: str, times: float, run: Run) -> None:
-        result.parts.append(Part(title, kind, times))
-        measure(result.parts[-1:], [run], rounds, warm_up=1)
+    def add(title: str, times: float, build: Callable[[], dict[str, Run]]) -> None:
+        progress(f"{problem.dtype}: {title}")
+        turns = [(Part(title, kind, times), run) for kind, run in build().items()]
+        measure(turns, rounds, warm_up=1)
+        result.parts += [part for part, _ in turns]
+        turns.clear()  # free the tensors before the next part is built
         gc.collect()
 
-    for title, build in (
-        ("embedding", lambda: parts.embedding_task(model, problem)),
-        ("head and loss", lambda: parts.head_task(model, problem)),
-    ):
-        progress(f"{problem.dtype}: {title}")
-        add(title, ANY, 1.0, timed(build()))
-    add("entry and exit", STREAMS, 1.0, timed(parts.ends_task(problem)))
+    add("embedding", 1.0, lambda: {ANY: timed(parts.embedding_task(model, problem))})
+    add("head and loss", 1.0, lambda: {ANY: timed(parts.head_task(model, problem))})
+    add("entry and exit", 1.0, lambda: {STREAMS: timed(parts.ends_task(problem))})
     for title, experts, times in _blocks(model):
-        progress(f"{problem.dtype}: {title}")
-        _time_block(result, title, parts.block(model, experts, problem.device), times, rounds)
-        gc.collect()
-    progress(f"{problem.dtype}: optimizer")
-    own, run = _optimizer_step(config, problem)
-    add("optimizer", ANY, result.parameters / own, run)
+        add(title, times, partial(_block_runs, result, model, experts))
+    branches = parts.block(model, bool(model.experts.routed), problem.device)
+    own = sum(parameter.numel() for parameter in branches.parameters())
+    add("optimizer", result.parameters / own, lambda: {ANY: _optimizer_run(branches, config)})
     return result
 
 
@@ -197,10 +189,10 @@ def _blocks(model: DecoderConfig) -> Iterator[tuple[str, bool, float]]:
         yield f"expert block {index + 1}", True, others / built
 
 
-def _time_block(
-    result: StepResult, title: str, branches: torch.nn.ModuleList, times: float, rounds: int
-) -> None:
-    problem, tasks = result.problem, {}
+def _block_runs(result: StepResult, model: DecoderConfig, experts: bool) -> dict[str, Run]:
+    """Runs of a transformer block by kind of connection, all around the same branches."""
+    problem, runs = result.problem, {}
+    branches = parts.block(model, experts, problem.device)
     residual = ConnectionConfig(kind="residual")
     for kind, streams, build in (
         (RESIDUAL, 1, lambda: parts.connections(problem, residual)),
@@ -208,22 +200,16 @@ def _time_block(
         (PEER, problem.streams, lambda: parts.transformers(problem)),
     ):
         try:
-            tasks[kind] = parts.block_task(branches, build(), streams, problem)
+            runs[kind] = timed(parts.block_task(branches, build(), streams, problem))
         except ImportError as error:
             result.missing[kind] = install_hint(error, "cpu")
-    rows = [Part(title, kind, times) for kind in tasks]
-    measure(rows, [timed(task) for task in tasks.values()], rounds, warm_up=1)
-    result.parts += rows
-    for task in tasks.values():
-        task.clear()
+    return runs
 
 
-def _optimizer_step(config: RunConfig, problem: Problem) -> tuple[int, Run]:
-    """One step of AdamW over one transformer block: its number of parameters, and the run."""
-    branches = parts.block(config.model, bool(config.model.experts.routed), problem.device)
+def _optimizer_run(branches: torch.nn.Module, config: RunConfig) -> Run:
+    """One step of AdamW over the parameters of a transformer block."""
     optimizer = build_optimizer(branches, config.optimizer)
     for parameter in branches.parameters():
         parameter.grad = torch.randn_like(parameter)
-    own = sum(parameter.numel() for parameter in branches.parameters())
-    device = torch.device(problem.device)
-    return own, lambda: Sample(call_seconds(device, optimizer.step)[0], 0.0)
+    device = next(branches.parameters()).device
+    return lambda: [*call_seconds(device, optimizer.step), 0.0]

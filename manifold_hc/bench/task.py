@@ -5,6 +5,7 @@ import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +53,19 @@ class Task:
             materialize_grads=True,
         )
         return [*(output.detach() for output in outputs), *gradients]
+
+
+def call(function: Callable[..., Any], tensors: Sequence[Tensor]) -> Task:
+    """Return one call of the function on leaves with these values, with random cotangents."""
+    leaves = tuple(map(leaf, tensors))
+
+    def forward() -> tuple[Tensor, ...]:
+        result = function(*leaves)
+        return result if isinstance(result, tuple) else (result,)
+
+    with torch.no_grad():
+        cotangents = tuple(torch.randn_like(output) for output in forward())
+    return Task(forward, leaves, cotangents)
 
 
 def leaf(tensor: Tensor) -> Tensor:

@@ -51,10 +51,9 @@ class Request:
     def show(self, found: Sequence[Any]) -> None:
         """Print the sheets of all results; write the files that were asked for."""
         from manifold_hc.bench.output import results
-        from manifold_hc.bench.output.renderers import terminal
 
         for sheet in (sheet for result in found for sheet in result.sheets()):
-            console().print(terminal(sheet, console().width))
+            console().print(sheet.terminal(console().width))
         record = results.record(self.bench, self.device, _command(), list(found))
         if self.json_file:
             write_atomically(self.json_file, results.as_json(record))

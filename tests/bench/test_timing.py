@@ -13,7 +13,7 @@ def recorder(name, calls, seconds):
 
     def run():
         calls.append((name, torch.get_num_threads()))
-        return m.Sample(seconds.get(torch.get_num_threads(), 1.0), 0.0)
+        return seconds.get(torch.get_num_threads(), 1.0), 0.0
 
     return run
 
@@ -31,7 +31,7 @@ def test_each_has_its_own_best_number_of_threads():
     one, two = {1: 1.0, 2: 3.0}, {1: 3.0, 2: 1.0}
     runs = [recorder("one", calls, one), recorder("two", calls, two)]
     rows = [m.Timing(), m.Timing()]
-    m.measure(rows, runs, 5, [[1, 2], [1, 2]])
+    m.measure(list(zip(rows, runs, strict=True)), 5, [[1, 2], [1, 2]])
     assert [row.threads for row in rows] == [1, 2]
     assert sorted(calls[-10:]) == [("one", 1)] * 5 + [("two", 2)] * 5
     assert [(row.totals, row.total) for row in rows] == [([1.0] * 5, 1.0)] * 2
@@ -87,7 +87,7 @@ def test_gpu_seconds_are_those_between_events(monkeypatch):
 def test_seconds_of_one_pass_of_several(monkeypatch):
     monkeypatch.setattr(m, "call_seconds", lambda device, *calls: [4.0, 8.0])
     task = Task(lambda: (), (), (torch.ones(3),))
-    assert m.timed(task, passes=4)() == (1.0, 2.0)
+    assert m.timed(task, passes=4)() == [1.0, 2.0]
 
 
 def test_ratios_compare_medians_of_timed_rows(ops_result):

@@ -11,28 +11,22 @@ COPY_BYTES = 256 * 2**20
 """Size of the copied tensor; larger than any cache."""
 
 
-def forward_elements(n: int) -> int:
-    """Elements per token and channel that a forward pass reads and writes: 4n + 2.
+def bound_elements(n: int) -> tuple[int, int]:
+    """Return the elements per token and channel that forward and backward must read and write.
 
-    Coefficients read x (n); read reads x and writes u (n + 1); write reads x and y and writes x'
-    (2n + 1).
+    Forward, 4n + 2: the coefficients read x (n); read reads x and writes u (n + 1); write reads x
+    and y and writes x' (2n + 1). Backward, 5n + 3: the write's gradients read x, y and the gradient
+    of x' and write y's (2n + 2); the rest reads x, the gradients of x' and of u and writes x's
+    (3n + 1).
     """
-    return 4 * n + 2
-
-
-def backward_elements(n: int) -> int:
-    """Elements per token and channel that a backward pass reads and writes: 5n + 3.
-
-    The write's gradients read x, y and the gradient of x' and write y's (2n + 2); the rest reads
-    x, the gradients of x' and of u and writes x's (3n + 1).
-    """
-    return 5 * n + 3
+    return 4 * n + 2, 5 * n + 3
 
 
 def bound_bytes(problem: Problem) -> tuple[int, int]:
     """Return the bytes that forward and backward of one connection move, without coefficients."""
+    forward, backward = bound_elements(problem.streams)
     stream = problem.stream_bytes // problem.streams
-    return forward_elements(problem.streams) * stream, backward_elements(problem.streams) * stream
+    return forward * stream, backward * stream
 
 
 def copy_bandwidth(device: str, size: int = COPY_BYTES, repeats: int = 10) -> float:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from manifold_hc.bench.peers.implementations import Implementation
 from manifold_hc.bench.problem import Inputs
 from manifold_hc.kernels.cpu.memory import BLOCKS
-
-FREE = """
-    view _unsafe_view as_strided transpose t permute expand unsqueeze squeeze slice select
-    split split_with_sizes unbind detach alias
-""".split()  # noqa: SIM905
-"""Operators that return a view, or compute nothing."""
 
 
 class Cost(NamedTuple):
@@ -67,20 +62,10 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
     ):
         run()
-    alive = peak = 0
-    for _, change in sorted(_allocations(profiler), key=lambda event: event[0]):
-        alive += change
-        peak = max(peak, alive)
-    return peak
-
-
-def _allocations(profiler: Any) -> list[tuple[int, int]]:
-    """(nanosecond, bytes) of every allocation and release; a release has negative bytes."""
-    return [
-        (event.start_ns(), event.nbytes())
-        for event in profiler.profiler.kineto_results.events()
-        if event.name() == "[memory]" and event.device_type() == DeviceType.CPU
-    ]
+    events = profiler.profiler.kineto_results.events()
+    changes = [e for e in events if e.name() == "[memory]" and e.device_type() == DeviceType.CPU]
+    changes.sort(key=lambda change: change.start_ns())
+    return max(accumulate((change.nbytes() for change in changes), initial=0))  # releases: below 0
 
 
 def operators_run(run: Callable[[], object]) -> int:
@@ -107,7 +92,7 @@ class _Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         name = func.overloadpacket.__name__
-        self.count += name not in FREE and not name.startswith(("empty", "new_empty"))
+        self.count += not (func.is_view or name.startswith(("_unsafe_view", "empty", "new_empty")))
         return func(*args, **(kwargs or {}))
 
 

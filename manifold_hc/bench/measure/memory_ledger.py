@@ -1,8 +1,8 @@
 """Bytes of the live tensors of a pass, by kind."""
 
 from collections import Counter
-from itertools import zip_longest
-from typing import Any, cast
+from itertools import chain, repeat
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,29 +40,20 @@ class Ledger(TorchDispatchMode):
 
     def label(self, made: Tensor, kind: str) -> None:
         """Set the kind of a tensor that an operator has made."""
-        self._enter(made, kind, again=True)
+        storage = made.untyped_storage()
+        if kind == OTHER and storage.nbytes() == self.stream_bytes:
+            kind = GRADIENTS if self.is_backward else STREAMS
+        self._alive[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes(), kind
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         made = func(*args, **(kwargs or {}))
         results = [tensor for tensor in tree_leaves(made) if isinstance(tensor, Tensor)]
-        kinds = _kinds(func, args)
-        for tensor, kind in zip_longest(results, kinds[: len(results)], fillvalue=OTHER):
-            self._enter(cast(Tensor, tensor), kind)
-        self._update()
-        return made
-
-    def _enter(self, tensor: Tensor, kind: str, again: bool = False) -> None:
-        storage = tensor.untyped_storage()
-        if kind == OTHER and storage.nbytes() == self.stream_bytes:
-            kind = GRADIENTS if self.is_backward else STREAMS
-        known = self._alive.get(storage.data_ptr())
-        if known is not None and not known[0].expired() and not again:
-            return
-        self._alive[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes(), kind
-
-    def _update(self) -> None:
+        for tensor, kind in zip(results, chain(_kinds(func, args), repeat(OTHER)), strict=False):
+            known = self._alive.get(tensor.untyped_storage().data_ptr())
+            if known is None or known[0].expired():
+                self.label(tensor, kind)
         self._alive = {p: entry for p, entry in self._alive.items() if not entry[0].expired()}
         held: Counter[str] = Counter()
         for _, size, kind in self._alive.values():
@@ -70,6 +61,7 @@ class Ledger(TorchDispatchMode):
         self.most |= held
         if held.total() > self.peak.total():
             self.peak = held
+        return made
 
 
 def _kinds(func: Any, args: tuple[Any, ...]) -> tuple[str, ...]:

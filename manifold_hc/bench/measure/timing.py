@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from statistics import median
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
@@ -17,16 +17,12 @@ WARM_UP = 2
 TRIAL = 3
 """Runs at each number of threads, to choose the best."""
 
-
-class Sample(NamedTuple):
-    """Seconds of one forward and backward pass."""
-
-    forward: float
-    backward: float
+CAPTURE_WARM_UP = 3
+"""Passes before a capture as CUDA graphs."""
 
 
-Run = Callable[[], Sample]
-"""One forward and backward pass that times itself."""
+Run = Callable[[], Sequence[float]]
+"""One pass that times itself: returns the seconds of forward, and of backward."""
 
 
 @dataclass(kw_only=True)
@@ -57,8 +53,7 @@ class Timing:
 
 
 def measure(
-    rows: Sequence[Timing],
-    runs: Sequence[Run],
+    turns: Sequence[tuple[Timing, Run]],
     rounds: int,
     threads: Sequence[Sequence[int]] | None = None,
     warm_up: int = WARM_UP,
@@ -67,27 +62,29 @@ def measure(
 
     threads: numbers to try for each run, of which the fastest is kept; torch's number if left out.
     """
-    before = torch.get_num_threads()
-    tried = list(zip(runs, threads or [[before]] * len(runs), strict=True))
+    before, runs = torch.get_num_threads(), [run for _, run in turns]
+    tried = threads or [[before]] * len(runs)
     try:
-        alternate([_with_threads(run, counts[-1]) for run, counts in tried], warm_up)
-        best = [_best(run, counts) for run, counts in tried]
-        chosen = [_with_threads(run, count) for run, count in zip(runs, best, strict=True)]
-        samples = alternate(chosen, rounds)
+        alternate(
+            [_with_threads(run, counts[-1]) for run, counts in zip(runs, tried, strict=True)],
+            warm_up,
+        )
+        best = list(map(_best, runs, tried))
+        samples = alternate(list(map(_with_threads, runs, best)), rounds)
     finally:
         torch.set_num_threads(before)
-    for row, count, own in zip(rows, best, samples, strict=True):
-        row.forward, row.backward = [s.forward for s in own], [s.backward for s in own]
+    for (row, _), count, own in zip(turns, best, samples, strict=True):
+        row.forward, row.backward = map(list, zip(*own, strict=True))
         row.threads = count
 
 
-def alternate(runs: Sequence[Run], rounds: int) -> list[list[Sample]]:
+def alternate(runs: Sequence[Run], rounds: int) -> list[list[Sequence[float]]]:
     """Sample the runs in turns, call by call, so that a slow minute of the machine affects all.
 
     Every second round has the reverse order: a run finds caches and free memory as another run left
     them, and that should not always be the same one.
     """
-    samples: list[list[Sample]] = [[] for _ in runs]
+    samples: list[list[Sequence[float]]] = [[] for _ in runs]
     turns = list(zip(runs, samples, strict=True))
     for _ in range(rounds):
         for run, own in turns:
@@ -111,15 +108,43 @@ def timed(task: Task, passes: int = 1) -> Run:
     passes: number of equal passes in the task; the seconds are those of one.
     """
 
-    def run() -> Sample:
+    def run() -> Sequence[float]:
         task.clear()
         outputs: list[torch.Tensor] = []
-        forward, backward = call_seconds(
+        seconds = call_seconds(
             task.device,
             lambda: outputs.extend(task.forward()),
             lambda: task.backward(outputs),
         )
-        return Sample(forward / passes, backward / passes)
+        return [each / passes for each in seconds]
+
+    return run
+
+
+def graphed(task: Task) -> Run | None:
+    """Return a run that replays the task as two CUDA graphs, without the time of Python's launches.
+
+    None if the task cannot be captured.
+    """
+    side, forward, backward = torch.cuda.Stream(), torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    try:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(CAPTURE_WARM_UP):
+                torch.autograd.grad(task.forward(), task.leaves, task.cotangents)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(forward):
+            outputs = task.forward()
+        with torch.cuda.graph(backward, pool=forward.pool()):
+            gradients = torch.autograd.grad(outputs, task.leaves, task.cotangents)
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    alive = (outputs, gradients)  # the graphs write into their memory
+
+    def run() -> Sequence[float]:
+        assert alive
+        return call_seconds(task.device, forward.replay, backward.replay)
 
     return run
 
@@ -138,12 +163,15 @@ def first_call(run: Callable[[], object]) -> float:
 
 def call_seconds(device: torch.device, *calls: Callable[[], object]) -> list[float]:
     """Make the calls one after the other; return the seconds of each, on a GPU by its events."""
-    clock = time.perf_counter if device.type == "cpu" else _cuda_event
-    marks = [clock()]
+    on_cpu = device.type == "cpu"
+    marks: list[Any] = [time.perf_counter() if on_cpu else _cuda_event()]
     for call in calls:
         call()
-        marks.append(clock())
-    return [_seconds(start, end) for start, end in pairwise(marks)]
+        marks.append(time.perf_counter() if on_cpu else _cuda_event())
+    if on_cpu:
+        return [round(end - start, 9) for start, end in pairwise(marks)]
+    marks[-1].synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in pairwise(marks)]
 
 
 def _cuda_event() -> torch.cuda.Event:
@@ -152,25 +180,16 @@ def _cuda_event() -> torch.cuda.Event:
     return event
 
 
-def _seconds(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
-    if isinstance(start, torch.cuda.Event):
-        assert isinstance(end, torch.cuda.Event)
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
-    assert isinstance(end, float)
-    return round(end - start, 9)
-
-
 def _best(run: Run, counts: Sequence[int]) -> int:
     if len(counts) == 1:
         return counts[0]
     trials = alternate([_with_threads(run, count) for count in counts], TRIAL)
     totals = [median(map(sum, samples)) for samples in trials]
-    return counts[min(range(len(counts)), key=totals.__getitem__)]
+    return counts[totals.index(min(totals))]
 
 
 def _with_threads(run: Run, count: int) -> Run:
-    def run_with_threads() -> Sample:
+    def run_with_threads() -> Sequence[float]:
         torch.set_num_threads(count)
         with quiet():
             return run()

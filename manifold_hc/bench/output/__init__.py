@@ -1,1 +1,1 @@
-"""Sheets of figures, their renderers, result files, and the page and chart made from them."""
+"""Sheets of figures, result files, and the page and chart made from them."""

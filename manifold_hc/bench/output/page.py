@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from manifold_hc.bench.output.renderers import markdown
 from manifold_hc.bench.output.results import Record, load_all
 
 CHART = "![One connection, forward and backward, by implementation](images/benchmarks.svg)"
@@ -71,6 +70,6 @@ def _section(record: Record) -> Iterator[str]:
     yield ""
     sheets = [sheet for result in record.results for sheet in result.sheets()]
     for sheet in sheets:
-        yield from markdown(sheet)
+        yield from sheet.markdown()
     for legend in dict.fromkeys(sheet.legend for sheet in sheets if sheet.legend):
         yield from (legend, "")

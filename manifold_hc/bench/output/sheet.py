@@ -1,10 +1,17 @@
-"""A table of figures as text, and the formats of its cells."""
+"""A table of figures as text, its renderers, and the formats of its cells."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import quantiles
 
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
 from manifold_hc.bench.measure.timing import Timing
+
+GAP = 2
+"""Spaces between two columns of a terminal."""
 
 NONE = "-"
 """Cell without a figure."""
@@ -12,7 +19,7 @@ NONE = "-"
 
 @dataclass(frozen=True)
 class Sheet:
-    """One table with its title and remarks; the renderers print it on a terminal or a page."""
+    """One table with its title and remarks."""
 
     title: str
     columns: Sequence[str]
@@ -24,6 +31,38 @@ class Sheet:
     """Meaning of the columns."""
     failures: Sequence[str] = ()
     """Rows without figures: state, name and reason, one line each."""
+
+    def terminal(self, width: int) -> RenderableType:
+        """Render for a terminal of `width` columns; a table that is wider is turned on its side."""
+        lines = [self.columns, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        turned = sum(widths) + GAP * (len(widths) - 1) > width
+        columns, *rows = list(zip(*lines, strict=True)) if turned else lines
+        table = Table(box=None, pad_edge=False)
+        for index, column in enumerate(columns):
+            table.add_column(
+                escape(column), justify="right" if index else "left", no_wrap=not turned
+            )
+        for row in rows:
+            table.add_row(*map(escape, row))
+        return Group(
+            f"[bold]{escape(self.title)}[/]",
+            table,
+            *(f"[red]{escape(failure)}[/]" for failure in self.failures),
+            *map(escape, self.notes),
+            *([f"[dim]{escape(self.legend)}[/]"] if self.legend else []),
+            "",
+        )
+
+    def markdown(self) -> Iterator[str]:
+        """Yield the lines of title, table and notes; a page prints each legend once, at its end."""
+        yield from (f"**{self.title}**", "")
+        yield from map(_row, [self.columns, ["---", *["---:"] * (len(self.columns) - 1)]])
+        yield from map(_row, self.rows)
+        yield ""
+        if remarks := [*self.failures, *self.notes]:
+            yield from (f"- {remark}" for remark in remarks)
+            yield ""
 
 
 def milliseconds(seconds: float) -> str:
@@ -37,13 +76,12 @@ def duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if abs(seconds) >= 1 else f"{milliseconds(seconds)} ms"
 
 
-TIMES = ("forward ms", "backward ms", "total ms")
-"""Columns of `medians`."""
-
-
-def medians(timing: Timing) -> list[str]:
-    """Median milliseconds, in the columns `TIMES`."""
-    return [milliseconds(seconds) for seconds in (*timing.halves, timing.total)]
+TIMES: dict[str, Callable[[Timing], str]] = {
+    "forward ms": lambda timing: milliseconds(timing.halves[0]),
+    "backward ms": lambda timing: milliseconds(timing.halves[1]),
+    "total ms": lambda timing: milliseconds(timing.total),
+}
+"""Columns of the medians, each with its cell."""
 
 
 def quartiles(timing: Timing) -> str:
@@ -62,3 +100,7 @@ def increase(timing: Timing, baseline: Timing) -> str:
 def samples(timings: Sequence[Timing]) -> str:
     """Number of samples as titles show it."""
     return f"median of {max((len(timing.forward) for timing in timings), default=0)}"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -4,25 +4,26 @@ Each package is imported inside its function, so that none of them is needed to 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from manifold_hc.bench.peers.implementations import Connect, load
+from manifold_hc.bench.peers.implementations import Connected, load
 from manifold_hc.bench.problem import Inputs, Problem
 from manifold_hc.connection import Branch
 from manifold_hc.constraints import sinkhorn
 from manifold_hc.numerics import preset
 from manifold_hc.reference import coefficients, read, write
 
-Adapter = Callable[[Problem, Inputs], tuple[Connect, tuple[Tensor, ...]]]
-"""(problem, inputs) -> (connection, its parameters in the order of the oracle's arguments)."""
+Adapter = Callable[[Problem, Inputs], Connected]
+"""(problem, inputs) -> connection and its parameters, in the order of the oracle's arguments."""
 
 ITERATIONS = 20
 """Sinkhorn-Knopp iterations of the papers and of every peer."""
 
 
-def transformers(problem: Problem, inputs: Inputs) -> tuple[Connect, tuple[Tensor, ...]]:
+def transformers(problem: Problem, inputs: Inputs) -> Connected:
     """`DeepseekV4HyperConnection`, with the two lines by which its decoder layer writes back.
 
     `fn`, `scale` and `base` are our phi, alpha and bias; its mixing matrix is `res` transposed. In
@@ -48,7 +49,7 @@ def transformers(problem: Problem, inputs: Inputs) -> tuple[Connect, tuple[Tenso
     return connect, (module.fn, module.scale, module.base)
 
 
-def hyper_connections(problem: Problem, inputs: Inputs) -> tuple[Connect, tuple[Tensor, ...]]:
+def hyper_connections(problem: Problem, inputs: Inputs) -> Connected:
     """`mHCv2`, the variant whose streams have our layout [..., n, C].
 
     It applies one C x (n + 1) projection to each stream. The pre column is the first pre row of our
@@ -74,10 +75,9 @@ def hyper_connections(problem: Problem, inputs: Inputs) -> tuple[Connect, tuple[
     }
     load(module, **tensors)
 
-    def connect(x: Tensor, branch: Branch) -> Tensor:
+    def connect(x: Tensor, branch: Branch) -> Any:
         u, add_residual = module(x)
-        new: Tensor = add_residual(branch(u))
-        return new
+        return add_residual(branch(u))
 
     return connect, tuple(map(module.get_parameter, ("norm.gamma", *tensors)))
 
@@ -95,7 +95,7 @@ def separate_streams(x: Tensor, y: Tensor, *parameters: Tensor) -> tuple[Tensor,
     return read(x, logits[..., 0].sigmoid()), write(x, y, post, res)
 
 
-def liger_kernel(problem: Problem, inputs: Inputs) -> tuple[Connect, tuple[Tensor, ...]]:
+def liger_kernel(problem: Problem, inputs: Inputs) -> Connected:
     """Liger-Kernel's three operators, with DeepSeek-V4's epsilons.
 
     `phi` is ours transposed, in the streams' dtype as its authors advise; its `comb` mixes without
@@ -108,7 +108,7 @@ def liger_kernel(problem: Problem, inputs: Inputs) -> tuple[Connect, tuple[Tenso
     bias = inputs.bias.clone().requires_grad_()
     alphas = tuple(alpha.clone().requires_grad_() for alpha in inputs.alpha.unbind())
 
-    def connect(x: Tensor, branch: Branch) -> Tensor:
+    def connect(x: Tensor, branch: Branch) -> Any:
         pre, post, res = functional.liger_mhc_coeffs(
             x,
             phi,
@@ -121,8 +121,7 @@ def liger_kernel(problem: Problem, inputs: Inputs) -> tuple[Connect, tuple[Tenso
             sinkhorn_eps=numerics.hc_eps,
         )
         u = functional.liger_mhc_pre(x, pre)
-        new: Tensor = functional.liger_mhc_post_res(x, branch(u), post, res)
-        return new
+        return functional.liger_mhc_post_res(x, branch(u), post, res)
 
     return connect, (phi, bias, *alphas)
 
@@ -137,7 +136,7 @@ def untransposed(
     return read(x, pre), write(x, y, post, res.mT)
 
 
-def tile_kernels(problem: Problem, inputs: Inputs) -> tuple[Connect, tuple[Tensor, ...]]:
+def tile_kernels(problem: Problem, inputs: Inputs) -> Connected:
     """DeepSeek's TileKernels: our parameters, n = 4 and bfloat16 only.
 
     With V4's 20 iterations and factor 2; its own defaults are 10 and 1.
@@ -149,7 +148,7 @@ def tile_kernels(problem: Problem, inputs: Inputs) -> tuple[Connect, tuple[Tenso
         tensor.clone().requires_grad_() for tensor in (inputs.phi, inputs.alpha, inputs.bias)
     )
 
-    def connect(x: Tensor, branch: Branch) -> Tensor:
+    def connect(x: Tensor, branch: Branch) -> Any:
         u, (post, comb) = functional.mhc_pre(
             x,
             phi,
@@ -162,7 +161,6 @@ def tile_kernels(problem: Problem, inputs: Inputs) -> tuple[Connect, tuple[Tenso
             sinkhorn_eps=numerics.hc_eps,
             sinkhorn_repeat=ITERATIONS,
         )
-        new: Tensor = functional.mhc_post(branch(u), x, post, comb)
-        return new
+        return functional.mhc_post(branch(u), x, post, comb)
 
     return connect, (phi, alpha, bias)

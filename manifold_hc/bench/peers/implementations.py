@@ -17,6 +17,9 @@ from manifold_hc.kernels import backends
 Connect = Callable[[Tensor, Branch], Tensor]
 """(streams x [1, N, n, C], branch) -> x' [1, N, n, C]."""
 
+Connected = tuple[Connect, tuple[Tensor, ...]]
+"""A connection and its parameters."""
+
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(streams x [1, N, n, C], branch output y [1, N, C]) -> (u [1, N, C], x' [1, N, n, C])."""
 
@@ -48,6 +51,11 @@ class Implementation:
         cotangents = (inputs.grad_u.double(), inputs.grad_new.double())
         return Task(lambda: self.oracle(x, y, *parameters), (x, y, *parameters), cotangents)
 
+    def compile(self) -> "Implementation":
+        """Return it compiled for the shapes of its first call."""
+        step: Any = torch.compile(self.step, dynamic=False)
+        return replace(self, step=step, compiled=True)
+
 
 def ours(problem: Problem, inputs: Inputs, backend: str) -> Implementation:
     """Build our connection on one backend."""
@@ -74,12 +82,6 @@ def without_branch(connect: Connect) -> Step:
         return read[0], new
 
     return step
-
-
-def compiled(implementation: Implementation) -> Implementation:
-    """Compile the implementation for the shapes of its first call."""
-    step: Any = torch.compile(implementation.step, dynamic=False)
-    return replace(implementation, step=step, compiled=True)
 
 
 def supported_backends(problem: Problem) -> tuple[list[str], dict[str, str]]:

@@ -5,7 +5,6 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from manifold_hc.bench.output.renderers import markdown, terminal
 from manifold_hc.bench.output.sheet import Sheet
 
 SHEET = Sheet(
@@ -20,7 +19,7 @@ SHEET = Sheet(
 
 def printed(width):
     file = StringIO()
-    Console(file=file, width=80, force_terminal=False).print(terminal(SHEET, width))
+    Console(file=file, width=80, force_terminal=False).print(SHEET.terminal(width))
     return [line.rstrip() for line in file.getvalue().splitlines()]
 
 
@@ -45,7 +44,7 @@ def test_a_narrow_terminal_has_one_line_for_each_column(width, turned):
 
 
 def test_markdown_leaves_the_legend_to_the_page():
-    assert list(markdown(SHEET)) == [
+    assert list(SHEET.markdown()) == [
         "**invented [sizes]**",
         "",
         "| name | a \\| b | seconds |",
