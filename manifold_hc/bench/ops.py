@@ -8,11 +8,11 @@ from typing import Any, Literal
 from manifold_hc.bench import peers
 from manifold_hc.bench.boundaries import BoundaryRow, bench_boundaries, boundaries_sheet
 from manifold_hc.bench.correctness import check
-from manifold_hc.bench.measure.bandwidth import bound_bytes, bound_elements, copy_bandwidth
 from manifold_hc.bench.measure.memory import cost
 from manifold_hc.bench.measure.timing import (
     Run,
     Timing,
+    copy_bandwidth,
     first_call,
     graphed,
     measure,
@@ -153,7 +153,7 @@ class OpsResult:
 
     def _notes(self) -> list[str]:
         """The bound, the fastest peers, differences of the equations, refusing backends."""
-        forward, backward = bound_elements(self.problem.streams)
+        forward, backward = self.problem.bound_elements
         notes = [
             f"bound: {self.forward_bytes / 1e6:.1f} MB forward, {forward}C a token, "
             f"{self.backward_bytes / 1e6:.1f} MB backward, {backward}C; a large copy moves "
@@ -212,7 +212,7 @@ def bench_ops(
     operators = bench_operators(problem, backends, rounds)
     progress(f"{problem.dtype}: boundaries")
     boundaries = bench_boundaries(problem, backends[0], rounds)
-    bound = bound_bytes(problem)
+    bound = problem.bound_bytes
     return OpsResult(problem, bandwidth, *bound, rows, operators, eager_only, refused, boundaries)
 
 

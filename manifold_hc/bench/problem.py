@@ -12,12 +12,7 @@ from manifold_hc.errors import ConfigError, require_at_least_one
 from manifold_hc.numerics import NumericsName, preset
 from manifold_hc.reference import coefficients, read, write
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16")}
 """Dtypes of the streams, by name."""
 
 
@@ -70,6 +65,24 @@ class Problem:
     def stream_bytes(self) -> int:
         """Bytes of one streams tensor: all tokens, n streams."""
         return self.tokens * self.streams * self.channels * self.torch_dtype.itemsize
+
+    @property
+    def bound_elements(self) -> tuple[int, int]:
+        """Elements per token and channel that forward and backward must read and write.
+
+        Source: arXiv 2512.24880, section 4.3. Forward, 4n + 2: the coefficients read x (n); read
+        reads x and writes u (n + 1); write reads x and y and writes x' (2n + 1). Backward, 5n + 3:
+        the write's gradients read x, y and the gradient of x' and write y's (2n + 2); the rest
+        reads x, the gradients of x' and of u and writes x's (3n + 1).
+        """
+        return 4 * self.streams + 2, 5 * self.streams + 3
+
+    @property
+    def bound_bytes(self) -> tuple[int, int]:
+        """Bytes that forward and backward must move, without the coefficients'."""
+        forward, backward = self.bound_elements
+        one = self.stream_bytes // self.streams
+        return forward * one, backward * one
 
     @property
     def size(self) -> str:

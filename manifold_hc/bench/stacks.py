@@ -43,11 +43,6 @@ class StackRow(Timing):
     peak: int
     """Largest number of bytes allocated."""
 
-    @property
-    def rest(self) -> int:
-        """Bytes at the peak that belong to no kind."""
-        return self.peak - sum(self.held[kind] for kind in KINDS)
-
 
 @dataclass
 class StackResult:
@@ -78,7 +73,7 @@ class StackResult:
                 "all kept" if row is all_kept else f"{row.recompute}{', auto' * row.chosen}"
             ),
             **{kind: partial(self._held, kind) for kind in KINDS},
-            "rest": lambda row: self._multiples(row.rest),
+            "rest": lambda row: self._multiples(row.peak - sum(row.held.values())),
             "peak": lambda row: self._multiples(row.peak),
             **TIMES,
             "vs all kept": lambda row: "" if row is all_kept else increase(row, all_kept),

@@ -161,6 +161,18 @@ def first_call(run: Callable[[], object]) -> float:
         return time.perf_counter() - began
 
 
+def copy_bandwidth(device: str, size: int = 256 * 2**20, repeats: int = 10) -> float:
+    """Measure copies into memory that is already mapped: median bytes per second, read and written.
+
+    size: bytes of the copied tensor; by default larger than any cache.
+    """
+    source = torch.ones(size // 4, device=device)
+    target = torch.zeros_like(source)
+    target.copy_(source)
+    seconds = [call_seconds(source.device, lambda: target.copy_(source))[0] for _ in range(repeats)]
+    return 2 * size / median(seconds)
+
+
 def call_seconds(device: torch.device, *calls: Callable[[], object]) -> list[float]:
     """Make the calls one after the other; return the seconds of each, on a GPU by its events."""
     on_cpu = device.type == "cpu"

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from manifold_hc.bench.ops import OpsResult
@@ -38,7 +37,17 @@ def _figure(record: Record, results: Sequence[OpsResult]) -> Figure:
     figure = Figure(figsize=(10, 1.2 + 0.3 * len(results[0].rows)), layout="constrained")
     axes = figure.subplots(1, len(results), squeeze=False)[0]
     for axis, result in zip(axes, results, strict=True):
-        _bars(axis, result)
+        timed = (row for row in result.rows if row.state == "timed")
+        rows = sorted(timed, key=lambda row: -row.total)
+        values = [1e3 * row.total for row in rows]
+        colours = [OURS if row is result.ours else PEER for row in rows]
+        bars = axis.barh([row.implementation for row in rows], values, color=colours)
+        axis.bar_label(bars, labels=[f"{value:.3g}" for value in values], padding=3, fontsize=9)
+        axis.set_title(result.problem.dtype, fontsize=10)
+        axis.set_xlim(0, 1.15 * max(values))
+        axis.set_xticks([])
+        axis.tick_params(length=0, labelsize=9)
+        axis.spines[:].set_visible(False)
     figure.suptitle(
         f"One mHC connection, forward and backward, without its branch: milliseconds\n"
         f"{problem.size}; {machine.device}, {machine.threads} threads, "
@@ -46,16 +55,3 @@ def _figure(record: Record, results: Sequence[OpsResult]) -> Figure:
         fontsize=10,
     )
     return figure
-
-
-def _bars(axis: Axes, result: OpsResult) -> None:
-    rows = sorted((row for row in result.rows if row.state == "timed"), key=lambda row: -row.total)
-    values = [1e3 * row.total for row in rows]
-    colours = [OURS if row is result.ours else PEER for row in rows]
-    bars = axis.barh([row.implementation for row in rows], values, color=colours)
-    axis.bar_label(bars, labels=[f"{value:.3g}" for value in values], padding=3, fontsize=9)
-    axis.set_title(result.problem.dtype, fontsize=10)
-    axis.set_xlim(0, 1.15 * max(values))
-    axis.set_xticks([])
-    axis.tick_params(length=0, labelsize=9)
-    axis.spines[:].set_visible(False)

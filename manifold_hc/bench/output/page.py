@@ -1,6 +1,6 @@
 """The page of all benchmarks, made from the result files alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from manifold_hc.bench.output.results import Record, load_all
@@ -36,27 +36,18 @@ mhc bench page
 
 def page(folder: Path) -> str:
     """Return the page in Markdown. Raises DataError for a file that is no result file."""
-    records = load_all(folder)
+    records = sorted(load_all(folder), key=lambda record: record.date)
     lines = [INTRODUCTION]
     if any(record.ops for record in records):
         lines += [CHART, ""]
     for kind, heading in DEVICES.items():
         lines += [f"## {heading}", ""]
-        measured = _newest([record for record in records if record.machine.kind == kind])
-        for record in measured:
+        newest = {(r.machine.device, r.bench): r for r in records if r.machine.kind == kind}
+        for _, record in sorted(newest.items()):
             lines += _section(record)
-        if not measured:
+        if not newest:
             lines += ["Not measured.", ""]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _newest(records: Sequence[Record]) -> list[Record]:
-    """The last record of every bench on every device."""
-    found = {
-        (record.machine.device, record.bench): record
-        for record in sorted(records, key=lambda record: record.date)
-    }
-    return [found[key] for key in sorted(found)]
 
 
 def _section(record: Record) -> Iterator[str]:

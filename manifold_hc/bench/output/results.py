@@ -1,6 +1,7 @@
 """Result files: figures, with the machine, versions, commit and command that produced them."""
 
 import platform
+import re
 import subprocess
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -81,11 +82,11 @@ def machine(device: str) -> Machine:
 def processor() -> str:
     """Return the model of the processor, with its widest vector unit."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        cpuinfo = Path("/proc/cpuinfo").read_text()
     except OSError:
-        models = []
-    model = models[0] if models else platform.processor() or platform.machine()
+        cpuinfo = ""
+    found = re.search(r"^model name[^:]*:(.*)$", cpuinfo, re.MULTILINE)
+    model = found[1].strip() if found else platform.processor() or platform.machine()
     return f"{model} ({torch.backends.cpu.get_cpu_capability()})"
 
 
@@ -125,8 +126,7 @@ def load_all(folder: Path) -> list[Record]:
 
 def save(record: Record, folder: Path = FOLDER) -> Path:
     """Write `<device>-<date>-<bench>.json` into the folder; return its path."""
-    slug = "".join(c if c.isalnum() else "-" for c in record.machine.device.lower())
-    device = "-".join(filter(None, slug.split("-")))
+    device = re.sub(r"[\W_]+", "-", record.machine.device.lower()).strip("-")
     file = folder / f"{device}-{record.date}-{record.bench}.json"
     write_atomically(file, as_json(record))
     return file

@@ -22,6 +22,8 @@ Adapter = Callable[[Problem, Inputs], Connected]
 ITERATIONS = 20
 """Sinkhorn-Knopp iterations of the papers and of every peer."""
 
+V4 = preset("deepseek_v4")
+
 
 def transformers(problem: Problem, inputs: Inputs) -> Connected:
     """`DeepseekV4HyperConnection`, with the two lines by which its decoder layer writes back.
@@ -36,7 +38,7 @@ def transformers(problem: Problem, inputs: Inputs) -> Connected:
         hc_mult=problem.streams,
         hidden_size=problem.channels,
         num_hidden_layers=1,
-        rms_norm_eps=preset("deepseek_v4").norm_eps,
+        rms_norm_eps=V4.norm_eps,
     )
     module = DeepseekV4HyperConnection(config).to(problem.device)
     load(module, fn=inputs.phi, scale=inputs.alpha, base=inputs.bias)
@@ -103,7 +105,6 @@ def liger_kernel(problem: Problem, inputs: Inputs) -> Connected:
     """
     from liger_kernel.transformers import functional
 
-    numerics = preset("deepseek_v4")
     phi = inputs.phi.mT.to(problem.torch_dtype).contiguous().requires_grad_()
     bias = inputs.bias.clone().requires_grad_()
     alphas = tuple(alpha.clone().requires_grad_() for alpha in inputs.alpha.unbind())
@@ -116,9 +117,9 @@ def liger_kernel(problem: Problem, inputs: Inputs) -> Connected:
             *alphas,
             allow_fp32=True,
             tmax=ITERATIONS,
-            rms_eps=numerics.norm_eps,
-            pre_eps=numerics.hc_eps,
-            sinkhorn_eps=numerics.hc_eps,
+            rms_eps=V4.norm_eps,
+            pre_eps=V4.hc_eps,
+            sinkhorn_eps=V4.hc_eps,
         )
         u = functional.liger_mhc_pre(x, pre)
         return functional.liger_mhc_post_res(x, branch(u), post, res)
@@ -130,9 +131,7 @@ def untransposed(
     x: Tensor, y: Tensor, phi: Tensor, bias: Tensor, *alphas: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(u, x') by Liger-Kernel's equations, on our reference's operators."""
-    pre, post, res = coefficients(
-        x, phi.mT, torch.stack(alphas), bias, ITERATIONS, "sinkhorn", preset("deepseek_v4")
-    )
+    pre, post, res = coefficients(x, phi.mT, torch.stack(alphas), bias, ITERATIONS, "sinkhorn", V4)
     return read(x, pre), write(x, y, post, res.mT)
 
 
@@ -143,7 +142,6 @@ def tile_kernels(problem: Problem, inputs: Inputs) -> Connected:
     """
     from tile_kernels.modeling.mhc import functional
 
-    numerics = preset("deepseek_v4")
     phi, alpha, bias = (
         tensor.clone().requires_grad_() for tensor in (inputs.phi, inputs.alpha, inputs.bias)
     )
@@ -154,11 +152,11 @@ def tile_kernels(problem: Problem, inputs: Inputs) -> Connected:
             phi,
             alpha,
             bias,
-            norm_eps=numerics.norm_eps,
+            norm_eps=V4.norm_eps,
             mhc_mult=problem.streams,
             post_mult_value=2.0,
-            pre_eps=numerics.hc_eps,
-            sinkhorn_eps=numerics.hc_eps,
+            pre_eps=V4.hc_eps,
+            sinkhorn_eps=V4.hc_eps,
             sinkhorn_repeat=ITERATIONS,
         )
         return functional.mhc_post(branch(u), x, post, comb)
