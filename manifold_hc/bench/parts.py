@@ -49,7 +49,7 @@ def block_task(
     branches: nn.ModuleList, connected: Sequence[Connected], streams: int, problem: Problem
 ) -> Task:
     """Run both sublayers of a transformer block on random streams."""
-    x, autocast = leaf(_random(problem, streams, problem.channels)), _autocast(problem)
+    x, autocast = leaf(problem.random(streams, problem.channels)), _autocast(problem)
 
     def forward() -> Sequence[Tensor]:
         new: Tensor = x
@@ -58,7 +58,7 @@ def block_task(
         return (new,)
 
     parameters = [parameter for _, own in connected for parameter in own]
-    cotangents = (_random(problem, streams, problem.channels),)
+    cotangents = (problem.random(streams, problem.channels),)
     return Task(forward, (x, *branches.parameters(), *parameters), cotangents)
 
 
@@ -70,7 +70,7 @@ def embedding_task(config: DecoderConfig, problem: Problem) -> Task:
     def forward() -> Sequence[Tensor]:
         return (embedding(tokens).to(problem.torch_dtype),)
 
-    return Task(forward, tuple(embedding.parameters()), (_random(problem, problem.channels),))
+    return Task(forward, tuple(embedding.parameters()), (problem.random(problem.channels),))
 
 
 def head_task(config: DecoderConfig, problem: Problem) -> Task:
@@ -78,7 +78,7 @@ def head_task(config: DecoderConfig, problem: Problem) -> Task:
     norm = RMSNorm(config.channels, eps=config.norm_eps)
     linear = nn.Linear(config.channels, config.vocabulary, bias=False)
     head = _initialised(nn.Sequential(norm, linear), config, problem.device)
-    h, targets = leaf(_random(problem, problem.channels)), _tokens(config, problem)
+    h, targets = leaf(problem.random(problem.channels)), _tokens(config, problem)
 
     def forward() -> Sequence[Tensor]:
         logits = _autocast(problem)(head)(h)
@@ -89,12 +89,12 @@ def head_task(config: DecoderConfig, problem: Problem) -> Task:
 
 def ends_task(problem: Problem) -> Task:
     """Copy the embedding to the streams, and average them: entry and exit of several streams."""
-    h = leaf(_random(problem, problem.channels))
+    h = leaf(problem.random(problem.channels))
 
     def forward() -> Sequence[Tensor]:
         return (functional.collapse(functional.expand(h, problem.streams)),)
 
-    return Task(forward, (h,), (_random(problem, problem.channels),))
+    return Task(forward, (h,), (problem.random(problem.channels),))
 
 
 def _autocast(problem: Problem) -> torch.autocast:
@@ -110,10 +110,6 @@ def _initialised(module: Module, config: DecoderConfig, device: str) -> Module:
         if parameter.ndim >= 2:
             nn.init.normal_(parameter, std=config.init_std)
     return module
-
-
-def _random(problem: Problem, *shape: int) -> Tensor:
-    return torch.randn(1, problem.tokens, *shape, device=problem.device).to(problem.torch_dtype)
 
 
 def _tokens(config: DecoderConfig, problem: Problem) -> Tensor:

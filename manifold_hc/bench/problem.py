@@ -95,6 +95,10 @@ class Problem:
             streams=self.streams, numerics=self.numerics, backend=backend, **options
         )
 
+    def random(self, *shape: int) -> Tensor:
+        """Draw [1, N, *shape] in the streams' dtype from torch's random state."""
+        return torch.randn(1, self.tokens, *shape, device=self.device).to(self.torch_dtype)
+
     def inputs(self, seed: int = 0) -> Inputs:
         """Draw random inputs: the same numbers for every implementation.
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import torch
 from torch import nn
 
 from manifold_hc.bench.measure.memory import peak_bytes
@@ -125,7 +124,7 @@ def _measure_memory(problem: Problem, stack: Stack, placing: Norms, chosen: bool
     branches = [Branch(channels).to(problem.device) for _ in range(sublayers)]
     norms = [Norm(channels, eps=1e-6).to(problem.device) for _ in range(sublayers)]
     modules = [stack, *branches, *norms]
-    h = leaf(torch.randn(1, problem.tokens, channels).to(problem.device, problem.torch_dtype))
+    h = leaf(problem.random(channels))
 
     def run(ledger: Ledger | None = None) -> None:
         for branch, norm in zip(branches, norms, strict=True):
@@ -154,7 +153,6 @@ def _measure_memory(problem: Problem, stack: Stack, placing: Norms, chosen: bool
 
 
 def _connections_alone(problem: Problem, stack: Stack) -> Task:
-    shape = (1, problem.tokens, problem.channels)
-    h, cotangent = (torch.randn(shape).to(problem.device, problem.torch_dtype) for _ in range(2))
-    own, branches = leaf(h), [nn.Identity()] * len(stack.connections)
-    return Task(lambda: (stack(own, branches),), (own, *stack.parameters()), (cotangent,))
+    h, branches = leaf(problem.random(problem.channels)), [nn.Identity()] * len(stack.connections)
+    cotangent = problem.random(problem.channels)
+    return Task(lambda: (stack(h, branches),), (h, *stack.parameters()), (cotangent,))

@@ -32,9 +32,6 @@ RESIDUAL, MHC, PEER = "residual", "mhc", "transformers"
 STREAMS, ANY = "streams", "any"
 """Kinds of the parts that every connection with several streams has, and that every step has."""
 
-LABELS = {ANY: NONE, STREAMS: "several streams"}
-"""Names of these kinds in the table."""
-
 EXPERT_BLOCKS = 2
 """Transformer blocks with experts that are built and timed; they stand for all others."""
 
@@ -129,9 +126,10 @@ class StepResult:
                 "optimizer"
             )
         plain = {part.name: part for part in self.of_kind(RESIDUAL)}
+        shown = {ANY: NONE, STREAMS: "several streams"}
         columns: dict[str, Callable[[Part], str]] = {
             "part": lambda part: part.name,
-            "connection": lambda part: LABELS.get(part.kind, part.kind),
+            "connection": lambda part: shown.get(part.kind, part.kind),
             "per step": lambda part: f"{part.times:.3g}",
             "forward ms": TIMES["forward ms"],
             "backward ms": TIMES["backward ms"],

@@ -19,9 +19,6 @@ from manifold_hc.bench.step import StepResult
 from manifold_hc.errors import DataError
 from manifold_hc.files import write_atomically
 
-FOLDER = Path("benchmarks/results")
-"""Folder that `--save` writes to and that the page is made from."""
-
 Bench = Literal["ops", "step", "memory"]
 
 
@@ -124,7 +121,7 @@ def load_all(folder: Path) -> list[Record]:
     return [load(file) for file in sorted(folder.glob("*.json"))]
 
 
-def save(record: Record, folder: Path = FOLDER) -> Path:
+def save(record: Record, folder: Path = Path("benchmarks/results")) -> Path:
     """Write `<device>-<date>-<bench>.json` into the folder; return its path."""
     device = re.sub(r"[\W_]+", "-", record.machine.device.lower()).strip("-")
     file = folder / f"{device}-{record.date}-{record.bench}.json"

@@ -39,14 +39,6 @@ class Peer:
         except metadata.PackageNotFoundError:
             return None
 
-    def supports(self, problem: Problem) -> bool:
-        """Return true if it runs at this size, dtype and device."""
-        return (
-            problem.device.partition(":")[0] in self.devices
-            and problem.dtype in self.dtypes
-            and (not self.streams or problem.streams in self.streams)
-        )
-
     def build(self, problem: Problem, inputs: Inputs) -> Implementation:
         """Build it with parameters from `inputs`. Raises ImportError where it is missing."""
         with quiet():
@@ -85,7 +77,13 @@ PEERS = (
 
 def for_problem(problem: Problem) -> list[Peer]:
     """Return the peers that run at this size, dtype and device."""
-    return [peer for peer in PEERS if peer.supports(problem)]
+    return [
+        peer
+        for peer in PEERS
+        if problem.device.partition(":")[0] in peer.devices
+        and problem.dtype in peer.dtypes
+        and (not peer.streams or problem.streams in peer.streams)
+    ]
 
 
 def install_hint(error: ImportError, device: str) -> str:
