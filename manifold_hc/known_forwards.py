@@ -5,6 +5,7 @@ a replaced or compiled forward, or a parametrization would be passed over in sil
 """
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -75,8 +76,8 @@ def is_altered(module: nn.Module) -> bool:
         (
             kind.__call__ is not _CALL,
             # Of the instance, not of its __dict__, whose changes torch.compile does not notice.
-            getattr(module._call_impl, "__func__", None) is not _CALL_IMPL,
-            getattr(module.forward, "__func__", None) is not kind.forward,
+            not _is_method(module._call_impl, _CALL_IMPL),
+            not _is_method(module.forward, kind.forward),
             module._compiled_call_impl is not None,
             "parametrizations" in module._modules,
             module._forward_hooks,
@@ -91,6 +92,12 @@ def is_untouched(module: nn.Module) -> bool:
     """True if this module runs `known_forward` without hooks of its own; others may watch it."""
     known = known_forward(type(module))
     return known is not None and type(module).forward is known and not is_altered(module)
+
+
+def _is_method(bound: Callable[..., Any], function: Callable[..., Any]) -> bool:
+    """True if this is the function, bound to an object."""
+    # Dynamo traces isinstance; it finds no `__func__` by hasattr, nor by getattr with a default.
+    return isinstance(bound, MethodType) and bound.__func__ is function
 
 
 def runs_known_forward(module: nn.Module) -> bool:

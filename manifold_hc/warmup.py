@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from manifold_hc.config import ConnectionConfig, Recompute, require_config
 from manifold_hc.connection import Branch
-from manifold_hc.errors import ConfigError, DtypeError
+from manifold_hc.errors import ConfigError, DtypeError, require_integer
 from manifold_hc.kernels import pick
 from manifold_hc.stack import Stack
 
@@ -94,8 +94,8 @@ def warmup(
                 f"warmup: {name} must be a real floating-point torch.dtype but is {chosen!r}; "
                 "take the one that your streams have"
             )
-    if tokens is not None and tokens < 1:
-        raise ConfigError(f"warmup: tokens must be at least 1 but is {tokens}")
+    if tokens is not None:
+        require_integer("warmup", "tokens", tokens, 1)
     try:
         device = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
@@ -151,11 +151,7 @@ def _advise(channels: int, config: ConnectionConfig, h: Tensor, branch: Branch) 
         timers[fused].timeit(1)
         median = timers[fused].blocked_autorange(min_run_time=SECONDS).median
         seconds[fused] = min(seconds[fused], median / DEPTH)
-    advice = Advice(
-        seconds[True] <= MARGIN * seconds[False],
-        fused_seconds=seconds[True],
-        separate_seconds=seconds[False],
-    )
+    advice = _advice_of(seconds[True], seconds[False])
     logger.info(
         "boundary of %d tokens of %d x %d %s on %s: fused %.3g ms, separate %.3g ms; "
         "fuse_boundaries=%s is faster",
@@ -169,3 +165,9 @@ def _advise(channels: int, config: ConnectionConfig, h: Tensor, branch: Branch) 
         advice.fuse_boundaries,
     )
     return advice
+
+
+def _advice_of(fused_seconds: float, separate_seconds: float) -> Advice:
+    """Advise the fused form unless it is slower by more than `MARGIN`."""
+    fuse = fused_seconds <= MARGIN * separate_seconds
+    return Advice(fuse, fused_seconds, separate_seconds)

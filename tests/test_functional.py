@@ -410,3 +410,26 @@ def test_mistakes_are_named(name):
     call, error, message = MISTAKES[name]
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_autocast_changes_no_bit(backend):
+    """Every operator with a matrix product, which autocast would compute in bfloat16."""
+    n, C = 4, 8
+    x, y, post = torch.randn(5, n, C), torch.randn(5, C), torch.randn(5, n)
+    res, phi, bias = torch.randn(5, n, n), torch.randn(24, n * C), torch.randn(24)
+    hc_phi, alpha = torch.randn(2 + n, C), torch.randn(3)
+
+    def results():
+        yield functional.write(x, y, post, res, backend)
+        yield from functional.coefficients(x, phi, alpha, bias, backend=backend)
+        yield from functional.coefficients(
+            x, phi[:12], alpha, bias[:12], constraint="kronecker", backend=backend
+        )
+        yield from functional.hc_coefficients(x, hc_phi, alpha, bias, backend=backend)
+        yield functional.exit_coefficients(x, phi[:n], alpha[:1], bias[:n], backend=backend)
+
+    wanted = list(results())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = list(results())
+    assert all(map(torch.equal, found, wanted))

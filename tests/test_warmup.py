@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import manifold_hc as mhc
 from manifold_hc.errors import BackendError, ConfigError, DtypeError
 from manifold_hc.kernels import unsupported_reason
-from manifold_hc.warmup import MARGIN, Advice
+from manifold_hc.warmup import MARGIN, Advice, _advice_of
 
 FIRST_STEP = """
 import logging, sys
@@ -145,9 +145,18 @@ def test_one_form_alone_is_not_timed(fields, fuse_boundaries, caplog):
     assert not any("boundary" in record.message for record in caplog.records)
 
 
-def test_tokens_must_be_positive():
-    with pytest.raises(ConfigError, match="warmup: tokens must be at least 1 but is 0"):
-        mhc.warmup(8, tokens=0)
+@pytest.mark.parametrize(
+    ("fused", "separate", "fuse"),
+    [(1.0, 2.0, True), (MARGIN, 1.0, True), (1.01 * MARGIN, 1.0, False), (2.0, 1.0, False)],
+)
+def test_the_separate_form_is_advised_only_if_it_is_clearly_faster(fused, separate, fuse):
+    assert _advice_of(fused, separate) == Advice(fuse, fused, separate)
+
+
+@pytest.mark.parametrize("tokens", [0, -1, 2.5, "10", True])
+def test_tokens_must_be_a_positive_integer(tokens, unchecked):
+    with pytest.raises(ConfigError, match="warmup: tokens must be"):
+        mhc.warmup(8, tokens=tokens)
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])

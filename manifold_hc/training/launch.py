@@ -51,7 +51,7 @@ def run(
 
     Args:
         config: configuration of the run; for a resumed run that of its folder, in which the keys of
-            model, data and seed must be unchanged.
+            model, connection, data and seed must be unchanged.
         folder: run folder; new or empty unless `resume` is given.
         resume: "newest" for the newest intact checkpoint, or the step of one. A run without any
             checkpoint starts again from its first step.
@@ -82,6 +82,10 @@ def run(
         >>> summary["steps"]
         3
     """
+    if resume not in (None, "newest") and (isinstance(resume, bool) or not isinstance(resume, int)):
+        raise ConfigError(
+            f'run: resume must be None, "newest" or the step of a checkpoint but is {resume!r}'
+        )
     run_folder = RunFolder(Path(folder))
     console = console or Console(stderr=True)
     command = shlex.join(sys.orig_argv) if command is None else command

@@ -55,6 +55,36 @@ def check_replaced(kind):
     torch.testing.assert_close(run(h), stack(h, inside))
 
 
+def compiled_operators(stack, *arguments):
+    """Compare a compiled stack with the eager one, in one graph; return its operators' names."""
+    names = []
+
+    def compiler(graph, examples):
+        names.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch._dynamo.reset()
+    out = torch.compile(stack, backend=compiler, fullgraph=True)(*arguments)
+    assert torch.equal(out, stack(*arguments))
+    return names
+
+
+def check_boundaries(backend, fused, norms, **options):
+    """A compiled stack fuses the boundaries that an eager one fuses."""
+    stack, h = network(backend, **options), torch.randn(2, 5, 8)
+    given = [torch.nn.RMSNorm(8, eps=1e-6) for _ in range(3)] if norms else None
+    names = compiled_operators(stack, h, [torch.sin] * 3, given)
+    assert sum(f"{backend}_boundary" in name for name in names) == fused, names
+
+
+def check_connection_hook(backend):
+    """A hook on a connection runs in the graph; the boundaries on both sides are not fused."""
+    stack, h = network(backend), torch.randn(2, 5, 8)
+    stack.connections[1].register_forward_hook(lambda module, arguments, x: 1.5 * x)
+    names = compiled_operators(stack, h, [torch.sin] * 3)
+    assert not any(f"{backend}_boundary" in name for name in names), names
+
+
 def check_experts(dtype):
     """The loop over experts and the count of visits break the graph; torch's product does not."""
     torch._dynamo.reset()
@@ -88,6 +118,11 @@ if __name__ == "__main__":
     check(backend, branch=breaking, fullgraph=False)
     check("auto", dynamic=True)
     check(backend, compiler="inductor")
+    for norms in (False, True):
+        check_boundaries(backend, 2, norms)
+        check_boundaries(backend, 2, norms, single_pass=True)
+        check_boundaries(backend, 0, norms, fuse_boundaries=False)
+    check_connection_hook(backend)
     check_replaced(torch.nn.RMSNorm)
     check_replaced(RMSNorm)
     check_documents()

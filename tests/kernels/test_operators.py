@@ -128,3 +128,16 @@ def test_streams_without_gradient_still_train_the_maps(backend):
         x, reading.u, reading.post, reading.res, backend, link=reading.link
     ).sum().backward()
     assert all(float(p.grad.abs().max()) > 0 for p in (phi, alpha, bias))
+
+
+def test_a_link_is_not_materialised():
+    """It has the shape of the streams, and no memory of its own."""
+    if unsupported_reason("cpu", 4, "cpu", [torch.float32]):
+        pytest.skip("no CPU kernels here")
+    x, y, post, res = (torch.randn(shape) for shape in ((6, 4, 8), (6, 8), (6, 4), (6, 4, 4)))
+    link = x.new_zeros(()).expand(x.shape)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.ops.manifold_hc.cpu_write(x, y, post, res, link)
+    names = {event.name for event in profile.events()}
+    assert "manifold_hc::cpu_write" in names
+    assert not names & {"aten::clone", "aten::contiguous", "aten::copy_"}

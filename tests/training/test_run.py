@@ -75,3 +75,10 @@ def test_refusals_leave_the_folder_unchanged(config, tmp_path):
         with pytest.raises(error, match=message):
             training.run(refused, tmp_path / "run", resume=resume)
         assert files(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("resume", ["latest", "3", True, False, 2.0])
+def test_an_invalid_resume_raises(config, resume, tmp_path, unchecked):
+    with pytest.raises(ConfigError, match='resume must be None, "newest" or the step'):
+        training.run(config, tmp_path / "run", resume=resume)
+    assert not (tmp_path / "run").exists()
