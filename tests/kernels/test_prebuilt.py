@@ -232,7 +232,7 @@ def damaged(how, library, target):
     "how", ["whole", "missing", "cut", "no checksum", "not a library", "unknown symbol"]
 )
 def test_a_library_that_cannot_be_used_is_built(wheels, how, caplog):
-    own = build._cached()
+    own = build._load_or_build()
     caplog.clear()
     damaged(how, Path(own._name), wheels)
     caplog.set_level(logging.INFO)
