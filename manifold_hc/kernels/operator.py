@@ -5,6 +5,7 @@ by a schema, a fake and a derivative. Each file in `operators/` holds one of the
 derivatives and the call that flattens the tokens.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -20,7 +21,7 @@ NAMESPACE = "manifold_hc"
 _library = library.Library(NAMESPACE, "FRAGMENT")
 
 
-class Operator:
+class Operator(ABC):
     """One operator of one backend; a subclass has the schema and the four methods below.
 
     Shapes: N tokens, n streams, C channels, R rows of phi. Arguments that a schema spells as one of
@@ -56,16 +57,16 @@ class Operator:
         )
         self.op: Any = getattr(torch.ops.manifold_hc, name).default
 
+    @abstractmethod
     def run(self, *arguments: Any, **_: Any) -> Any:
         """Compute the results; every tensor but a link is contiguous."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fake(self, *arguments: Any, **_: Any) -> Any:
         """Return empty results: shapes, dtypes and devices alone."""
-        raise NotImplementedError
 
-    def save(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-        """Save for the backward pass; nothing by default."""
+    def save(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:  # noqa: B027
+        """Save for the backward pass; an operator without a derivative keeps this empty one."""
 
     def backward(self, ctx: Any, *grads: Any, **_: Any) -> Sequence[Tensor | None]:
         """Return gradients of the leading inputs; those of the rest are None."""
