@@ -2,13 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from manifold_hc import constraints
 from manifold_hc.constraints import CONSTRAINTS, ConstraintName
 from manifold_hc.errors import ConfigError, require_at_least_one, require_number, shown
 from manifold_hc.kernels import backends
-from manifold_hc.numerics import LARGEST_FLOAT32, PRESETS, NumericsName, preset
+from manifold_hc.numerics import LARGEST_FLOAT32, PRESETS, ExitName, NumericsName, preset
 
 Kind = Literal["residual", "hc", "mhc"]
 Part = Literal["pre", "post", "res"]
@@ -28,15 +28,19 @@ class ConnectionConfig:
         dynamic: True for coefficients computed from each token, False for plain parameters.
         constraint: Set of matrices that mHC's mixing matrix `res` is taken from.
         iterations: Sinkhorn-Knopp iterations, 1 to 1000.
-        numerics: Preset of mHC's orders and epsilons: paper or deepseek_v4.
+        numerics: Preset of mHC's orders, epsilons, exit and passes: paper, deepseek_v4,
+            deepseek_v41 or glm5.
         norm_eps: Epsilon inside the RMS norm of the streams; None for the preset's.
-        hc_eps: Epsilon of the deepseek_v4 preset, which alone has one; None for the preset's.
+        hc_eps: Epsilon of pre and of Sinkhorn-Knopp, which paper does not have; None for the
+            preset's.
         alpha: Initial gate of the dynamic part.
         phi_std: Standard deviation of the initial projection phi.
         disable: Maps replaced by constants, as in the paper's Table 1: pre 1/n, post 1, res
             identity.
+        exit: Reduction of the streams after the last sublayer: mean, sum, learned or pre; None for
+            the preset's, sum for hc, pre in single pass.
         single_pass: True if each sublayer reads with the `pre` of the one before (DeepSeek-V4.1);
-            in a Stack.
+            in a Stack; None for the preset's.
         backend: Backend that computes the connection: auto, reference, cpu or triton.
         fuse_boundaries: True if a Stack computes a write, the next coefficients and the next read
             in one kernel.
@@ -61,19 +65,23 @@ class ConnectionConfig:
     iterations: int = 20
     """Sinkhorn-Knopp iterations, 1 to 1000."""
     numerics: NumericsName = "paper"
-    """Preset of mHC's orders and epsilons: paper or deepseek_v4."""
+    """Preset of mHC's orders, epsilons, exit and passes: paper, deepseek_v4, deepseek_v41, glm5."""
     norm_eps: float | None = None
     """Epsilon inside the RMS norm of the streams; None for the preset's."""
     hc_eps: float | None = None
-    """Epsilon of the deepseek_v4 preset, which alone has one; None for the preset's."""
+    """Epsilon of pre and of Sinkhorn-Knopp, which paper does not have; None for the preset's."""
     alpha: float = 0.01
     """Initial gate of the dynamic part."""
     phi_std: float = 0.0
     """Standard deviation of the initial projection phi."""
     disable: tuple[Part, ...] = ()
     """Maps replaced by constants, as in the paper's Table 1: pre 1/n, post 1, res identity."""
-    single_pass: bool = False
-    """True if each sublayer reads with the `pre` of the one before (DeepSeek-V4.1); in a Stack."""
+    exit: ExitName | None = None
+    """Reduction of the streams after the last sublayer: mean, sum, learned or pre; None for the
+    preset's, sum for hc, pre in single pass."""
+    single_pass: bool | None = None
+    """True if each sublayer reads with the `pre` of the one before (DeepSeek-V4.1), in a Stack;
+    None for the preset's."""
     backend: str = "auto"
     """Backend that computes the connection: auto, reference, cpu or triton."""
     fuse_boundaries: bool = True
@@ -83,9 +91,13 @@ class ConnectionConfig:
         """Raise ConfigError for anything that cannot be built."""
         if self.kind not in ("residual", "hc", "mhc"):
             raise ConfigError(f"kind: must be residual, hc or mhc but is {self.kind!r}")
-        for name in ("dynamic", "single_pass", "fuse_boundaries"):
+        for name in ("dynamic", "fuse_boundaries"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}: must be True or False but is {getattr(self, name)!r}")
+        if self.single_pass is not None and not isinstance(self.single_pass, bool):
+            raise ConfigError(
+                f"single_pass: must be True, False or None but is {self.single_pass!r}"
+            )
         require_at_least_one(self, "streams")
         most = constraints.MOST_ITERATIONS
         if isinstance(self.iterations, int) and self.iterations > most:
@@ -107,6 +119,22 @@ class ConnectionConfig:
             raise ConfigError(f"single_pass: needs kind=mhc but kind is {self.kind}; leave it out")
         constraints.constraint(self.constraint, self.streams)
         preset(self.numerics, norm_eps=self.norm_eps, hc_eps=self.hc_eps)
+        self._check_exit()
+
+    def _check_exit(self) -> None:
+        """Raise ConfigError for an exit that is unknown or that these connections do not have."""
+        if self.exit is None:
+            return
+        if self.exit not in get_args(ExitName):
+            raise ConfigError(
+                f"exit: must be one of {', '.join(get_args(ExitName))} but is {self.exit!r}"
+            )
+        if self.exit == "pre" and not self.is_single_pass:
+            raise ConfigError(
+                "exit: pre needs single_pass=True, which hands every pre to the next reader"
+            )
+        if self.exit == "learned" and self.kind == "residual":
+            raise ConfigError("exit: learned needs streams but kind is residual; leave it out")
 
     @property
     def n(self) -> int:
@@ -128,15 +156,27 @@ class ConnectionConfig:
         return self.kind == "mhc" and in_kernel and "pre" not in self.disable
 
     @property
-    def exit(self) -> Literal["mean", "sum", "learned", "pre"]:
-        """Reduction of the streams after the last sublayer; "pre" weights them by its pre."""
-        if self.single_pass:
-            return "pre"
-        if self.kind == "hc":
-            return "sum"
-        if self.kind == "residual":
-            return "mean"
-        return PRESETS[self.numerics].exit
+    def is_single_pass(self) -> bool:
+        """True if each sublayer reads with the `pre` of the one before: the field, or the preset's.
+
+        Residual connections and HC have no preset and are never single-pass.
+        """
+        if self.kind != "mhc":
+            return False
+        return PRESETS[self.numerics].single_pass if self.single_pass is None else self.single_pass
+
+    @property
+    def exit_rule(self) -> ExitName:
+        """Reduction of the streams after the last sublayer: the field, or the default it names."""
+        if self.exit is not None:
+            return self.exit
+        if self.kind == "mhc":
+            if self.is_single_pass:
+                return "pre"
+            # V4.1's own exit needs the pre that only single pass hands on: V4's takes its place.
+            own = PRESETS[self.numerics].exit
+            return "learned" if own == "pre" else own
+        return "sum" if self.kind == "hc" else "mean"
 
 
 def require_config(operation: str, config: object) -> ConnectionConfig:

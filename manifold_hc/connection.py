@@ -59,7 +59,7 @@ class Connection(nn.Module):
         require_integer("Connection", "sublayer", sublayer, 0)
         self.channels = channels
         self.config = require_config("Connection", config)
-        if self.config.single_pass and not stacked:
+        if self.config.is_single_pass and not stacked:
             raise ConfigError(
                 "Connection: single_pass reads with the pre of the sublayer before, which a lone "
                 "connection does not have; use mhc.Stack"

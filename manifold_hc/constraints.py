@@ -20,7 +20,9 @@ from torch import Tensor
 from manifold_hc.errors import ConfigError, ManifoldError
 from manifold_hc.numerics import Numerics
 
-ConstraintName = Literal["sinkhorn", "identity", "permutation", "kronecker", "exact", "none"]
+ConstraintName = Literal[
+    "sinkhorn", "sinkhorn_columns", "identity", "permutation", "kronecker", "exact", "none"
+]
 
 MOST_ITERATIONS = 1000
 """Most Sinkhorn-Knopp iterations: the backward keeps every iterate, and `exact` is their limit."""
@@ -44,6 +46,18 @@ def sinkhorn(
     matrix = logits.movedim((-2, -1), (0, 1)).contiguous()
     step = _sinkhorn_deepseek_v4 if numerics.res_is_transposed else _sinkhorn_paper
     return step(matrix, iterations, numerics).movedim((0, 1), (-2, -1)).contiguous()
+
+
+def sinkhorn_columns(
+    logits: Float[Tensor, "*batch n n"], iterations: int, numerics: Numerics
+) -> Float[Tensor, "*batch n n"]:
+    """Sinkhorn-Knopp in the other order: rows of `res` first, columns last.
+
+    Column sums are then exact and the truncation error is in the row sums, so the forward gain is
+    not 1. Megatron-Core and Liger-Kernel compute this one. Equals the transpose of `sinkhorn` on
+    transposed logits; the logits are laid out as there.
+    """
+    return sinkhorn(logits.mT, iterations, numerics).mT.contiguous()
 
 
 def _sinkhorn_paper(
@@ -233,6 +247,14 @@ CONSTRAINTS: dict[str, Constraint] = {
             _matrix(logits, n), iterations, numerics
         ),
         in_kernels=True,
+    ),
+    "sinkhorn_columns": Constraint(
+        size=lambda n: n * n,
+        initial=_near_identity,
+        build=lambda logits, n, iterations, numerics: sinkhorn_columns(
+            _matrix(logits, n), iterations, numerics
+        ),
+        rows_sum_to_one=False,
     ),
     "identity": Constraint(
         size=lambda n: 0,

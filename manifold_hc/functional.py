@@ -90,7 +90,7 @@ def sinkhorn(
         logits: [..., n, n], floating point: `res` logits [o, i] for "paper", `comb` logits
             [source, target] for "deepseek_v4".
         iterations: Number of normalisations of columns and rows, 1 to 1000.
-        numerics: "paper" or "deepseek_v4": order of steps and epsilons.
+        numerics: A name in `manifold_hc.numerics.PRESETS`: order of steps and epsilons.
         backend: See the module.
         hc_eps: Epsilon of "deepseek_v4"; the preset's where None.
 
@@ -134,8 +134,9 @@ def coefficients(
     """Compute mHC's read, write and mixing coefficients of every token.
 
     Source: arXiv 2512.24880, equations 7 and 8. Rows of phi and bias: pre (n) | post (n) | res (k).
-    k is n*n for "sinkhorn", "exact" and "none", 0 for "identity", n! for "permutation", 2 log2(n)
-    for "kronecker"; n*n rows are row-major, `res[o, i]` or "deepseek_v4"'s `comb[source, target]`.
+    k is n*n for both Sinkhorn orders, "exact" and "none", 0 for "identity", n! for "permutation",
+    2 log2(n) for "kronecker"; n*n rows are row-major, `res[o, i]`, or `comb[source, target]` with
+    the presets of released models.
 
     Args:
         x: Streams [..., n, C], floating point.
@@ -144,7 +145,7 @@ def coefficients(
         bias: [2n + k], float32 or float64.
         iterations: Number of Sinkhorn-Knopp iterations, 1 to 1000.
         constraint: Set that res lies in: a name in `manifold_hc.constraints.CONSTRAINTS`.
-        numerics: "paper" or "deepseek_v4" (arXiv 2606.19348).
+        numerics: "paper", "deepseek_v4" (arXiv 2606.19348), "deepseek_v41" or "glm5".
         norm_eps: Epsilon inside the root of the RMS norm; the preset's where None.
         hc_eps: Epsilon of "deepseek_v4"; the preset's where None.
         backend: See the module.

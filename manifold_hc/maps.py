@@ -114,14 +114,14 @@ class Maps(WideModule):
         config = self.config
         if isinstance(source, PendingWrite):
             return self._replace_disabled(self._fused(source, input_norm, previous_pre))
-        if config.reads_in_kernel and not config.single_pass:
+        if config.reads_in_kernel and not config.is_single_pass:
             made = self._mhc(functional.coefficients_and_read, source, learn_res=self.learn_res)
             return self._replace_disabled(made)
         pre, post, res = self._coefficients(source)
         if "pre" in config.disable:
             pre = torch.full_like(pre, 1 / config.n)
         read_weights = pre
-        if config.single_pass:
+        if config.is_single_pass:
             read_weights = first_read_weights(pre) if previous_pre is None else previous_pre
         u = functional.read(source, read_weights, config.backend)
         return self._replace_disabled(Reading(pre, post, res, u, source, read_weights, None))

@@ -1,11 +1,14 @@
-"""Numerics presets: the same mathematics in the details of the paper and of DeepSeek-V4."""
+"""Numerics presets: the same mathematics in the details of the paper and of released models."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from manifold_hc.errors import ConfigError
 
-NumericsName = Literal["paper", "deepseek_v4"]
+NumericsName = Literal["paper", "deepseek_v4", "deepseek_v41", "glm5"]
+
+ExitName = Literal["mean", "sum", "learned", "pre"]
+"""Reduction of the streams after the last sublayer; "pre" weights them by its `pre`."""
 
 LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 
@@ -21,8 +24,10 @@ class Numerics:
     """Epsilon added to pre, to the row softmax and to every Sinkhorn denominator."""
     res_is_transposed: bool
     """True if the n*n rows of phi and bias hold `comb[source, target]` instead of `res[o, i]`."""
-    exit: Literal["mean", "learned"]
+    exit: ExitName
     """Reduction of the streams to one after the last sublayer."""
+    single_pass: bool = False
+    """True if each sublayer reads with the `pre` of the one before."""
 
 
 PRESETS: dict[str, Numerics] = {
@@ -32,6 +37,17 @@ PRESETS: dict[str, Numerics] = {
     "deepseek_v4": Numerics(
         "deepseek_v4", norm_eps=1e-6, hc_eps=1e-6, res_is_transposed=True, exit="learned"
     ),
+    # DeepSeek-V4.1: the coefficients of V4; the exit weights the streams by the last pre.
+    "deepseek_v41": Numerics(
+        "deepseek_v41",
+        norm_eps=1e-6,
+        hc_eps=1e-6,
+        res_is_transposed=True,
+        exit="pre",
+        single_pass=True,
+    ),
+    # GLM-5.3 (`glm5_next`): the coefficients of V4 with its own norm epsilon, and no learned exit.
+    "glm5": Numerics("glm5", norm_eps=1e-5, hc_eps=1e-6, res_is_transposed=True, exit="mean"),
 }
 
 

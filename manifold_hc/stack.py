@@ -39,7 +39,8 @@ class Stack(nn.Module):
     """All connections of a network, in depth order.
 
     The exit is the mean of the streams for mHC, their sum for HC (put a norm after it), the learned
-    exit with deepseek_v4 numerics, and weighted by the last sublayer's pre with single_pass.
+    exit with deepseek_v4 numerics, and weighted by the last sublayer's pre in single pass; the
+    configuration's `exit` replaces it.
 
     Hooks on a connection's `maps` see streams and coefficients as a `functional.Reading`, once per
     forward pass. A connection with hooks or a forward of its own is called as `connection(x,
@@ -89,7 +90,7 @@ class Stack(nn.Module):
             )
             for sublayer in range(sublayers)
         )
-        learned = self.config.exit == "learned"
+        learned = self.config.exit_rule == "learned"
         self.exit = LearnedExit(channels, self.config) if learned else None
 
     def _are_equal(self, sublayer: int) -> bool:
@@ -170,7 +171,7 @@ class Stack(nn.Module):
         self._require_one_each("branches", branches)
         if norms is not None:
             self._require_one_each("norms", norms)
-        wanted = self.config.single_pass and not self.begins
+        wanted = self.config.is_single_pass and not self.begins
         if (pre is not None) != wanted:
             raise ShapeError(
                 "Stack: pre, of the sublayer before, must be given to a part without the first "
@@ -201,7 +202,7 @@ class Stack(nn.Module):
             # that makes them; `pre` is pre_{l-1} with single_pass, else None.
             if is_untouched(connection):
                 source = self._run_sublayer(connection, source, branch, norm, pre, context)
-                pre = source.reading.pre if self.config.single_pass else None
+                pre = source.reading.pre if self.config.is_single_pass else None
             else:
                 source = self._run_altered(connection, _written(source), branch, norm, context)
         x = _written(source)
@@ -209,7 +210,7 @@ class Stack(nn.Module):
             return self.collapse(x, pre)
         # A schedule of torch's pipelines detaches the outputs of a stage in place, which a view
         # does not allow.
-        return (_owned(x), _owned(cast(Tensor, pre))) if self.config.single_pass else _owned(x)
+        return (_owned(x), _owned(cast(Tensor, pre))) if self.config.is_single_pass else _owned(x)
 
     def _boundary(self, source: Tensor | PendingWrite, norm: Branch | None) -> BoundaryPlan:
         """Decide whether one operator computes the boundary, and which norm with it.
@@ -260,7 +261,7 @@ class Stack(nn.Module):
         context: "RecomputeContext | None",
     ) -> Float[Tensor, "*batch n C"]:
         """Call a connection that has hooks or a forward of its own, as its user would."""
-        if self.config.single_pass:
+        if self.config.is_single_pass:
             raise ConfigError(
                 f"Stack: connection {connection.sublayer} has hooks or a forward of its own, which "
                 "get no pre of the sublayer before, as single_pass needs; put hooks on its maps, "
@@ -287,7 +288,7 @@ class Stack(nn.Module):
     def extra_repr(self) -> str:
         """Number of sublayers, exit and recompute."""
         sublayers = len(present(self.connections))
-        return f"sublayers={sublayers}, exit={self.config.exit}, recompute={self.recompute}"
+        return f"sublayers={sublayers}, exit={self.config.exit_rule}, recompute={self.recompute}"
 
     def collapse(
         self, x: Float[Tensor, "*batch n C"], pre: Float[Tensor, "*batch n"] | None = None
@@ -300,11 +301,11 @@ class Stack(nn.Module):
             h: Tensor = self.exit(x)
             return h
         # Single pass: h = sum_i pre_{L-1}[i] x_L[i], the read that no sublayer follows.
-        if self.config.exit == "pre":
+        if self.config.exit_rule == "pre":
             return functional.collapse(x, pre, self.config.backend)
         mean = functional.collapse(x, backend=self.config.backend)
         # HC: h = sum_i x_L[i] (arXiv 2409.19606, section 2).
-        return mean * self.config.n if self.config.exit == "sum" else mean
+        return mean * self.config.n if self.config.exit_rule == "sum" else mean
 
 
 def only(modules: nn.ModuleList, chosen: Sequence[int]) -> nn.ModuleList:

@@ -301,7 +301,11 @@ class TestStack:
         ({"alpha": "1"}, "alpha: must be finite in float32 but is '1'"),
         ({"alpha": 1e39}, r"alpha: must be finite in float32 but is 1e\+39"),
         ({"dynamic": "no"}, "dynamic: must be True or False but is 'no'"),
-        ({"single_pass": None}, "single_pass: must be True or False but is None"),
+        ({"single_pass": 1}, "single_pass: must be True, False or None but is 1"),
+        ({"kind": "hc", "single_pass": True}, "single_pass: needs kind=mhc but kind is hc"),
+        ({"exit": "first"}, "exit: must be one of mean, sum, learned, pre but is 'first'"),
+        ({"exit": "pre"}, "exit: pre needs single_pass=True"),
+        ({"exit": "learned", "kind": "residual"}, "exit: learned needs streams"),
         ({"constraint": "orthogonal"}, "constraint: must be one of"),
         ({"constraint": "kronecker", "streams": 3}, "power of two"),
         ({"constraint": "permutation", "streams": 6}, "n <= 5"),
@@ -318,6 +322,59 @@ class TestStack:
 def test_configurations_that_cannot_be_built(options, message):
     with pytest.raises(ConfigError, match=message):
         ConnectionConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "exit_rule", "single_pass"),
+    [
+        ({}, "mean", False),
+        ({"kind": "residual"}, "mean", False),
+        ({"kind": "hc"}, "sum", False),
+        ({"kind": "hc", "numerics": "deepseek_v41"}, "sum", False),
+        ({"numerics": "deepseek_v4"}, "learned", False),
+        ({"numerics": "deepseek_v4", "single_pass": True}, "pre", True),
+        ({"numerics": "deepseek_v41"}, "pre", True),
+        ({"numerics": "deepseek_v41", "single_pass": False}, "learned", False),
+        ({"numerics": "deepseek_v41", "exit": "mean"}, "mean", True),
+        ({"numerics": "glm5"}, "mean", False),
+        ({"numerics": "glm5", "exit": "learned"}, "learned", False),
+        ({"exit": "sum"}, "sum", False),
+    ],
+)
+def test_exit_and_passes_are_the_presets_unless_given(options, exit_rule, single_pass):
+    config = ConnectionConfig(**options)
+    assert (config.exit_rule, config.is_single_pass) == (exit_rule, single_pass)
+
+
+@pytest.mark.parametrize("kind", ["hc", "mhc"])
+def test_every_exit_reduces_the_streams_as_it_says(kind):
+    x = torch.randn(3, 4, 8, dtype=torch.float64)
+    stacks = {
+        exit_: mhc.Stack(8, ConnectionConfig(kind=kind, exit=exit_)).double()
+        for exit_ in ("mean", "sum", "learned")
+    }
+    torch.testing.assert_close(stacks["mean"].collapse(x), x.mean(-2))
+    torch.testing.assert_close(stacks["sum"].collapse(x), x.sum(-2))
+    # It starts as the mean: phi is 0 and sigmoid(-ln 3) is 1/4.
+    torch.testing.assert_close(stacks["learned"].collapse(x), x.mean(-2))
+    stacks["learned"].exit.bias.data = torch.tensor([0.0, 1.0, -1.0, 2.0], dtype=torch.float64)
+    weights = stacks["learned"].exit.bias.sigmoid()
+    torch.testing.assert_close(stacks["learned"].collapse(x), (weights[:, None] * x).sum(-2))
+
+
+def test_glm5_is_deepseek_v4_with_its_own_norm_epsilon():
+    x = 1e-3 * torch.randn(3, 4, 8, dtype=torch.float64)
+    phi, alpha, bias = (
+        torch.randn(24, 32).double(),
+        torch.ones(3).double(),
+        torch.zeros(24).double(),
+    )
+    glm5 = functional.coefficients(x, phi, alpha, bias, numerics="glm5")
+    v4 = functional.coefficients(x, phi, alpha, bias, numerics="deepseek_v4", norm_eps=1e-5)
+    other = functional.coefficients(x, phi, alpha, bias, numerics="deepseek_v4")
+    for ours, wanted, differs in zip(glm5, v4, other, strict=True):
+        assert torch.equal(ours, wanted)
+        assert not torch.allclose(ours, differs, rtol=1e-3)
 
 
 @pytest.mark.usefixtures("unchecked")

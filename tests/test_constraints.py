@@ -42,6 +42,25 @@ def test_sinkhorn_is_deepseeks_to_the_last_digit(n, iterations):
     )
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("iterations", [1, 2, 20])
+def test_columns_last_is_rows_then_columns_to_the_last_digit(n, iterations):
+    flat = logits(n * n, std=2)
+    build = CONSTRAINTS["sinkhorn_columns"].build
+    # The paper's loop on the transposed matrix takes rows first; V4's `comb` is used as it is.
+    wanted = oracle.sinkhorn_paper(flat.view(n, n).T.contiguous(), iterations).T
+    torch.testing.assert_close(build(flat, n, iterations, PAPER), wanted, rtol=1e-12, atol=1e-14)
+    wanted = oracle.sinkhorn_v4(flat.view(n, n).T.contiguous(), iterations, 1e-6)
+    torch.testing.assert_close(build(flat, n, iterations, V4), wanted, rtol=1e-12, atol=1e-14)
+
+
+def test_columns_last_by_hand():
+    """exp gives [[1, 2], [3, 2]]; rows first: [[1/3, 2/3], [3/5, 2/5]]; then columns."""
+    flat = torch.tensor([1.0, 2.0, 3.0, 2.0], dtype=DOUBLE).log()
+    wanted = torch.tensor([[5 / 14, 5 / 8], [9 / 14, 3 / 8]], dtype=DOUBLE)
+    torch.testing.assert_close(CONSTRAINTS["sinkhorn_columns"].build(flat, 2, 1, PAPER), wanted)
+
+
 def test_one_sinkhorn_iteration_by_hand():
     """exp gives [[1, 2], [3, 2]]; columns first: [[1/4, 1/2], [3/4, 1/2]]; then rows."""
     matrix = torch.tensor([[1.0, 2.0], [3.0, 2.0]], dtype=DOUBLE).log()

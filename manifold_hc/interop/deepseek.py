@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from manifold_hc.connection import Connection
 from manifold_hc.errors import ConfigError, ShapeError
 from manifold_hc.maps import copy_whole
+from manifold_hc.numerics import PRESETS
 from manifold_hc.stack import Stack
 
 PARAMETERS = {"fn": "phi", "base": "bias", "scale": "alpha"}
@@ -47,7 +48,7 @@ def load_deepseek(stack: Stack, tensors: Mapping[str, Tensor]) -> None:
     """
     config = stack.config
     fits = config.kind == "mhc" and config.dynamic and config.constraint == "sinkhorn"
-    if not fits or config.numerics != "deepseek_v4" or config.disable:
+    if not fits or not PRESETS[config.numerics].res_is_transposed or config.disable:
         raise ConfigError(
             'load_deepseek: the stack must be dynamic mhc with numerics="deepseek_v4", Sinkhorn '
             f"and nothing disabled but is {config}"

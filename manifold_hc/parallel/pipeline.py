@@ -155,7 +155,7 @@ class Pipeline(nn.Module):
         """Allocate the inputs of an inner stage: streams in `dtype`, with single_pass `pre` too."""
         shape, device = (*tokens.shape, self.connection.n), tokens.device
         x = torch.empty(*shape, self.config.channels, dtype=dtype, device=device)
-        return (x, torch.empty(shape, device=device)) if self.connection.single_pass else (x,)
+        return (x, torch.empty(shape, device=device)) if self.connection.is_single_pass else (x,)
 
     def _pp_rank_of(self, stage: int) -> int:
         """Pipeline rank that holds a stage."""
