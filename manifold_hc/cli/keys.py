@@ -174,7 +174,9 @@ def _wanted(hint: Any) -> str:
         return f"one of {', '.join(get_args(hint))}"
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(map(_wanted, get_args(hint)))
-    return getattr(hint, "__name__", str(hint))
+    if hint is bool:
+        return "true or false"
+    return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))
 
 
 def _several(kinds: tuple[Any, ...], example: str) -> str:

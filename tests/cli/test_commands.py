@@ -373,6 +373,9 @@ def test_values_of_every_type():
         "optimizer.betas=0.9,x": "must be 2 numbers, as 0.9,0.95, but is '0.9,x'",
         "connection.disable=pre,foo": "must be any of pre, post, res, with commas between, but is",
         "data.weights=3,many": "must be numbers with commas between but is '3,many'",
+        "connection.single_pass=maybe": "must be true or false or null but is 'maybe'",
+        "connection.exit=first": "must be one of mean, sum, learned, pre or null but is 'first'",
+        "connection.norm_eps=small": "must be float or null but is 'small'",
     }.items():
         with pytest.raises(ConfigError, match=f"{pair.partition('=')[0]}: {wanted}"):
             keys.override(RunConfig(), [pair])
