@@ -79,6 +79,7 @@ class Stack(nn.Module):
         require_integer("Stack", "sublayers", sublayers, 1)
         self.config = require_config("Stack", config)
         self.recompute = recompute
+        self.owned = True
         self.block_length = block_length(recompute, sublayers, self.config.n)
         self.connections = nn.ModuleList(
             Connection(
@@ -106,12 +107,14 @@ class Stack(nn.Module):
             if module is not None:
                 cast(Connection | LearnedExit, module).reset_parameters()
 
-    def part(self, sublayers: Sequence[int]) -> "Stack":
+    def part(self, sublayers: Sequence[int], *, owned: bool = True) -> "Stack":
         """Return the connections of consecutive sublayers as a Stack, such as a pipeline stage.
 
         Parameters keep their names. A part without the first sublayer takes streams instead of an
         embedding, and a part without the last returns streams, as `forward` says. Recompute blocks
         start anew in every part.
+        owned: False if the streams that the part returns may be a view, which saves a copy of them;
+        a stage of torch's pipelines must own its outputs.
         Raises ConfigError for sublayers that are not consecutive or not present, or for a recompute
         block longer than the part.
         """
@@ -124,7 +127,7 @@ class Stack(nn.Module):
             )
         part = Stack.__new__(Stack)
         nn.Module.__init__(part)
-        part.config, part.recompute = self.config, self.recompute
+        part.config, part.recompute, part.owned = self.config, self.recompute, owned
         part.block_length = block_length(self.recompute, len(sublayers), self.config.n)
         part.connections = only(self.connections, sublayers)
         part.exit = self.exit if part.ends else None
@@ -208,9 +211,9 @@ class Stack(nn.Module):
         x = _written(source)
         if self.ends:
             return self.collapse(x, pre)
-        # A schedule of torch's pipelines detaches the outputs of a stage in place, which a view
-        # does not allow.
-        return (_owned(x), _owned(cast(Tensor, pre))) if self.config.is_single_pass else _owned(x)
+        if self.owned:
+            x, pre = _owned(x), None if pre is None else _owned(pre)
+        return (x, cast(Tensor, pre)) if self.config.is_single_pass else x
 
     def _boundary(self, source: Tensor | PendingWrite, norm: Branch | None) -> BoundaryPlan:
         """Decide whether one operator computes the boundary, and which norm with it.
@@ -326,5 +329,5 @@ def _written(source: Tensor | PendingWrite) -> Float[Tensor, "*batch n C"]:
 
 
 def _owned(output: Tensor) -> Tensor:
-    """Copy a view."""
+    """Copy a view: a schedule of torch's pipelines detaches the outputs of a stage in place."""
     return output.clone() if output._is_view() else output

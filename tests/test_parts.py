@@ -129,3 +129,13 @@ def test_one_branch_for_each_sublayer_of_the_part():
         stack.part([2, 3])(torch.randn(TOKENS, 4, C), branches)
     with pytest.raises(ShapeError, match=r"x must be \[\.\.\., 4, 8\] but is \[5, 8\]"):
         stack.part([2, 3])(torch.randn(TOKENS, C), branches[:2])
+
+
+def test_a_part_owns_its_streams_unless_told_otherwise():
+    stack, branches, norms = network(KINDS["mhc"])
+    h = torch.randn(TOKENS, C)
+    own = stack.part(range(2))(h, branches[:2], norms[:2])
+    view = stack.part(range(2), owned=False)(h, branches[:2], norms[:2])
+    assert not own._is_view()
+    assert torch.equal(own, view)
+    own.detach_()
