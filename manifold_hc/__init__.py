@@ -8,6 +8,7 @@ the streams, which the doubly stochastic matrix `res` mixes (arXiv 2512.24880).
     Connection: the connection of one sublayer, [..., n, C] -> [..., n, C].
     ConnectionConfig: kind (residual, hc or mhc), streams, constraint, numerics, backend.
     functional: the operators alone: expand, coefficients, sinkhorn, read, write, collapse.
+    convert: hyper-connections for a pretrained model, which computes the same as before.
     diagnostics: stability figures: gain magnitudes and diversity of the streams.
     warmup: compile the kernels of a run before it starts.
 
@@ -23,12 +24,13 @@ Example:
 from manifold_hc import diagnostics, functional
 from manifold_hc.config import ConnectionConfig
 from manifold_hc.connection import Connection
+from manifold_hc.interop.retrofit import convert
 from manifold_hc.stack import Stack
 from manifold_hc.warmup import warmup
 
 __version__ = "0.1.0"
 
-__all__ = ["Connection", "ConnectionConfig", "Stack", "diagnostics", "functional", "warmup"]
+__all__ = ["Connection", "ConnectionConfig", "Stack", "convert", "diagnostics", "functional", "warmup"]
 
 
 def __dir__() -> list[str]:

@@ -13,6 +13,7 @@ FUNCTIONS = ("expand", "sinkhorn", "coefficients", "hc_coefficients", "read", "w
 PUBLIC = {
     **{f"functional.{name}": getattr(functional, name) for name in FUNCTIONS},
     "warmup": mhc.warmup,
+    "convert": mhc.convert,
     "Connection": mhc.Connection,
     "ConnectionConfig": mhc.ConnectionConfig,
     "Stack": mhc.Stack,

@@ -97,6 +97,7 @@ def test_the_public_names():
         "Connection",
         "ConnectionConfig",
         "Stack",
+        "convert",
         "diagnostics",
         "functional",
         "warmup",
