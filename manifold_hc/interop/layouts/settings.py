@@ -1,0 +1,119 @@
+"""Hyperparameters of connections that no tensor's shape holds: iterations, epsilons, exit."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any
+
+from manifold_hc.config import ConnectionConfig
+from manifold_hc.errors import CheckpointError, ConfigError
+from manifold_hc.interop.layouts.layout import Layout
+from manifold_hc.interop.tensor_files import TensorFiles
+
+METADATA = "manifold_hc"
+"""Key of our entry in the metadata of a safetensors file."""
+
+FIELDS = tuple(field.name for field in fields(ConnectionConfig))
+
+FROM_CONFIG = {
+    "hc_mult": "streams",
+    "hc_sinkhorn_iters": "iterations",
+    "hc_eps": "hc_eps",
+    "rms_norm_eps": "norm_eps",
+}
+"""Keys of config.json in DeepSeek's and transformers' models, and the fields they set."""
+
+MODEL_TYPES = {"glm5_next": "glm5"}
+"""Model types of transformers whose preset is not the layout's."""
+
+UNSEEN = ("iterations", "norm_eps", "hc_eps")
+"""Fields that no shape shows, and that a layout has defaults for."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hyperparameters of a checkpoint, from wherever they are written."""
+
+    base: ConnectionConfig | None = None
+    """Whole configuration, of a file or a run that this package wrote."""
+    known: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the configuration that config.json or the user gives."""
+    layers: int | None = None
+    """Number of layers, if config.json has it."""
+    channels: int | None = None
+    """Channels, if the file or config.json has them."""
+    layout: str | None = None
+    """Layout, if the file names its own."""
+
+    def config(self, layout: Layout, streams: int | None, has_exit: bool) -> ConnectionConfig:
+        """Return the configuration: what is known, over the file's own, over the layout's defaults.
+
+        streams: n by the shapes; None if they do not give it. has_exit: True if the tensors have a
+        learned exit.
+        """
+        if self.base is not None:
+            return ConnectionConfig(**{**asdict(self.base), **self.known})
+        values = asdict(layout.config(self.known.get("streams", streams or 4)))
+        if has_exit:
+            values["exit"] = "learned"
+        if self.known.get("numerics", layout.numerics) != layout.numerics:
+            values |= {"norm_eps": None, "hc_eps": None, "exit": None}
+        if "single_pass" in self.known:
+            values["exit"] = None
+        return ConnectionConfig(**{**values, **self.known})
+
+    def assumed(self) -> tuple[str, ...]:
+        """Return the fields that take the layout's defaults because nothing gives them."""
+        return () if self.base else tuple(name for name in UNSEEN if name not in self.known)
+
+
+def gather(files: TensorFiles, overrides: Mapping[str, Any]) -> Settings:
+    """Return the hyperparameters of a model's files; `overrides` wins over the files.
+
+    Raises ConfigError for a field that does not exist, CheckpointError for damaged metadata.
+    """
+    if unknown := [name for name in overrides if name not in FIELDS]:
+        close = get_close_matches(unknown[0], FIELDS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else f"; fields are {', '.join(FIELDS)}"
+        raise ConfigError(f"{unknown[0]}: is no field of the connections{hint}")
+    given = {name: value for name, value in overrides.items() if value is not None}
+    if METADATA in files.metadata:
+        return _from_metadata(files, given)
+    if "connection" in files.config:
+        base = build_config(files, files.config["connection"])
+        return Settings(base, given, channels=_size(files.config.get("model"), "channels"))
+    text = files.config.get("text_config", files.config)
+    read = {ours: text[theirs] for theirs, ours in FROM_CONFIG.items() if theirs in text}
+    if (preset := MODEL_TYPES.get(str(text.get("model_type")).removesuffix("_text"))) is not None:
+        read["numerics"] = preset
+    return Settings(None, {**read, **given}, layers=_size(text, "num_hidden_layers"))
+
+
+def _from_metadata(files: TensorFiles, given: Mapping[str, Any]) -> Settings:
+    try:
+        entry = json.loads(files.metadata[METADATA])
+        layout, channels, connection = entry["layout"], entry["channels"], entry["connection"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{files.path}: has damaged metadata: {error!r}") from None
+    return Settings(build_config(files, connection), given, channels=channels, layout=layout)
+
+
+def build_config(files: TensorFiles, connection: Any) -> ConnectionConfig:
+    """Return the configuration that a file of this package holds as JSON."""
+    try:
+        values = {**connection, "disable": tuple(connection.get("disable", ()))}
+        return ConnectionConfig(**values)
+    except (TypeError, AttributeError, ConfigError) as error:
+        raise CheckpointError(f"{files.path}: has another configuration: {error}") from None
+
+
+def metadata_of(layout: Layout, config: ConnectionConfig, channels: int) -> dict[str, str]:
+    """Return the metadata that `gather` reads again."""
+    entry = {"layout": layout.name, "channels": channels, "connection": asdict(config)}
+    return {METADATA: json.dumps(entry), "format": "pt"}
+
+
+def _size(content: Any, name: str) -> int | None:
+    value = content.get(name) if isinstance(content, Mapping) else None
+    return value if isinstance(value, int) and value > 0 else None

@@ -1,0 +1,290 @@
+"""Tensors in files of other programs, read by name and without running code from the file.
+
+safetensors and torch files are mapped into memory: a tensor is read when it is used.
+"""
+
+import json
+import os
+import pickle
+import secrets
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manifold_hc.errors import CheckpointError, ConfigError
+from manifold_hc.extras import require_train
+from manifold_hc.files import open_regular, read_regular
+
+INDEX = "model.safetensors.index.json"
+"""Index of a model in several safetensors files: the file of every tensor."""
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""Names of a model's file in a folder, the first one preferred."""
+
+NESTED = ("model", "state_dict", "model_state_dict", "module")
+"""Keys under which training programs put the tensors of a torch file."""
+
+
+@dataclass(frozen=True)
+class TensorFiles(Mapping[str, Tensor]):
+    """Tensors of a model by name, in one or several files; each is read when it is asked for."""
+
+    path: Path
+    """File or folder that was opened."""
+    tensors: Mapping[str, Tensor]
+    """The tensors."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """Metadata of a safetensors file."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Content of the folder's config.json."""
+    left_out: tuple[str, ...] = ()
+    """Entries of a torch file that are no tensors of the model, such as an optimizer's state."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read a tensor."""
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self.tensors)
+
+
+class SafeTensors(Mapping[str, Tensor]):
+    """Tensors of one safetensors file, mapped into memory."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the file and read its header; raise CheckpointError if it is damaged."""
+        require_train(f"reading {path}")
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            open_regular(path).close()
+            self._file = safe_open(path, framework="pt", device="cpu")
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(path, str(error)) from None
+        self.metadata: dict[str, str] = self._file.metadata() or {}
+        self._names = list(self._file.keys())
+        self._known = set(self._names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read a tensor."""
+        if name not in self._known:
+            raise KeyError(name)
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names, in the order of the header."""
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self._names)
+
+
+class Sharded(Mapping[str, Tensor]):
+    """Tensors of several files."""
+
+    def __init__(self, shards: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """shards: the file of every tensor, by the tensor's name."""
+        self._shards = shards
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read a tensor from its file."""
+        return self._shards[name][name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter(self._shards)
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self._shards)
+
+
+def open_tensors(path: Path) -> TensorFiles:
+    """Open the tensors of a model.
+
+    Args:
+        path: A safetensors file; a torch file, which is read with `weights_only=True`; or a folder
+            with one of them, or with several safetensors files and their index.
+
+    Returns:
+        The tensors by name, with the file's metadata and the folder's config.json.
+
+    Raises:
+        CheckpointError: For a file that is damaged, a torch file that needs more than tensors, and
+            a folder whose files and index disagree.
+        ConfigError: For a path that does not exist, or holds no tensors.
+    """
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.exists():
+        raise ConfigError(f"{path}: does not exist; give a file or a folder with tensors")
+    config = read_config(path.parent / "config.json")
+    if _is_safetensors(path):
+        file = SafeTensors(path)
+        return TensorFiles(path, file, file.metadata, config)
+    tensors, left_out = load_torch_file(path)
+    return TensorFiles(path, tensors, {}, config, left_out)
+
+
+def _open_folder(folder: Path) -> TensorFiles:
+    config = read_config(folder / "config.json")
+    if (folder / INDEX).exists():
+        return TensorFiles(folder, _open_index(folder), {}, config)
+    found = [folder / name for name in WEIGHTS if (folder / name).exists()]
+    found = found or sorted(folder.glob("*.safetensors"))
+    if len(found) > 1 and found[0].name not in WEIGHTS:
+        raise ConfigError(
+            f"{folder}: has {len(found)} safetensors files and no {INDEX}, which says what belongs "
+            "together; give one file"
+        )
+    if not found:
+        raise ConfigError(
+            f"{folder}: has no {INDEX}, {', '.join(WEIGHTS)} or other safetensors file"
+        )
+    file = open_tensors(found[0])
+    return TensorFiles(folder, file.tensors, file.metadata, config, file.left_out)
+
+
+def _open_index(folder: Path) -> Sharded:
+    """Open the files that the index names; raise CheckpointError where they disagree with it."""
+    index = _read_json(folder / INDEX)
+    listed = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(listed, dict) or not all(isinstance(v, str) for v in listed.values()):
+        raise _unreadable(folder / INDEX, "weight_map must map names of tensors to files")
+    names = sorted(set(listed.values()))
+    # An index from a stranger must not reach files elsewhere.
+    if outside := [name for name in names if Path(name).name != name]:
+        raise _unreadable(folder / INDEX, f"{outside[0]!r} is not a file of this folder")
+    if absent := [name for name in names if not (folder / name).exists()]:
+        raise CheckpointError(f"{folder}: lacks {', '.join(absent)}, which its index names")
+    files = {name: SafeTensors(folder / name) for name in names}
+    here = {name: file for file, tensors in files.items() for name in tensors}
+    count = sum(map(len, files.values()))
+    wrong = sorted(name for name, file in listed.items() if here.get(name) != file)
+    unlisted = sorted(here.keys() - listed.keys())
+    if wrong or unlisted or count != len(here):
+        raise CheckpointError(
+            f"{folder}: {INDEX} and the files disagree about {', '.join([*wrong, *unlisted])}"
+        )
+    return Sharded({name: files[file] for name, file in listed.items()})
+
+
+def load_torch_file(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Load a torch file with `weights_only=True`, which runs no code from it.
+
+    Returns the tensors by name, and the names of entries that are no tensors of the model.
+    Raises CheckpointError for a damaged file, and for one that needs other Python objects.
+    """
+    try:
+        with open_regular(path) as file:
+            zipped = zipfile.is_zipfile(file)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{path}: is refused, because a pickle can run any code and this one needs more than "
+            f"tensors: {reason}; ask its author for a safetensors file"
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise _unreadable(
+            path, str(error).splitlines()[0] if str(error) else "is cut short"
+        ) from None
+    return _tensors_of(path, content)
+
+
+def _tensors_of(path: Path, content: object) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    if not isinstance(content, dict):
+        raise _unreadable(path, f"holds a {type(content).__name__}, not tensors by name")
+    if not any(isinstance(value, Tensor) for value in content.values()):
+        nested = [key for key in NESTED if isinstance(content.get(key), dict)]
+        if len(nested) != 1:
+            raise _unreadable(
+                path, f"holds {', '.join(map(str, content)) or 'nothing'}, no tensors"
+            )
+        rest = tuple(str(key) for key in content if key != nested[0])
+        tensors, left_out = _tensors_of(path, content[nested[0]])
+        return tensors, (*rest, *left_out)
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    return tensors, tuple(str(key) for key in content if str(key) not in tensors)
+
+
+def read_config(file: Path) -> Mapping[str, Any]:
+    """Return the content of a config.json, or nothing if it does not exist."""
+    if not file.exists():
+        return {}
+    content = _read_json(file)
+    if not isinstance(content, dict):
+        raise _unreadable(file, "must be an object")
+    return content
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(read_regular(file))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _unreadable(file, str(error)) from None
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file under a temporary name, flush it to disk, and rename it to `path`.
+
+    Tensors that are mapped from other files are copied without being held in memory. Raises OSError
+    if the file cannot be written; then there is none.
+    """
+    require_train(f"writing {path}")
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(_unshared(tensors), temporary, metadata=dict(metadata))
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, SafetensorError):
+            raise OSError(None, str(error), str(path)) from None
+        if isinstance(error, OSError):
+            error.filename = str(path)
+        raise
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors, with copies of those that share memory with another, such as tied ones."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().contiguous()
+        if plain.data_ptr() in seen:
+            plain = plain.clone()
+        seen.add(plain.data_ptr())
+        result[name] = plain
+    return result
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Return True for a safetensors file; torch files begin as a zip archive or a pickle."""
+    try:
+        with open_regular(path) as file:
+            start = file.read(9)
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error)) from None
+    return path.suffix == ".safetensors" or start[8:9] == b"{"
+
+
+def _unreadable(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"{path}: cannot be read: {reason}")
