@@ -10,6 +10,7 @@ import torch
 import manifold_hc
 from manifold_hc.cli.bench import bench
 from manifold_hc.cli.compare import compare
+from manifold_hc.cli.convert import convert
 from manifold_hc.cli.info import info
 from manifold_hc.cli.options import Group
 from manifold_hc.cli.report import report
@@ -40,7 +41,7 @@ def commands() -> None:
     """
 
 
-for command in (train, compare, bench, verify, tokenize, report, info):
+for command in (train, compare, bench, verify, convert, tokenize, report, info):
     commands.add_command(command)
 
 

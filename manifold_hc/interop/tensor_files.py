@@ -4,9 +4,7 @@ safetensors and torch files are mapped into memory: a tensor is read when it is 
 """
 
 import json
-import os
 import pickle
-import secrets
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,14 +15,17 @@ import torch
 from torch import Tensor
 
 from manifold_hc.errors import CheckpointError, ConfigError
-from manifold_hc.extras import require_train
 from manifold_hc.files import open_regular, read_regular
+from manifold_hc.interop.safe_tensors import SafeTensors
 
 INDEX = "model.safetensors.index.json"
 """Index of a model in several safetensors files: the file of every tensor."""
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Names of a model's file in a folder, the first one preferred."""
+
+CHECKPOINT = "checkpoint.json"
+"""File that a checkpoint of this package has."""
 
 NESTED = ("model", "state_dict", "model_state_dict", "module")
 """Keys under which training programs put the tensors of a torch file."""
@@ -58,39 +59,6 @@ class TensorFiles(Mapping[str, Tensor]):
         return len(self.tensors)
 
 
-class SafeTensors(Mapping[str, Tensor]):
-    """Tensors of one safetensors file, mapped into memory."""
-
-    def __init__(self, path: Path) -> None:
-        """Open the file and read its header; raise CheckpointError if it is damaged."""
-        require_train(f"reading {path}")
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            open_regular(path).close()
-            self._file = safe_open(path, framework="pt", device="cpu")
-        except (OSError, SafetensorError) as error:
-            raise _unreadable(path, str(error)) from None
-        self.metadata: dict[str, str] = self._file.metadata() or {}
-        self._names = list(self._file.keys())
-        self._known = set(self._names)
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Read a tensor."""
-        if name not in self._known:
-            raise KeyError(name)
-        tensor: Tensor = self._file.get_tensor(name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the names, in the order of the header."""
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        """Return the number of tensors."""
-        return len(self._names)
-
-
 class Sharded(Mapping[str, Tensor]):
     """Tensors of several files."""
 
@@ -115,8 +83,9 @@ def open_tensors(path: Path) -> TensorFiles:
     """Open the tensors of a model.
 
     Args:
-        path: A safetensors file; a torch file, which is read with `weights_only=True`; or a folder
-            with one of them, or with several safetensors files and their index.
+        path: A safetensors file; a torch file, which is read with `weights_only=True`; a folder
+            with one of them, or with several safetensors files and their index; or a run folder or
+            checkpoint of this package.
 
     Returns:
         The tensors by name, with the file's metadata and the folder's config.json.
@@ -140,6 +109,11 @@ def open_tensors(path: Path) -> TensorFiles:
 
 def _open_folder(folder: Path) -> TensorFiles:
     config = read_config(folder / "config.json")
+    if "connection" in config or (folder / CHECKPOINT).exists():
+        from manifold_hc.interop.run_tensors import open_run  # imports the trainer
+
+        tensors, config = open_run(folder)
+        return TensorFiles(folder, tensors, {}, config)
     if (folder / INDEX).exists():
         return TensorFiles(folder, _open_index(folder), {}, config)
     found = [folder / name for name in WEIGHTS if (folder / name).exists()]
@@ -235,45 +209,6 @@ def _read_json(file: Path) -> Any:
         return json.loads(read_regular(file))
     except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(file, str(error)) from None
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file under a temporary name, flush it to disk, and rename it to `path`.
-
-    Tensors that are mapped from other files are copied without being held in memory. Raises OSError
-    if the file cannot be written; then there is none.
-    """
-    require_train(f"writing {path}")
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(_unshared(tensors), temporary, metadata=dict(metadata))
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, SafetensorError):
-            raise OSError(None, str(error), str(path)) from None
-        if isinstance(error, OSError):
-            error.filename = str(path)
-        raise
-
-
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors, with copies of those that share memory with another, such as tied ones."""
-    seen: set[int] = set()
-    result = {}
-    for name, tensor in tensors.items():
-        plain = tensor.detach().contiguous()
-        if plain.data_ptr() in seen:
-            plain = plain.clone()
-        seen.add(plain.data_ptr())
-        result[name] = plain
-    return result
 
 
 def _is_safetensors(path: Path) -> bool:

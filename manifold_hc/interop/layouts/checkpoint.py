@@ -5,14 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from manifold_hc.config import ConnectionConfig
-from manifold_hc.errors import CheckpointError, ConfigError
-from manifold_hc.interop.layouts import reading, settings
+from manifold_hc.errors import CheckpointError
+from manifold_hc.interop.layouts import reading, settings, table
 from manifold_hc.interop.layouts.layout import Layout
-from manifold_hc.interop.layouts.reading import Found
 from manifold_hc.interop.layouts.table import LAYOUTS
 from manifold_hc.interop.tensor_files import TensorFiles, open_tensors
 from manifold_hc.stack import Stack
@@ -34,6 +32,8 @@ class Checkpoint:
     """Number of sublayers."""
     native: dict[str, Tensor]
     """Parameters of the connections by the names of `Stack.state_dict()`, in the file's dtypes."""
+    used: tuple[str, ...]
+    """Names of the connections' tensors."""
     other: tuple[str, ...]
     """Names of the tensors that are no connection's: branches, norms, embeddings."""
     assumed: tuple[str, ...]
@@ -85,6 +85,7 @@ def open_checkpoint(
         channels=sizes.channels,
         sublayers=sizes.sublayers,
         native=chosen.collect(found, files, sizes),
+        used=tuple(found.places.values()),
         other=found.other,
         assumed=known.assumed(),
         prefix=found.prefix,
@@ -97,9 +98,7 @@ def find_layout(files: TensorFiles, name: str | None) -> Layout:
     Raises ConfigError for an unknown name, CheckpointError if no layout or several of them fit.
     """
     if name is not None:
-        if name not in LAYOUTS:
-            raise ConfigError(f"layout: must be one of {', '.join(LAYOUTS)} but is {name!r}")
-        return LAYOUTS[name]
+        return table.layout(name)
     counts = {one: len(reading.find(one.names, files).places) for one in LAYOUTS.values()}
     most = max(counts.values())
     fitting = [one for one, count in counts.items() if count == most]

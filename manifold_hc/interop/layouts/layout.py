@@ -53,6 +53,8 @@ class Layout:
     """Default number of Sinkhorn-Knopp iterations."""
     exit: ExitName | None
     """Reduction of the streams after the last sublayer; None if the library leaves it to users."""
+    exits: tuple[ExitName, ...]
+    """Reductions that models of the library can have, or that its users can write."""
     numerics: NumericsName
     """Numerics of the configuration whose forward pass equals the library's."""
     constraint: ConstraintName
@@ -61,7 +63,11 @@ class Layout:
     """Detail of the library's forward pass that no configuration has, and its size."""
 
     def config(self, streams: int) -> ConnectionConfig:
-        """Return the configuration whose forward pass equals the library's with its defaults."""
+        """Return the configuration whose forward pass equals the library's with its defaults.
+
+        The exit is the mean if the library leaves it to its users and has no tensors for it.
+        """
+        left_to_users = self.exit is None and self.names.exit is None
         return ConnectionConfig(
             kind="mhc",
             streams=streams,
@@ -70,7 +76,7 @@ class Layout:
             iterations=self.iterations,
             norm_eps=self.norm_eps,
             hc_eps=self.hc_eps or None,
-            exit=self.exit,
+            exit="mean" if left_to_users else self.exit,
         )
 
     def to_native(
@@ -137,8 +143,8 @@ class Layout:
                 if (streams := streams_of(value.shape[0])) or self.name == "manifold":
                     return streams or 0
                 raise CheckpointError(
-                    f"{self.name}: connections must have n*n + 2n rows, as with Sinkhorn-Knopp, but "
-                    f"{name} has {value.shape[0]}; only the layout manifold takes others"
+                    f"{self.name}: connections must have n*n + 2n rows but {name} has "
+                    f"{value.shape[0]}; only the layout manifold takes other constraints"
                 )
         raise CheckpointError(
             f"{self.name}: there must be a bias of a sublayer but the tensors are "

@@ -1,97 +1,213 @@
 """The layouts: names, order, direction and epsilons of every library, in one table."""
 
+from dataclasses import replace
+
+from manifold_hc.errors import ConfigError
 from manifold_hc.interop.layouts.layout import Layout
 from manifold_hc.interop.layouts.names import Field, Names
+from manifold_hc.interop.layouts.native import Parameter
 
-ROWS = "pre | post | res"
-"""Order of the rows of phi and bias, the same everywhere."""
+ROWS_LAST = "columns of res first, rows last"
+COLUMNS_LAST = "rows of res first, columns last"
+OUTPUT_FIRST = "res[output, input]"
+SOURCE_FIRST = "comb[source, target], the transpose of res"
 
-DEEPSEEK = {
-    "order": f"{ROWS}; softmax of rows of comb, then columns, rows, ..., columns last",
-    "direction": "comb[source, target]; res is its transpose",
-    "norm_eps": 1e-6,
-    "norm_eps_place": "inside the root",
-    "hc_eps": 1e-6,
-    "post_factor": 2.0,
-    "numerics": "deepseek_v4",
-}
-"""Conventions that DeepSeek's code and its followers share."""
+OWN = (Field("phi", "phi"), Field("alpha", "alpha"), Field("bias", "bias"))
+
+SCALES: tuple[tuple[str, int], ...] = (("alpha_pre", 0), ("alpha_post", 1), ("alpha_res", 2))
+"""Names of three scalars in place of alpha, each with its entry."""
 
 
-def _packed(prefix: str = "") -> tuple[Field, Field, Field]:
-    """Return the three tensors fn, base and scale, in the shapes of phi, bias and alpha."""
-    names = {"fn": "phi", "base": "bias", "scale": "alpha"}
-    return tuple(Field(prefix + name, parameter) for name, parameter in names.items())
+def _packed(first: str = "") -> tuple[Field, ...]:
+    """Return the tensors fn, base and scale, in the shapes of phi, bias and alpha."""
+    names: tuple[tuple[str, Parameter], ...] = (("fn", "phi"), ("base", "bias"), ("scale", "alpha"))
+    return tuple(Field(first + name, parameter) for name, parameter in names)
 
 
-def _scales(shape: tuple[int, ...]) -> tuple[Field, Field, Field]:
-    """Return the three scalars that hold the entries of alpha."""
-    names = ("alpha_pre", "alpha_post", "alpha_res")
-    return tuple(
-        Field(name, "alpha", entry=entry, entry_shape=shape) for entry, name in enumerate(names)
-    )
+def _scalars(shape: tuple[int, ...]) -> tuple[Field, ...]:
+    """Return the three scalars, each of the given shape."""
+    return tuple(Field(name, "alpha", entry=entry, entry_shape=shape) for name, entry in SCALES)
 
 
-OWN = tuple(Field(name, name) for name in ("phi", "alpha", "bias"))
+MANIFOLD = Layout(
+    name="manifold",
+    source="this package: `Stack.state_dict()`, run folders",
+    family="manifold",
+    names=Names(
+        sublayers=("connections.{layer}.maps.{field}",),
+        fields=OWN,
+        exit="exit.{field}",
+        exit_fields=OWN,
+        marker=r"(^|\.)connections\.|\.maps\.",
+    ),
+    order=ROWS_LAST,
+    direction=f"{OUTPUT_FIRST}; with deepseek_v4 numerics comb[source, target]",
+    norm_eps=1e-20,
+    norm_eps_place="inside the root",
+    hc_eps=0.0,
+    post_factor=2.0,
+    iterations=20,
+    exit=None,
+    exits=("mean", "sum", "learned", "pre"),
+    numerics="paper",
+    constraint="sinkhorn",
+)
+
+DEEPSEEK_V4 = Layout(
+    name="deepseek_v4",
+    source="DeepSeek-V4 and V4.1, files as released",
+    family="deepseek_v4",
+    names=Names(
+        sublayers=("layers.{layer}.hc_attn_{field}", "layers.{layer}.hc_ffn_{field}"),
+        fields=_packed(),
+        exit="hc_head_{field}",
+        exit_fields=_packed(),
+        marker=r"(^|\.)hc_",
+    ),
+    order=ROWS_LAST,
+    direction=SOURCE_FIRST,
+    norm_eps=1e-6,
+    norm_eps_place="inside the root",
+    hc_eps=1e-6,
+    post_factor=2.0,
+    iterations=20,
+    exit="learned",
+    exits=("learned", "pre", "mean"),
+    numerics="deepseek_v4",
+    constraint="sinkhorn",
+)
+
+TRANSFORMERS = replace(
+    DEEPSEEK_V4,
+    name="transformers",
+    source="transformers 5.23.0: deepseek_v4 and glm5_next, names of modules",
+    names=Names(
+        sublayers=("layers.{layer}.attn_hc.{field}", "layers.{layer}.ffn_hc.{field}"),
+        fields=_packed(),
+        exit="hc_head.{field}",
+        exit_fields=_packed("hc_"),
+        prefix="model.",
+        marker=r"_hc\.|(^|\.)hc_",
+    ),
+)
+
+TILE_KERNELS = replace(
+    DEEPSEEK_V4,
+    name="tile_kernels",
+    source="tile-kernels 1.0.0: arguments of `mhc_pre` and `mhc_head`",
+    family="tile_kernels",
+    names=Names(
+        sublayers=("sublayers.{layer}.{field}",),
+        fields=_packed(),
+        exit="head.{field}",
+        exit_fields=_packed(),
+        fold="norm_weight",
+        marker=r"(^|\.)sublayers\.|(^|\.)head\.",
+    ),
+    iterations=10,
+    post_factor=1.0,
+    difference="post is a sigmoid times 1 by default: call with post_mult_value=2.0",
+)
+
+LIGER = replace(
+    DEEPSEEK_V4,
+    name="liger",
+    source="liger-kernel 0.8.5: `LigerMHC`, in a list of one per sublayer",
+    family="liger",
+    names=Names(
+        sublayers=("{layer}.{field}",),
+        fields=(Field("phi", "phi", transposed=True), Field("b", "bias"), *_scalars(())),
+        swaps_res=True,
+        marker=r"(^|\.)(phi|alpha_pre|alpha_post|alpha_res)$",
+    ),
+    order=COLUMNS_LAST,
+    direction=OUTPUT_FIRST,
+    exit=None,
+    exits=("mean", "sum"),
+    constraint="sinkhorn_columns",
+    difference="pre lacks the epsilon 1e-6 by default: construct with pre_eps=1e-6",
+)
+
+MEGATRON = Layout(
+    name="megatron",
+    source="Megatron-LM main d98e8a6 (0.20): `HyperConnectionModule`",
+    family="megatron",
+    names=Names(
+        sublayers=(
+            "layers.{layer}.self_attention_hyper_connection.{field}",
+            "layers.{layer}.mlp_hyper_connection.{field}",
+        ),
+        fields=(Field("mapping_proj.weight", "phi"), Field("bias", "bias"), *_scalars((1,))),
+        prefix="decoder.",
+        marker=r"hyper_connection\.|(^|\.)hc_head",
+    ),
+    order=COLUMNS_LAST,
+    direction=OUTPUT_FIRST,
+    norm_eps=1e-6,
+    norm_eps_place="outside the root",
+    hc_eps=0.0,
+    post_factor=2.0,
+    iterations=20,
+    exit="mean",
+    exits=("mean",),
+    numerics="paper",
+    constraint="sinkhorn_columns",
+    difference="the norm divides by rms + 1e-6, which is 1e-6 of the logits for streams of rms 1",
+)
+
+MEGATRON_DEV = replace(
+    MEGATRON,
+    name="megatron_dev",
+    source="Megatron-LM dev d48bd6b (0.19): `HyperConnectionModule`",
+    names=replace(MEGATRON.names, exit="hc_head_{field}", exit_fields=_packed()),
+    order=ROWS_LAST,
+    direction=SOURCE_FIRST,
+    hc_eps=1e-6,
+    exit="learned",
+    exits=("learned",),
+    numerics="deepseek_v4",
+    constraint="sinkhorn",
+    difference=f"{MEGATRON.difference}; the exit adds layernorm_epsilon inside the root and to pre",
+)
+
+TORCHTITAN = replace(
+    DEEPSEEK_V4,
+    name="torchtitan",
+    source="torchtitan 19ef0f5: deepseek_v4",
+    family="torchtitan",
+    names=Names(
+        sublayers=(
+            "layers.{layer}.hc_attn_pre.{field}",
+            "layers.{layer}.hc_ffn_pre.{field}",
+        ),
+        fields=_packed("hc_"),
+        exit="hc_head.{field}",
+        exit_fields=_packed("hc_"),
+        marker=r"(^|\.)hc_",
+    ),
+    exits=("learned",),
+    difference="no epsilon follows the softmax of the rows of comb: 0.09 of an entry of res at "
+    "large logits, nothing at eps=0",
+)
 
 LAYOUTS: dict[str, Layout] = {
-    layout.name: layout
-    for layout in (
-        Layout(
-            name="manifold",
-            source="manifold-hc, Stack.state_dict()",
-            family="manifold",
-            names=Names(
-                sublayers=("connections.{layer}.maps.{field}",),
-                fields=OWN,
-                exit="exit.{field}",
-                exit_fields=OWN,
-                marker=r"(^|\.)connections\.|\.maps\.",
-            ),
-            order=f"{ROWS}; columns of res, then rows, ..., rows last",
-            direction="res[output, input]",
-            norm_eps=1e-20,
-            norm_eps_place="inside the root",
-            hc_eps=0.0,
-            post_factor=2.0,
-            iterations=20,
-            exit=None,
-            numerics="paper",
-            constraint="sinkhorn",
-        ),
-        Layout(
-            name="deepseek_v4",
-            source="DeepSeek-V4 and V4.1, files as released",
-            family="deepseek_v4",
-            names=Names(
-                sublayers=("layers.{layer}.hc_attn_{field}", "layers.{layer}.hc_ffn_{field}"),
-                fields=_packed(),
-                exit="hc_head_{field}",
-                exit_fields=_packed(),
-                marker=r"(^|\.)hc_",
-            ),
-            iterations=20,
-            exit="learned",
-            constraint="sinkhorn",
-            **DEEPSEEK,
-        ),
-        Layout(
-            name="transformers",
-            source="transformers 5.23.0, deepseek_v4 and glm5_next, names of modules",
-            family="deepseek_v4",
-            names=Names(
-                sublayers=("layers.{layer}.attn_hc.{field}", "layers.{layer}.ffn_hc.{field}"),
-                fields=_packed(),
-                exit="hc_head.{field}",
-                exit_fields=_packed("hc_"),
-                prefix="model.",
-                marker=r"_hc\.|(^|\.)hc_",
-            ),
-            iterations=20,
-            exit="learned",
-            constraint="sinkhorn",
-            **DEEPSEEK,
-        ),
+    one.name: one
+    for one in (
+        MANIFOLD,
+        DEEPSEEK_V4,
+        TRANSFORMERS,
+        TILE_KERNELS,
+        LIGER,
+        MEGATRON,
+        MEGATRON_DEV,
+        TORCHTITAN,
     )
 }
 """Layouts by name."""
+
+
+def layout(name: str) -> Layout:
+    """Return the layout `name`; raise ConfigError if there is none."""
+    if name not in LAYOUTS:
+        raise ConfigError(f"layout: must be one of {', '.join(LAYOUTS)} but is {name!r}")
+    return LAYOUTS[name]
