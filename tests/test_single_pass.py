@@ -228,16 +228,16 @@ def test_tensors_of_another_model_raise(unchecked):
     stack = mhc.Stack(C, single, 4)
     before = [parameter.clone() for parameter in stack.parameters()]
     for tensors, error, message in (
-        (checkpoint(1), ConfigError, r"lack, layers\.1\.hc_attn_base first"),
-        (checkpoint(3), ConfigError, r"6 tensors have no place .* layers\.2\.hc_attn_base first"),
-        (checkpoint(2, head=True), ConfigError, "hc_head_base first"),
-        (checkpoint(2, n=3), ShapeError, r"must be \[24, 28\] .* but is \[15, 21\]"),
+        (checkpoint(1), ConfigError, r"layers\.1\.hc_attn_base \[24\] is missing"),
+        (checkpoint(3), ConfigError, r"layers\.2\.hc_attn_base has no place"),
+        (checkpoint(2, head=True), ConfigError, "hc_head_base has no place"),
+        (checkpoint(2, n=3), ShapeError, r"hc_attn_fn is \[15, 21\], not \[24, 28\]"),
     ):
         with pytest.raises(error, match=message):
             interop.load_deepseek(stack, tensors)
     assert all(map(torch.equal, before, stack.parameters()))
     v4 = mhc.Stack(C, ConnectionConfig(numerics="deepseek_v4"), 4)
-    with pytest.raises(ConfigError, match="lack, hc_head_base first"):
+    with pytest.raises(ConfigError, match=r"hc_head_base \[4\] is missing"):
         interop.load_deepseek(v4, checkpoint(2))
     with pytest.raises(ConfigError, match='numerics="deepseek_v4"'):
         interop.load_deepseek(mhc.Stack(C, ConnectionConfig(), 4), checkpoint(2))

@@ -62,11 +62,15 @@ class Names:
     """Optional tensor [nC] that multiplies the columns of phi, and is folded into it."""
     swaps_res: bool = False
     """True if the n*n rows of phi and bias are ours transposed."""
+    aliases: tuple[tuple[str, str], ...] = ()
+    """Parts of names behind a prefix that is not the layout's own, each with the usual part."""
     marker: str = ""
     """Pattern of names that look like a connection's."""
 
     def place(self, name: str) -> tuple[str, Place] | None:
         """Return prefix and place of a tensor; None if the name is no connection's."""
+        for alias, part in self.aliases:
+            name = name.replace(alias, part)
         for pattern, index, fields in self._patterns:
             if match := pattern.fullmatch(name):
                 layer = EXIT if index == EXIT else int(match["layer"])
@@ -78,9 +82,13 @@ class Names:
         """Return the name of the tensor at a place; `prefix` None for the layout's own."""
         first = self.prefix if prefix is None else prefix
         if place.sublayer == EXIT:
-            return first + str(self.exit).format(field=place.field.name)
-        layer, index = divmod(place.sublayer, len(self.sublayers))
-        return first + self.sublayers[index].format(layer=layer, field=place.field.name)
+            name = str(self.exit).format(field=place.field.name)
+        else:
+            layer, index = divmod(place.sublayer, len(self.sublayers))
+            name = self.sublayers[index].format(layer=layer, field=place.field.name)
+        for alias, part in self.aliases if first != self.prefix else ():
+            name = name.replace(part, alias)
+        return first + name
 
     def places(self, native: str) -> Iterator[Place]:
         """Yield the places that hold the values of the native parameter `native`."""

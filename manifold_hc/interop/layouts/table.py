@@ -62,6 +62,8 @@ DEEPSEEK_V4 = Layout(
         fields=_packed(),
         exit="hc_head_{field}",
         exit_fields=_packed(),
+        # transformers saves a causal model as model.layers.N.hc_attn_fn and model.hc_head.hc_fn.
+        aliases=(("hc_head.hc_", "hc_head_"),),
         marker=r"(^|\.)hc_",
     ),
     order=ROWS_LAST,
