@@ -178,10 +178,10 @@ def _parameter(
     first = places[0].field
     if first.entry is not None:
         ordered = sorted(places, key=lambda place: place.field.entry or 0)
-        return torch.stack([tensors[found.places[place]].reshape(()) for place in ordered])
+        entries = [tensors[found.places[place]].detach().reshape(()) for place in ordered]
+        return torch.stack(entries)
     value = tensors[found.places[places[0]]]
-    if first.transposed:
-        value = value.mT.contiguous()
+    value = _copy(value.mT if first.transposed else value)
     sublayer = places[0].sublayer
     if names.swaps_res and sublayer != EXIT and first.parameter != "alpha":
         value = transpose_res(value, streams)
@@ -206,5 +206,10 @@ def spread(
                 stored = value[place.field.entry].reshape(place.field.entry_shape)
             if place.field.transposed:
                 stored = value.mT
-            tensors[names.name(place, prefix)] = stored.contiguous()
+            tensors[names.name(place, prefix)] = _copy(stored)
     return tensors
+
+
+def _copy(value: Tensor) -> Tensor:
+    """Return a contiguous copy, which shares no memory with a model's parameters."""
+    return value.detach().clone(memory_format=torch.contiguous_format)
