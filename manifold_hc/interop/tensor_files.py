@@ -5,7 +5,9 @@ safetensors and torch files are mapped into memory: a tensor is read when it is 
 
 import json
 import pickle
+import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,12 +147,12 @@ def _open_index(folder: Path) -> Sharded:
         raise CheckpointError(f"{folder}: lacks {', '.join(absent)}, which its index names")
     files = {name: SafeTensors(folder / name) for name in names}
     here = {name: file for file, tensors in files.items() for name in tensors}
-    count = sum(map(len, files.values()))
-    wrong = sorted(name for name, file in listed.items() if here.get(name) != file)
-    unlisted = sorted(here.keys() - listed.keys())
-    if wrong or unlisted or count != len(here):
+    counts = Counter(name for tensors in files.values() for name in tensors)
+    wrong = {name for name, file in listed.items() if here.get(name) != file}
+    wrong |= here.keys() - listed.keys() | {name for name, count in counts.items() if count > 1}
+    if wrong:
         raise CheckpointError(
-            f"{folder}: {INDEX} and the files disagree about {', '.join([*wrong, *unlisted])}"
+            f"{folder}: {INDEX} and the files disagree about {', '.join(sorted(wrong))}"
         )
     return Sharded({name: files[file] for name, file in listed.items()})
 
@@ -164,7 +166,8 @@ def load_torch_file(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     try:
         with open_regular(path) as file:
             zipped = zipfile.is_zipfile(file)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
+        with warnings.catch_warnings(action="ignore"):  # of pickles that are then refused
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(

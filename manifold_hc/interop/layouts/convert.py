@@ -81,6 +81,7 @@ def convert(
             another function with them.
         ConfigError: If other tensors cannot be kept and `connections_only` is False.
     """
+    require_matrices(source, layout)
     config, native = adapt(source, layout)
     problems = list(obstacles(config, layout))
     if problems and not inexact:
@@ -97,6 +98,19 @@ def convert(
     return Conversion(source, layout, config, connections, kept, notes)
 
 
+def require_matrices(source: Checkpoint, layout: Layout) -> None:
+    """Raise CheckpointError for connections that a library has no parameters for."""
+    config = source.config
+    dynamic = config.kind == "mhc" and config.dynamic and not config.disable
+    if layout.name == "manifold" or (dynamic and config.constraint in MATRICES):
+        return
+    raise CheckpointError(
+        f"{source.files.path}: {layout.name} takes dynamic mHC with n*n logits and no map disabled "
+        f"but the connections are {config.kind}, dynamic={config.dynamic}, "
+        f"constraint={config.constraint}, disable={','.join(config.disable) or 'none'}"
+    )
+
+
 def adapt(source: Checkpoint, layout: Layout) -> tuple[ConnectionConfig, dict[str, Tensor]]:
     """Return configuration and parameters in the layout's numerics that compute the same.
 
@@ -107,7 +121,7 @@ def adapt(source: Checkpoint, layout: Layout) -> tuple[ConnectionConfig, dict[st
     if layout.name == "manifold" or layout.numerics == config.numerics:
         return config, native
     ours, theirs = numerics_of(config), PRESETS[layout.numerics]
-    if ours.res_is_transposed != theirs.res_is_transposed and config.constraint in MATRICES:
+    if ours.res_is_transposed != theirs.res_is_transposed:
         native = {name: _turned(name, value, config.n) for name, value in native.items()}
     changed = replace(
         config,
@@ -134,8 +148,6 @@ def obstacles(config: ConnectionConfig, layout: Layout) -> Iterator[str]:
     """Yield the reasons why a library cannot compute the same with any parameters."""
     if layout.name == "manifold":
         return
-    if config.kind != "mhc" or not config.dynamic or config.disable:
-        yield "it has dynamic mHC alone, with no map disabled"
     if config.mixing != layout.constraint:
         yield f"its constraint is {layout.constraint}, not {config.mixing}"
     if config.exit_rule not in layout.exits:
