@@ -62,7 +62,7 @@ class ConvertCommand(click.Command):
 @click.command(cls=ConvertCommand)
 @click.argument("source", required=False, type=click.Path(path_type=Path))
 @click.argument("target", required=False, type=click.Path(path_type=Path))
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("hyperparameters", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--to", "to", metavar="LAYOUT", help="Layout of TARGET; --list prints them.")
 @click.option(
     "--from",
@@ -86,7 +86,7 @@ class ConvertCommand(click.Command):
 def convert(
     source: Path | None,
     target: Path | None,
-    overrides: tuple[str, ...],
+    hyperparameters: tuple[str, ...],
     to: str | None,
     from_: str | None,
     dtype: str | None,
@@ -111,14 +111,14 @@ def convert(
         return
     if source is None or target is None or to is None:
         raise click.UsageError("needs SOURCE, TARGET and --to LAYOUT; --list prints the layouts")
-    if target.exists() and not force:
-        raise ConfigError(f"convert: {target} exists; choose another file, or give --force")
     if to == HUGGINGFACE:
         _export(source, target)
         return
+    if target.exists() and not force:
+        raise ConfigError(f"convert: {target} exists; choose another file, or give --force")
     if target.suffix != ".safetensors":
         raise ConfigError(f"convert: TARGET must end in .safetensors but is {target}")
-    known = override(Hyperparameters(), overrides)
+    known = override(Hyperparameters(), hyperparameters)
     given = {field.name: getattr(known, field.name) for field in fields(known)}
     _convert(source, target, to, from_, dtype, given, connections_only, inexact)
 

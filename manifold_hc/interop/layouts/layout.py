@@ -184,7 +184,8 @@ class Layout:
         shapes = native_shapes(sizes.config, sizes.channels, sizes.sublayers)
         problems = reading.compare(self.names, found, tensors, shapes).all
         if problems:
-            raise CheckpointError(f"{self.name}: {len(problems)} problems: {'; '.join(problems)}")
+            count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+            raise CheckpointError(f"{self.name}: {count}: {'; '.join(problems)}")
 
     def collect(
         self, found: Found, tensors: Mapping[str, Tensor], sizes: Sizes

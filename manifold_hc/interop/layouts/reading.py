@@ -1,5 +1,6 @@
 """Strict reading: every tensor of a file gets its place, is named as another's, or is a problem."""
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from manifold_hc.interop.layouts.names import PREDICTION, Names, Place
 from manifold_hc.interop.layouts.native import EXIT, parse_native, streams_of, transpose_res
 
 Shape = tuple[int, ...]
+
+NUMBER = r"\d+"
 
 
 @dataclass(frozen=True)
@@ -80,18 +83,30 @@ def sizes(found: Found, tensors: Mapping[str, Tensor]) -> tuple[int | None, int 
 
     A few tensors of another shape, such as a transposed one, change nothing.
     """
-    rows: Counter[int] = Counter()
-    widths: Counter[int] = Counter()
-    for place, name in found.places.items():
-        shape = tensors[name].shape
-        if place.sublayer != EXIT and place.field.parameter == "bias" and len(shape) == 1:
-            rows[shape[0]] += 1
-    for place, name in found.places.items():
-        shape = tensors[name].shape
-        if place.sublayer != EXIT and place.field.parameter == "phi" and len(shape) == 2:
-            widths[shape[0] if place.field.transposed else shape[1]] += 1
-    streams = streams_of(rows.most_common(1)[0][0]) if rows else None
-    return streams, widths.most_common(1)[0][0] if widths else None
+    shapes = [
+        (place.field, tuple(tensors[name].shape))
+        for place, name in found.places.items()
+        if place.sublayer != EXIT
+    ]
+    rows = Counter(shape[0] for one, shape in shapes if one.parameter == "bias" and len(shape) == 1)
+    count = _most(rows)
+    widths = Counter(
+        _width(shape, count, one.transposed)
+        for one, shape in shapes
+        if one.parameter == "phi" and len(shape) == 2
+    )
+    return None if count is None else streams_of(count), _most(widths)
+
+
+def _width(shape: Shape, rows: int | None, transposed: bool) -> int:
+    """Return the width nC of phi: the size that is not the number of rows."""
+    if rows in shape:
+        return shape[1] if shape[0] == rows else shape[0]
+    return shape[0] if transposed else shape[1]
+
+
+def _most(counts: "Counter[int]") -> int | None:
+    return max(counts, key=lambda value: counts[value]) if counts else None
 
 
 def wanted(names: Names, shapes: Mapping[str, Shape]) -> dict[Place, Shape]:
@@ -158,8 +173,9 @@ def shape_difference(shape: Shape, want: Shape) -> str:
 def _meant(
     name: str, shape: Shape, left: Collection[str], tensors: Mapping[str, Tensor]
 ) -> str | None:
-    """Return the left-over name that `name` was renamed to, by likeness and shape."""
-    likely = [other for other in get_close_matches(name, left, n=5, cutoff=0.6)]
+    """Return the left-over name that `name` was renamed to: alike, of its layer and its shape."""
+    same_layer = [other for other in left if re.findall(NUMBER, other) == re.findall(NUMBER, name)]
+    likely = get_close_matches(name, same_layer, n=5, cutoff=0.6)
     fitting = (other for other in likely if tuple(tensors[other].shape) in (shape, shape[::-1]))
     return next(fitting, None)
 
