@@ -48,7 +48,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write a safetensors file under a temporary name, flush it to disk, and rename it to `path`.
 
     Tensors that are mapped from other files are copied without being held in memory. Raises OSError
-    with `path` as its filename if it cannot be written; a file that was there is then unchanged.
+    with `path` as its filename if it cannot be written, and CheckpointError for a tensor that the
+    format does not take; a file that was there is then unchanged.
     """
     require_train(f"writing {path}")
     from safetensors import SafetensorError
@@ -64,6 +65,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise OSError(getattr(error, "errno", None), reason, str(path)) from None
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: cannot be written: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)
 

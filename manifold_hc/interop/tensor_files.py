@@ -60,6 +60,11 @@ class TensorFiles(Mapping[str, Tensor]):
         """Return the number of tensors."""
         return len(self.tensors)
 
+    def __post_init__(self) -> None:
+        """Raise CheckpointError for a name with control characters, which a terminal would run."""
+        if hidden := [name for name in self.tensors if not name.isprintable()]:
+            raise CheckpointError(f"{self.path}: has a tensor with an invalid name: {hidden[0]!r}")
+
 
 class Sharded(Mapping[str, Tensor]):
     """Tensors of several files."""
@@ -193,8 +198,14 @@ def _tensors_of(path: Path, content: object) -> tuple[dict[str, Tensor], tuple[s
         rest = tuple(str(key) for key in content if key != nested[0])
         tensors, left_out = _tensors_of(path, content[nested[0]])
         return tensors, (*rest, *left_out)
-    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
-    return tensors, tuple(str(key) for key in content if str(key) not in tensors)
+    tensors = {
+        key: value
+        for key, value in content.items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    }
+    if sparse := [key for key, value in tensors.items() if value.layout != torch.strided]:
+        raise _unreadable(path, f"{', '.join(sparse)} must be dense")
+    return tensors, tuple(str(key) for key in content if key not in tensors)
 
 
 def read_config(file: Path) -> Mapping[str, Any]:

@@ -96,6 +96,8 @@ def test_a_torch_file(tmp_path, zipped):
     files = open_tensors(file)
     same(files)
     assert files.left_out == ("step",)
+    torch.save(TENSORS | {3: torch.ones(2)}, file)
+    assert open_tensors(file).left_out == ("3",)
 
 
 class Attack:
@@ -127,6 +129,8 @@ def damaged_files(folder):
     (folder / "cut.pt").write_bytes((folder / "cut.pt").read_bytes()[:200])
     torch.save([1, 2], folder / "list.pt")
     torch.save({"step": 3}, folder / "number.pt")
+    torch.save({"a": torch.eye(3).to_sparse()}, folder / "sparse.pt")
+    torch.save({"a\x1b[2J": torch.eye(3)}, folder / "control.pt")
     os.mkfifo(folder / "fifo.pt")
     (folder / "whole.safetensors").unlink()
     return sorted(folder.iterdir())
@@ -164,6 +168,8 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
     before = file.read_bytes()
     with pytest.raises(TypeError):
         write_tensors(file, {"a": TENSORS["a"]}, {"key": 3})
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        write_tensors(file, {"a": torch.ones(2, dtype=torch.complex128)}, {})
     assert file.read_bytes() == before
     blocked = tmp_path / "folder.safetensors"
     blocked.mkdir()
