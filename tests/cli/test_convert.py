@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -180,14 +178,3 @@ def test_the_page_has_the_table_that_list_prints(capfd):
     page = Path(__file__).parents[2] / "docs/layouts.md"
     assert out.strip() in page.read_text()
     assert all(f"| {name} |" in out for name in LAYOUTS)
-
-
-def test_help_does_not_import_transformers():
-    code = (
-        "import sys; from manifold_hc.cli import main\n"
-        "try: main(['convert', '--help'])\n"
-        "except SystemExit: pass\n"
-        "print('transformers' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == "False", done.stdout + done.stderr

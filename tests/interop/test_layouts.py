@@ -155,6 +155,10 @@ def test_ligers_own_module():
 CASES = Path(__file__).with_name("liger_cases.py")
 
 
+UNUSUAL = {"hc_sinkhorn_iters": 3, "hc_eps": 1e-3, "rms_norm_eps": 3e-3}
+"""Few iterations and large epsilons, so that wrong ones show."""
+
+
 @pytest.fixture(scope="module")
 def deepseek():
     """A tiny causal DeepSeek-V4 of transformers with random connections."""
@@ -177,7 +181,7 @@ def deepseek():
         layer_types=["sliding_attention"] * 2,
         mlp_layer_types=["moe"] * 2,
         hc_mult=3,
-        hc_sinkhorn_iters=7,
+        **UNUSUAL,
     )
     torch.manual_seed(0)
     model = DeepseekV4ForCausalLM(config).eval()
@@ -198,7 +202,7 @@ def test_transformers_loads_what_is_written(deepseek, tmp_path, name):
     assert (source.layout.name, source.config.streams, source.config.iterations) == (
         "deepseek_v4",
         3,
-        7,
+        3,
     )
     assert source.assumed == ()
     assert len(source.used) + len(source.other) == len(source.files)
@@ -224,17 +228,55 @@ def write(folder, tensors, metadata=None, config=None):
     return folder
 
 
-def test_a_stack_from_a_file_computes_what_transformers_does(deepseek, tmp_path):
+def test_a_stack_from_a_file_computes_what_deepseek_v4_does(deepseek, tmp_path):
     deepseek.save_pretrained(tmp_path)
-    stack = open_checkpoint(tmp_path).stack()
+    require_equal(open_checkpoint(tmp_path).stack(), deepseek.model.layers, deepseek.model.hc_head)
+
+
+def test_a_stack_from_a_file_computes_what_glm5_does(tmp_path):
+    from transformers.models.glm5_next.configuration_glm5_next import Glm5NextTextConfig
+    from transformers.models.glm5_next.modeling_glm5_next import Glm5NextTextModel
+
+    config = Glm5NextTextConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        moe_intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        n_routed_experts=2,
+        num_experts_per_tok=1,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=0,
+        v_head_dim=8,
+        index_n_heads=2,
+        index_head_dim=8,
+        linear_head_dim=8,
+        linear_num_heads=2,
+        layer_types=["linear_attention", "indexed_attention"],
+        hc_mult=3,
+        pad_token_id=None,
+        **UNUSUAL,
+    )
+    model = filled(Glm5NextTextModel(config), std=0.5).eval()
+    model.save_pretrained(tmp_path)
+    source = open_checkpoint(tmp_path)
+    assert (source.config.numerics, source.config.exit_rule) == ("glm5", "mean")
+    require_equal(source.stack(), model.layers, lambda x: x.mean(-2))
+
+
+def require_equal(stack, layers, head):
+    """The connections and the exit compute what the modules of transformers do."""
     x = torch.randn(1, 5, 3, 16)
-    layers = deepseek.model.layers
     modules = [module for layer in layers for module in (layer.attn_hc, layer.ffn_hc)]
     for connection, module in zip(stack.connections, modules, strict=True):
         post, comb, u = module(x)
         theirs = post.unsqueeze(-1) * torch.sin(u).unsqueeze(-2) + comb.mT @ x
         torch.testing.assert_close(connection(x, torch.sin), theirs, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(stack.collapse(x), deepseek.model.hc_head(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stack.collapse(x), head(x), rtol=1e-5, atol=1e-5)
 
 
 def damaged(layout):
