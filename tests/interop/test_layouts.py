@@ -1,5 +1,6 @@
 """Layouts of connection tensors: exact round trips, equality with their libraries, strictness."""
 
+import doctest
 import importlib.util
 import json
 import os
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 
 import manifold_hc as mhc
 from manifold_hc.errors import CheckpointError
-from manifold_hc.interop.layouts import LAYOUTS, convert, open_checkpoint
+from manifold_hc.interop.layouts import LAYOUTS, Layout, convert, open_checkpoint
 from tests.interop import peer_equations
 from tests.interop.layout_models import filled, random_stack
 
@@ -328,3 +329,14 @@ def test_parameters_without_a_place_are_named(layout, unchecked):
     if layout.names.exit is None:
         with pytest.raises(CheckpointError, match=r"no place for exit\.phi"):
             layout.from_native(native | {"exit.phi": torch.ones(4, 20)})
+
+
+@pytest.mark.parametrize("documented", [Layout, open_checkpoint], ids=["Layout", "open_checkpoint"])
+def test_examples_run(documented):
+    examples = doctest.DocTestFinder().find(documented, globs={})
+    report = []
+    for example in examples:
+        assert not doctest.DocTestRunner(verbose=False).run(example, out=report.append).failed, (
+            report
+        )
+    assert sum(len(example.examples) for example in examples) > 5

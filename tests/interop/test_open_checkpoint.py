@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 import manifold_hc as mhc
-from manifold_hc.errors import CheckpointError, ConfigError
+from manifold_hc.errors import CheckpointError, ConfigError, RunFolderError
 from manifold_hc.interop.layouts import LAYOUTS, convert, open_checkpoint
 from manifold_hc.numerics import PRESETS
 from tests.interop.layout_models import branches, filled, random_stack
@@ -84,7 +84,33 @@ def test_config_json_knows_of_layers_and_streams_that_are_not_there(tmp_path):
     with pytest.raises(CheckpointError, match=r"6 problems: layers\.1\.hc_\w+ has no place"):
         open_checkpoint(tmp_path)
     saved(tmp_path, deepseek(), hc_mult=2)
-    with pytest.raises(CheckpointError, match=r"layers\.0\.hc_attn_base is \[24\], not \[8\]"):
+    with pytest.raises(CheckpointError, match=r"must have connections of 2 streams, .* those of 4"):
+        open_checkpoint(tmp_path)
+
+
+HOSTILE = (
+    {"hc_mult": 10**9},
+    {"hc_mult": "4"},
+    {"num_hidden_layers": 10**9},
+    {"hc_sinkhorn_iters": 10**9},
+    {"hc_eps": "x"},
+    {"rms_norm_eps": -1.0},
+    {"text_config": 3},
+    {"connection": 3},
+)
+
+
+@pytest.mark.parametrize("config", HOSTILE, ids=str)
+def test_values_of_config_json_are_checked_before_a_model_is_built(tmp_path, config):
+    saved(tmp_path, deepseek(), **config)
+    with pytest.raises((CheckpointError, ConfigError, RunFolderError)) as caught:
+        open_checkpoint(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_layer_number_alone_makes_no_model(tmp_path):
+    saved(tmp_path, deepseek() | {"layers.99999999.hc_attn_base": torch.ones(24)})
+    with pytest.raises(CheckpointError, match=r"1 problem: layers\.99999999\.\w+ has no place"):
         open_checkpoint(tmp_path)
 
 

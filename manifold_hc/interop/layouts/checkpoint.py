@@ -69,12 +69,24 @@ def open_checkpoint(
         CheckpointError: For tensors that are missing, left over, transposed or renamed, each named;
             and for damaged files.
         ConfigError: For a path without tensors, an unknown layout, or invalid overrides.
+
+    Example:
+        >>> import tempfile, manifold_hc as mhc
+        >>> from pathlib import Path
+        >>> from safetensors.torch import save_file
+        >>> from manifold_hc.interop.layouts import open_checkpoint
+        >>> file = Path(tempfile.mkdtemp()) / "model.safetensors"
+        >>> save_file(mhc.Stack(8, sublayers=4).state_dict(), file)
+        >>> checkpoint = open_checkpoint(file)
+        >>> checkpoint.layout.name, checkpoint.config.streams, checkpoint.sublayers
+        ('manifold', 4, 4)
     """
     files = open_tensors(Path(path))
     known = settings.gather(files, overrides or {})
     chosen = find_layout(files, layout or known.layout)
     found = reading.find(chosen.names, files)
     streams, _ = reading.sizes(found, files)
+    known.require_streams(files, streams)
     config = known.config(chosen, streams, found.has_exit)
     sizes = chosen.measure(found, files, config, known.channels, known.layers)
     chosen.require(found, files, sizes)

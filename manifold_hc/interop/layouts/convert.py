@@ -10,12 +10,9 @@ from manifold_hc.config import ConnectionConfig
 from manifold_hc.errors import CheckpointError, ConfigError
 from manifold_hc.interop.layouts.checkpoint import Checkpoint
 from manifold_hc.interop.layouts.layout import Layout
-from manifold_hc.interop.layouts.native import parse_native, transpose_res
+from manifold_hc.interop.layouts.native import MATRICES, parse_native, transpose_res
 from manifold_hc.interop.layouts.settings import metadata_of
 from manifold_hc.numerics import PRESETS, Numerics, preset
-
-MATRICES = ("sinkhorn", "sinkhorn_columns", "exact", "none")
-"""Constraints whose logits are an n*n matrix."""
 
 
 @dataclass(frozen=True)

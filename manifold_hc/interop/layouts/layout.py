@@ -95,6 +95,19 @@ class Layout:
         Raises:
             CheckpointError: For tensors that are missing, left over, transposed or renamed; the
                 message names all of them.
+
+        Example:
+            >>> import torch
+            >>> from manifold_hc.interop.layouts import LAYOUTS
+            >>> shapes = {"fn": (8, 6), "base": (8,), "scale": (3,)}  # 2 streams of 3 channels
+            >>> head = {"fn": (2, 6), "base": (2,), "scale": (1,)}
+            >>> tensors = {f"hc_head_{name}": torch.ones(shape) for name, shape in head.items()}
+            >>> for sublayer in ("attn", "ffn"):
+            ...     for name, shape in shapes.items():
+            ...         tensors[f"layers.0.hc_{sublayer}_{name}"] = torch.ones(shape)
+            >>> native = LAYOUTS["deepseek_v4"].to_native(tensors)
+            >>> native["connections.1.maps.phi"].shape
+            torch.Size([8, 6])
         """
         found = reading.find(self.names, tensors)
         sizes = self.measure(found, tensors, config)
@@ -115,6 +128,15 @@ class Layout:
 
         Raises:
             CheckpointError: For parameters that the layout has no tensor for.
+
+        Example:
+            >>> import manifold_hc as mhc
+            >>> from manifold_hc.interop.layouts import LAYOUTS
+            >>> layout = LAYOUTS["liger"]
+            >>> stack = mhc.Stack(3, layout.config(streams=2), sublayers=4)
+            >>> tensors = layout.from_native(stack.state_dict())
+            >>> tensors["0.phi"].shape, tensors["0.alpha_pre"].shape
+            (torch.Size([6, 8]), torch.Size([]))
         """
         unknown = [name for name in native if parse_native(name) is None]
         placeless = [name for name in native if name not in unknown and not self.holds(name)]

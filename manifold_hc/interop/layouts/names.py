@@ -10,6 +10,9 @@ from manifold_hc.interop.layouts.native import EXIT, Parameter, parse_native
 PREFIX = r"(?P<prefix>(?:[^.]+\.)*?)"
 """Any modules around the connections."""
 
+LAYER_DIGITS = 4
+"""Most digits of a layer's number: a name alone must not make a model of a billion layers."""
+
 PREDICTION = re.compile(r"(?:.*\.)?mtp(?:_layers)?\..*")
 """Multi-token prediction: its connections belong to no sublayer of the main model."""
 
@@ -126,7 +129,7 @@ class Names:
 
 def _pattern(template: str, fields: dict[str, Field]) -> re.Pattern[str]:
     groups = {
-        "{layer}": r"(?P<layer>0|[1-9]\d*)",
+        "{layer}": rf"(?P<layer>0|[1-9]\d{{0,{LAYER_DIGITS - 1}}})",
         "{field}": f"(?P<field>{'|'.join(map(re.escape, fields))})",
     }
     parts = re.split(r"(\{layer\}|\{field\})", template)

@@ -15,6 +15,9 @@ Parameter = Literal["phi", "alpha", "bias"]
 EXIT = -1
 """Number of the exit, in place of a sublayer's."""
 
+MATRICES = ("sinkhorn", "sinkhorn_columns", "exact", "none")
+"""Constraints whose logits are an n*n matrix."""
+
 NATIVE = re.compile(r"(?:connections\.(?P<sublayer>\d+)\.maps|exit)\.(?P<parameter>phi|alpha|bias)")
 
 

@@ -7,8 +7,10 @@ from difflib import get_close_matches
 from typing import Any
 
 from manifold_hc.config import ConnectionConfig
-from manifold_hc.errors import CheckpointError, ConfigError
+from manifold_hc.errors import CheckpointError, ConfigError, shown
 from manifold_hc.interop.layouts.layout import Layout
+from manifold_hc.interop.layouts.names import LAYER_DIGITS
+from manifold_hc.interop.layouts.native import MATRICES
 from manifold_hc.interop.tensor_files import TensorFiles
 
 METADATA = "manifold_hc"
@@ -54,7 +56,7 @@ class Settings:
         """
         if self.base is not None:
             return ConnectionConfig(**{**asdict(self.base), **self.known})
-        values = asdict(layout.config(self.known.get("streams", streams or 4)))
+        values = asdict(layout.config(4 if streams is None else streams))
         if has_exit:
             values["exit"] = "learned"
         if self.known.get("numerics", layout.numerics) != layout.numerics:
@@ -62,6 +64,16 @@ class Settings:
         if "single_pass" in self.known:
             values["exit"] = None
         return ConnectionConfig(**{**values, **self.known})
+
+    def require_streams(self, files: TensorFiles, streams: int | None) -> None:
+        """Raise CheckpointError unless the shapes have the number of streams that is written."""
+        written = self.known.get("streams") if self.base is None else self.base.n
+        packed = self.base is None or self.base.constraint in MATRICES
+        if packed and written is not None and streams is not None and written != streams:
+            raise CheckpointError(
+                f"{files.path}: must have connections of {written!r} streams, as its configuration "
+                f"says, but the shapes are those of {streams}"
+            )
 
     def assumed(self) -> tuple[str, ...]:
         """Return the fields that take the layout's defaults because nothing gives them."""
@@ -84,10 +96,15 @@ def gather(files: TensorFiles, overrides: Mapping[str, Any]) -> Settings:
         base = build_config(files, files.config["connection"])
         return Settings(base, given, channels=_size(files.config.get("model"), "channels"))
     text = files.config.get("text_config", files.config)
+    if not isinstance(text, Mapping):
+        raise CheckpointError(f"{files.path}: text_config of config.json must be an object")
     read = {ours: text[theirs] for theirs, ours in FROM_CONFIG.items() if theirs in text}
     if (preset := MODEL_TYPES.get(str(text.get("model_type")).removesuffix("_text"))) is not None:
         read["numerics"] = preset
-    return Settings(None, {**read, **given}, layers=_size(text, "num_hidden_layers"))
+    layers = _size(text, "num_hidden_layers")
+    if layers is not None and layers >= 10**LAYER_DIGITS:
+        raise CheckpointError(f"{files.path}: config.json has {shown(layers)} layers")
+    return Settings(None, {**read, **given}, layers=layers)
 
 
 def _from_metadata(files: TensorFiles, given: Mapping[str, Any]) -> Settings:
