@@ -188,7 +188,8 @@ def test_a_paper_model_becomes_a_deepseek_model_with_the_same_output(tmp_path):
     source = open_checkpoint(saved(tmp_path, stack.state_dict(), metadata_of(config, 5)))
     done = convert(source, V4)
     assert done.config.numerics == "deepseek_v4"
-    assert "hc_eps is 0 and must be set: deepseek_v4 has 1e-06" in done.notes
+    note = "hc_eps is 0, not deepseek_v4's 1e-06: deepseek_v4 needs it to be set"
+    assert note in done.notes
     theirs = mhc.Stack(5, done.config, 4).double()
     theirs.load_state_dict(V4.to_native(done.connections))
     h, work = torch.randn(6, 5).double(), [torch.sin] * 4
@@ -213,6 +214,22 @@ def test_what_a_library_cannot_compute_is_refused_or_noted(tmp_path):
         "its constraint is sinkhorn_columns, not sinkhorn",
         "its exit is mean or sum, not pre",
     )
+    with_head = open_checkpoint(saved(tmp_path, deepseek()))
+    done = convert(with_head, LAYOUTS["liger"], inexact=True)
+    assert set(done.left_out) == {"hc_head_fn", "hc_head_base", "hc_head_scale"}
+    assert set(LAYOUTS["liger"].to_native(done.connections)) == {
+        name for name in with_head.native if not name.startswith("exit.")
+    }
+
+
+def test_epsilons_without_a_setting_are_noted(tmp_path):
+    config = mhc.ConnectionConfig(constraint="sinkhorn_columns")
+    stack = filled(mhc.Stack(5, config, 2))
+    source = open_checkpoint(saved(tmp_path, stack.state_dict(), metadata_of(config, 5)))
+    done = convert(source, LAYOUTS["megatron"])
+    note = "norm_eps is 1e-20, not megatron's 1e-06: megatron has no setting for it"
+    assert note in done.notes
+    assert LAYOUTS["megatron"].difference in done.notes
 
 
 def test_other_tensors_are_kept_in_the_family_and_never_dropped(tmp_path):

@@ -10,7 +10,7 @@ from manifold_hc.config import ConnectionConfig
 from manifold_hc.errors import CheckpointError, ConfigError
 from manifold_hc.interop.layouts.checkpoint import Checkpoint
 from manifold_hc.interop.layouts.layout import Layout
-from manifold_hc.interop.layouts.native import MATRICES, parse_native, transpose_res
+from manifold_hc.interop.layouts.native import EXIT, MATRICES, parse_native, transpose_res
 from manifold_hc.interop.layouts.settings import metadata_of
 from manifold_hc.numerics import PRESETS, Numerics, preset
 
@@ -29,6 +29,8 @@ class Conversion:
     """Tensors of the connections."""
     kept: tuple[str, ...]
     """Names of the other tensors, which are written unchanged."""
+    dropped: tuple[str, ...]
+    """Names of the source's tensors of an exit that the layout has no place for."""
     notes: tuple[str, ...]
     """Settings and differences that the tensors do not hold."""
 
@@ -36,7 +38,8 @@ class Conversion:
     def left_out(self) -> tuple[str, ...]:
         """Names of the tensors of the source that are neither used nor kept."""
         kept = set(self.kept)
-        return tuple(name for name in self.source.other if name not in kept)
+        others = tuple(name for name in self.source.other if name not in kept)
+        return (*self.dropped, *others)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -68,7 +71,8 @@ def convert(
         layout: Layout of the result.
         dtype: Of the connections' tensors; None for the source's.
         connections_only: True to leave other tensors out where they cannot be kept.
-        inexact: True to convert although the library computes another function; it is noted.
+        inexact: True to convert although the library computes another function; it is noted, and an
+            exit that the library has no place for is left out.
 
     Returns:
         The tensors, and notes on what they do not hold.
@@ -86,13 +90,16 @@ def convert(
             f"{source.files.path}: {layout.name} cannot compute the same: {'; '.join(problems)}; "
             "inexact converts the parameters all the same"
         )
+    dropped = _exit_names(source) if layout.names.exit is None else ()
+    if dropped:
+        native = {name: value for name, value in native.items() if not name.startswith("exit.")}
     kept = _kept(source, layout, connections_only)
     prefix = source.prefix if kept or layout is source.layout else None
     connections = layout.from_native(native, prefix)
     if dtype is not None:
         connections = {name: tensor.to(dtype) for name, tensor in connections.items()}
     notes = (*problems, *_notes(source, layout, config), *_dtypes(source.native, connections))
-    return Conversion(source, layout, config, connections, kept, notes)
+    return Conversion(source, layout, config, connections, kept, dropped, notes)
 
 
 def require_matrices(source: Checkpoint, layout: Layout) -> None:
@@ -151,6 +158,12 @@ def obstacles(config: ConnectionConfig, layout: Layout) -> Iterator[str]:
         yield f"its exit is {' or '.join(layout.exits)}, not {config.exit_rule}"
 
 
+def _exit_names(source: Checkpoint) -> tuple[str, ...]:
+    """Return the names of the source's tensors of a learned exit."""
+    placed = ((name, source.layout.names.place(name)) for name in source.used)
+    return tuple(name for name, found in placed if found and found[1].sublayer == EXIT)
+
+
 def _kept(source: Checkpoint, layout: Layout, connections_only: bool) -> tuple[str, ...]:
     """Return the names of the other tensors that are written too."""
     if layout.family == source.layout.family:
@@ -178,7 +191,8 @@ def _notes(source: Checkpoint, layout: Layout, config: ConnectionConfig) -> Iter
         ("hc_eps", actual.hc_eps, layout.hc_eps),
     ):
         if value != default:
-            yield f"{name} is {value:g} and must be set: {layout.name} has {default:g}"
+            set_it = "has no setting for it" if name in layout.fixed else "needs it to be set"
+            yield f"{name} is {value:g}, not {layout.name}'s {default:g}: {layout.name} {set_it}"
     if layout.difference and layout is not source.layout:
         yield layout.difference
 

@@ -59,6 +59,8 @@ class Layout:
     """Numerics of the configuration whose forward pass equals the library's."""
     constraint: ConstraintName
     """Constraint of that configuration."""
+    fixed: tuple[str, ...] = ()
+    """Fields of the configuration that the library has no setting for."""
     difference: str = ""
     """Detail of the library's forward pass that no configuration has, and its size."""
 

@@ -154,6 +154,7 @@ MEGATRON = Layout(
     exits=("mean",),
     numerics="paper",
     constraint="sinkhorn_columns",
+    fixed=("norm_eps", "hc_eps"),
     difference="the norm divides by rms + 1e-6, which is 1e-6 of the logits for streams of rms 1",
 )
 
