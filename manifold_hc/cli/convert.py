@@ -112,6 +112,11 @@ def convert(
     if source is None or target is None or to is None:
         raise click.UsageError("needs SOURCE, TARGET and --to LAYOUT; --list prints the layouts")
     if to == HUGGINGFACE:
+        if from_ or dtype or connections_only or inexact or force or hyperparameters:
+            raise ConfigError(
+                "convert: --to huggingface writes a run as it is and takes no other option; "
+                "leave them out"
+            )
         _export(source, target)
         return
     if target.exists() and not force:

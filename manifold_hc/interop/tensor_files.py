@@ -116,7 +116,8 @@ def open_tensors(path: Path) -> TensorFiles:
 
 def _open_folder(folder: Path) -> TensorFiles:
     config = read_config(folder / "config.json")
-    if "connection" in config or (folder / CHECKPOINT).exists():
+    is_run = "connection" in config and "model_type" not in config  # of transformers, an export
+    if is_run or (folder / CHECKPOINT).exists():
         from manifold_hc.interop.run_tensors import open_run  # imports the trainer
 
         tensors, config = open_run(folder)

@@ -129,6 +129,7 @@ def test_refusals(capfd, tmp_path, deepseek):
     only = (deepseek, target, "--connections-only", "--to")
     assert "cannot compute the same" in refused(capfd, *only, "megatron")
     assert "did you mean iterations" in refused(capfd, *only, "manifold", "iteration=3")
+    assert "takes no other option" in refused(capfd, *only, "huggingface")
     assert not target.exists()
     assert mhc(capfd, "convert", *only, "megatron", "--inexact", "--force")[0] == 0
     target.unlink()

@@ -1,7 +1,7 @@
 """Checkpoints of others: layout, sizes and hyperparameters, and conversion between layouts."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -158,6 +158,15 @@ def test_a_field_that_does_not_exist_has_a_hint(tmp_path):
     saved(tmp_path, deepseek())
     with pytest.raises(ConfigError, match=r"iteration: .*did you mean iterations"):
         open_checkpoint(tmp_path, overrides={"iteration": 3})
+
+
+def test_a_run_exported_for_transformers(tmp_path):
+    """Its config.json holds the connections with the keys of transformers."""
+    stack = random_stack(MANIFOLD, 3, iterations=6)
+    config = {"model_type": "manifold_hc", "connection": asdict(stack.config)}
+    tensors = {f"decoder.stack.{name}": tensor for name, tensor in stack.state_dict().items()}
+    found = open_checkpoint(saved(tmp_path, tensors, **config))
+    assert (found.config, found.prefix, found.assumed) == (stack.config, "decoder.stack.", ())
 
 
 @pytest.mark.parametrize("kind", ["hc", "static", "permutation"])
