@@ -30,7 +30,15 @@ from manifold_hc.warmup import warmup
 
 __version__ = "0.1.0"
 
-__all__ = ["Connection", "ConnectionConfig", "Stack", "convert", "diagnostics", "functional", "warmup"]
+__all__ = [
+    "Connection",
+    "ConnectionConfig",
+    "Stack",
+    "convert",
+    "diagnostics",
+    "functional",
+    "warmup",
+]
 
 
 def __dir__() -> list[str]:
