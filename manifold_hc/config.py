@@ -29,7 +29,7 @@ class ConnectionConfig:
         constraint: Set of matrices that mHC's mixing matrix `res` is taken from.
         iterations: Sinkhorn-Knopp iterations, 1 to 1000.
         numerics: Preset of mHC's orders, epsilons, exit and passes: paper, deepseek_v4,
-            deepseek_v41 or glm5.
+            deepseek_v41, glm5.
         norm_eps: Epsilon inside the RMS norm of the streams; None for the preset's.
         hc_eps: Epsilon of pre and of Sinkhorn-Knopp, which paper does not have; None for the
             preset's.
@@ -37,10 +37,9 @@ class ConnectionConfig:
         phi_std: Standard deviation of the initial projection phi.
         disable: Maps replaced by constants, as in the paper's Table 1: pre 1/n, post 1, res
             identity.
-        exit: Reduction of the streams after the last sublayer: mean, sum, learned or pre; None for
-            the preset's, sum for hc, pre in single pass.
-        single_pass: True if each sublayer reads with the `pre` of the one before (DeepSeek-V4.1);
-            in a Stack; None for the preset's.
+        exit: Reduction of the streams at the end: mean, sum, learned or pre; None for the kind's.
+        single_pass: True if a sublayer reads with the `pre` of the one before (V4.1); None for the
+            preset's.
         backend: Backend that computes the connection: auto, reference, cpu or triton.
         fuse_boundaries: True if a Stack computes a write, the next coefficients and the next read
             in one kernel.
@@ -77,11 +76,9 @@ class ConnectionConfig:
     disable: tuple[Part, ...] = ()
     """Maps replaced by constants, as in the paper's Table 1: pre 1/n, post 1, res identity."""
     exit: ExitName | None = None
-    """Reduction of the streams after the last sublayer: mean, sum, learned or pre; None for the
-    preset's, sum for hc, pre in single pass."""
+    """Reduction of the streams at the end: mean, sum, learned or pre; None for the kind's."""
     single_pass: bool | None = None
-    """True if each sublayer reads with the `pre` of the one before (DeepSeek-V4.1), in a Stack;
-    None for the preset's."""
+    """True if a sublayer reads with the `pre` of the one before (V4.1); None for the preset's."""
     backend: str = "auto"
     """Backend that computes the connection: auto, reference, cpu or triton."""
     fuse_boundaries: bool = True
