@@ -1,0 +1,72 @@
+"""Forward passes that replace those of transformers' modules, by our operators.
+
+Each takes the arguments of the forward that it replaces, returns the same values, and calls the
+other submodules of its layer in the same order with the same arguments. `mhc_backend`, an attribute
+of the replacing class, names the backend.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from manifold_hc.interop.acceleration.sublayers import boundary, read, read_directly, write
+
+
+def mhc_connection(self: Any, hidden_streams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(post, comb, u) of `DeepseekV4HyperConnection`, for callers other than its layer."""
+    opened = read_directly(self, hidden_streams, self.mhc_backend)
+    return opened.post, opened.res.mT, opened.u
+
+
+def identity_connection(self: Any, hidden_streams: Tensor) -> tuple[Tensor, Tensor]:
+    """(post, u) of `HYV4HyperConnection`, for callers other than its layer."""
+    opened = read_directly(self, hidden_streams, self.mhc_backend)
+    return opened.post, opened.u
+
+
+def learned_head(self: Any, x: Tensor) -> Tensor:
+    """h of `DeepseekV4HyperHead`: the streams weighted by the learned exit."""
+    return read_directly(self, x, self.mhc_backend).u
+
+
+def deepseek_v4_layer(
+    self: Any, hidden_states: Tensor, input_ids: Tensor | None = None, **kwargs: Any
+) -> Tensor:
+    """Streams after one layer of DeepSeek-V4."""
+    attention = read(self.attn_hc, hidden_states, self.mhc_backend)
+    y, _ = self.self_attn(self.input_layernorm(attention.u), **kwargs)
+    ffn = boundary(attention, y, self.ffn_hc)
+    return write(ffn, self.mlp(self.post_attention_layernorm(ffn.u), input_ids=input_ids))
+
+
+def indexed_layer(
+    self: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    use_cache: bool | None = False,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    prev_topk_indices: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """(streams, indices of the attended tokens) after one layer of GLM-5.3 or hy_v4."""
+    attention = read(self.attn_hc, hidden_states, self.mhc_backend)
+    u, topk_indices = self.input_layernorm(attention.u), None
+    if getattr(self, "block_type", None) == "linear_attention":
+        y = self.self_attn(
+            hidden_states=u, cache_params=past_key_values, attention_mask=attention_mask, **kwargs
+        )
+    else:
+        y, _, topk_indices = self.self_attn(
+            hidden_states=u,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            prev_topk_indices=prev_topk_indices,
+            **kwargs,
+        )
+    ffn = boundary(attention, y, self.ffn_hc)
+    return write(ffn, self.mlp(self.post_attention_layernorm(ffn.u))), topk_indices
