@@ -6,7 +6,7 @@ feed-forward and norms, and both must give the same and call the stand-ins in th
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any
 
@@ -22,8 +22,11 @@ TOLERANCE = 1e-4
 
 TOKENS, CHANNELS = 3, 4
 
-Calls = list[tuple[str, tuple[Any, ...], dict[str, Any]]]
-"""Name of a stand-in, and the arguments of each of its calls."""
+CONNECTIONS = ("attn_hc", "ffn_hc")
+"""Submodules of a layer that are connections."""
+
+Calls = list[tuple[str, int, dict[str, Any]]]
+"""Name of a stand-in, number of its positional arguments, keywords without the tensors."""
 
 
 def original_forward(kind: type[nn.Module]) -> Callable[..., Any]:
@@ -33,24 +36,11 @@ def original_forward(kind: type[nn.Module]) -> Callable[..., Any]:
 
 def difference(module: nn.Module, part: Part) -> str:
     """Run the module's class and its replacement; return how they differ, or an empty string."""
-    kind, generator = type(module), torch.Generator().manual_seed(0)
-    streams = torch.randn(2, TOKENS, _streams(module), CHANNELS, generator=generator)
-    rest = {name: object() for name in (*part.arguments[1:], "probe") if name != "kwargs"}
-    if not part.is_layer:
-        rest = {}
-    results = []
-    with torch.no_grad(), autocast_off("cpu"):
-        for forward, accelerated in (
-            (original_forward(kind), False),
-            (part.forward, True),
-        ):
-            calls: Calls = []
-            small = _small(module, accelerated, calls, torch.Generator().manual_seed(1))
-            results.append((_tensors(forward(small, streams, **rest)), calls))
-    (wanted, wanted_calls), (found, found_calls) = results
+    wanted, wanted_calls = _run(original_forward(type(module)), module, part, accelerated=False)
+    found, found_calls = _run(part.forward, module, part, accelerated=True)
     if not _close(found, wanted):
         return "its results differ"
-    if not _same_calls(found_calls, wanted_calls):
+    if found_calls != wanted_calls:
         return "it calls its submodules in another way"
     return ""
 
@@ -58,16 +48,33 @@ def difference(module: nn.Module, part: Part) -> str:
 class StandIn(nn.Module):
     """Submodule of a layer that scales its input and records its call."""
 
-    def __init__(self, name: str, factor: float, calls: Calls, result: Callable[[Tensor], Any]):
+    def __init__(
+        self, name: str, factor: float, calls: Calls, result: Callable[[Tensor], Any]
+    ) -> None:
         """factor: distinguishes the submodules; result: form of the output."""
         super().__init__()
         self.name, self.factor, self.calls, self.result = name, factor, calls, result
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Scale the first tensor."""
-        self.calls.append((self.name, args, kwargs))
-        (u,) = [*args, *(kwargs[name] for name in ("hidden_states",) if name in kwargs)]
+    def forward(self, *args: Tensor, **kwargs: Any) -> Any:
+        """Scale the one tensor among the arguments; record the others."""
+        others = {key: value for key, value in kwargs.items() if not isinstance(value, Tensor)}
+        self.calls.append((self.name, len(args), others))
+        (u,) = [*args, *(value for value in kwargs.values() if isinstance(value, Tensor))]
         return self.result(self.factor * u)
+
+
+def _run(
+    forward: Callable[..., Any], module: nn.Module, part: Part, accelerated: bool
+) -> tuple[list[Tensor], Calls]:
+    """Call a forward with a small copy of the module; return its tensors and the calls it makes."""
+    calls: Calls = []
+    names = [name for name in part.arguments[1:] if name != "kwargs"]
+    # Names stand for the arguments that a layer hands to its branches, and for one without a name.
+    rest = {name: name for name in (*names, "further")} if part.is_layer else {}
+    with torch.no_grad(), torch.device("cpu"), autocast_off("cpu"):
+        streams = _draw((2, TOKENS, _streams(module), CHANNELS), _seeded(0))
+        small = _small(module, accelerated, calls, _seeded(1))
+        return _tensors(forward(small, streams, **rest)), calls
 
 
 def _small(
@@ -75,25 +82,31 @@ def _small(
 ) -> nn.Module:
     """Return a copy of the module without hooks, with random parameters for CHANNELS channels."""
     part, own = part_of(type(module)), copy(module)
-    vars(own).update({name: {} for name, value in vars(module).items() if name.endswith("_hooks")})
+    vars(own).update({name: {} for name in vars(module) if name.endswith("_hooks")})
     vars(own).pop("forward", None)
     if accelerated and part is not None:
         own.__class__ = accelerated_class(type(module), part, "reference")
     if part is None or not part.is_layer:
+        parameters = module.named_parameters(recurse=False)
         vars(own)["_parameters"] = {
             name: nn.Parameter(_random(parameter, _streams(module), generator))
-            for name, parameter in module.named_parameters(recurse=False)
+            for name, parameter in parameters
         }
         return own
-    vars(own)["_modules"] = dict(module._modules)
+    children: dict[str, nn.Module] = {}
     for index, name in enumerate(sorted(part.children)):
-        child = module.get_submodule(name)
-        if name in ("attn_hc", "ffn_hc"):
-            small = _small(child, accelerated, calls, generator)
+        if name in CONNECTIONS:
+            connection = _connection(module.get_submodule(name))
+            children[name] = _small(connection, accelerated, calls, generator)
         else:
-            small = StandIn(name, 1.0 + index, calls, _result(module, name))
-        own._modules[name] = small
+            children[name] = StandIn(name, 1.0 + index, calls, _result(module, name))
+    vars(own)["_modules"] = children
     return own
+
+
+def _connection(module: nn.Module) -> nn.Module:
+    """Return the connection of a layer, or the one inside a module that wraps it, as PEFT's do."""
+    return next(inner for inner in module.modules() if part_of(type(inner)) is not None)
 
 
 def _result(layer: nn.Module, name: str) -> Callable[[Tensor], Any]:
@@ -102,11 +115,21 @@ def _result(layer: nn.Module, name: str) -> Callable[[Tensor], Any]:
 
 def _random(parameter: Tensor, n: int, generator: torch.Generator) -> Tensor:
     shape = [*parameter.shape[:1], *[n * CHANNELS] * (parameter.ndim - 1)]
-    return 0.5 * torch.randn(shape, generator=generator)
+    return 0.5 * _draw(shape, generator)
 
 
-def _streams(module: Any) -> int:
-    return int((module if hasattr(module, "hc_mult") else module.attn_hc).hc_mult)
+def _draw(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Draw on the CPU in float32, whatever the defaults are while a model is built."""
+    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def _streams(module: nn.Module) -> int:
+    connection = module if hasattr(module, "hc_mult") else module.get_submodule(CONNECTIONS[0])
+    return int(_connection(connection).hc_mult)  # type: ignore[arg-type]
 
 
 def _tensors(result: Any) -> list[Tensor]:
@@ -120,14 +143,3 @@ def _close(found: list[Tensor], wanted: list[Tensor]) -> bool:
         and bool((own - other).abs().max() <= TOLERANCE * other.abs().max())
         for own, other in zip(found, wanted, strict=True)
     )
-
-
-def _same_calls(found: Calls, wanted: Calls) -> bool:
-    """True if the names, the keywords and every argument but the tensors are the same."""
-    return [_without_tensors(call) for call in found] == [_without_tensors(call) for call in wanted]
-
-
-def _without_tensors(call: tuple[str, tuple[Any, ...], dict[str, Any]]) -> Any:
-    name, args, kwargs = call
-    values = {key: Tensor if isinstance(v, Tensor) else v for key, v in kwargs.items()}
-    return name, len(args), values
