@@ -27,7 +27,7 @@ class Request:
     """One call of a bench: its dtypes, its device, and where the figures go."""
 
     bench: Any
-    """ops, step or memory."""
+    """ops, step, memory or transformers."""
     dtypes: tuple[str, ...]
     device: str
     save: bool
@@ -278,6 +278,33 @@ def memory(
             for problem in request.problems(tokens, streams, channels)
         ]
     request.show(found)
+
+
+@bench.command()
+@_count("--layers", 2, "Layers of the model, two connections each.")
+@size_options
+@_count("--rounds", 10, "Samples of both implementations.")
+@request_options
+def transformers(
+    layers: int, tokens: int, streams: int, channels: int, rounds: int, request: Request
+) -> None:
+    """Time the connections of a DeepSeek-V4 model of transformers, plain and accelerated.
+
+    \b
+    mhc bench transformers --channels 1280 --tokens 2048 --json transformers.json
+
+    Forward and backward of the connections and the head; the branches return their input. Exit
+    status 1 if results are wrong, and then nothing is timed.
+    """
+    from manifold_hc.bench.accelerated import bench_accelerated
+
+    with request.progress() as progress:
+        found = [
+            bench_accelerated(problem, layers, rounds, progress)
+            for problem in request.problems(tokens, streams, channels, numerics="deepseek_v4")
+        ]
+    request.show(found)
+    request.require(wrong=[name for result in found for name in result.wrong])
 
 
 @bench.command()

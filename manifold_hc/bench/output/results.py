@@ -12,6 +12,7 @@ import msgspec
 import torch
 
 import manifold_hc
+from manifold_hc.bench.accelerated import ModelResult
 from manifold_hc.bench.ops import OpsResult
 from manifold_hc.bench.peers import PEERS
 from manifold_hc.bench.stacks import StackResult
@@ -19,7 +20,7 @@ from manifold_hc.bench.step import StepResult
 from manifold_hc.errors import DataError
 from manifold_hc.files import write_atomically
 
-Bench = Literal["ops", "step", "memory"]
+Bench = Literal["ops", "step", "memory", "transformers"]
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Record:
     ops: list[OpsResult] | None = None
     step: list[StepResult] | None = None
     memory: list[StackResult] | None = None
+    transformers: list[ModelResult] | None = None
 
     @property
     def results(self) -> list[Any]:
@@ -103,7 +105,7 @@ def as_json(record: Record) -> bytes:
     """Encode a record, with the medians and ratios that the tables print."""
     content: dict[str, Any] = msgspec.to_builtins(record)
     for result, raw in zip(record.results, content[record.bench] or [], strict=True):
-        if isinstance(result, OpsResult | StepResult):
+        if isinstance(result, OpsResult | StepResult | ModelResult):
             result.add_ratios(raw)
     return msgspec.json.format(msgspec.json.encode(content)) + b"\n"
 

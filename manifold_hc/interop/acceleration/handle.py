@@ -177,7 +177,7 @@ def _difference(module: nn.Module, part: Part) -> str:
     arguments = tuple(inspect.signature(probe.original_forward(type(module))).parameters)[1:]
     if arguments != part.arguments:
         return f"its forward takes {', '.join(arguments)}"
-    if children := part.children ^ {name for name, _ in module.named_children()}:
+    if children := part.children ^ set(module._modules):
         return f"it has other submodules, {', '.join(sorted(children))} first"
     try:
         return probe.difference(module, part)
