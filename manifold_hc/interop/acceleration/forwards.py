@@ -1,8 +1,8 @@
 """Forward passes that replace those of transformers' modules, by our operators.
 
 Each takes the arguments of the forward that it replaces, returns the same values, and calls the
-other submodules of its layer in the same order with the same arguments. `mhc_backend`, an attribute
-of the replacing class, names the backend.
+other submodules of its layer in the same order with the same arguments, which may be of any type.
+`mhc_backend`, an attribute of the replacing class, names the backend.
 """
 
 from typing import Any
@@ -30,7 +30,7 @@ def learned_head(self: Any, x: Tensor) -> Tensor:
 
 
 def deepseek_v4_layer(
-    self: Any, hidden_states: Tensor, input_ids: Tensor | None = None, **kwargs: Any
+    self: Any, hidden_states: Tensor, input_ids: Any = None, **kwargs: Any
 ) -> Tensor:
     """Streams after one layer of DeepSeek-V4."""
     attention = read(self.attn_hc, hidden_states, self.mhc_backend)
@@ -42,12 +42,12 @@ def deepseek_v4_layer(
 def indexed_layer(
     self: Any,
     hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
+    attention_mask: Any = None,
+    position_ids: Any = None,
     past_key_values: Any = None,
-    use_cache: bool | None = False,
-    position_embeddings: tuple[Tensor, Tensor] | None = None,
-    prev_topk_indices: Tensor | None = None,
+    use_cache: Any = False,
+    position_embeddings: Any = None,
+    prev_topk_indices: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """(streams, indices of the attended tokens) after one layer of GLM-5.3 or hy_v4."""

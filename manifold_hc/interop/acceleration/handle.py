@@ -3,7 +3,7 @@
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 from torch import nn
 
@@ -35,7 +35,7 @@ class Acceleration:
         self.modules = dict(modules)
 
     @classmethod
-    def of(cls, model: nn.Module) -> Self:
+    def of(cls, model: nn.Module) -> "Acceleration":
         """Return the handle of a model that is accelerated already, such as a copy or a pickle.
 
         Raises ConfigError if no module of the model is accelerated.
@@ -68,7 +68,7 @@ class Acceleration:
         """Number of accelerated modules."""
         return len(self.modules)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Acceleration":
         """Return the handle."""
         return self
 
@@ -118,7 +118,9 @@ def accelerate(model: nn.Module, backend: str = "auto") -> Acceleration:
     found = _known_modules(model)
     for name, module, part in found:
         _require_plain(name, module, part)
-    for module, part in {_kind(module): (module, part) for _, module, part in found}.values():
+    kinds = {_kind(module): (module, part) for _, module, part in found}
+    # Connections before the layers that hold them, so that an error names the class that differs.
+    for module, part in sorted(kinds.values(), key=lambda kind: kind[1].is_layer):
         _require_same_equations(module, part)
     for _, module, part in found:
         change_class(module, accelerated_class(type(module), part, backend))
