@@ -360,6 +360,43 @@ def test_hooks_of_the_package_accelerate_stay():
     assert Count.calls == 3
 
 
+@pytest.fixture
+def mesh():
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_sharding_before_and_after(mesh):
+    """FSDP2 changes the class of a module too."""
+    from torch.distributed.fsdp import fully_shard
+
+    def shard(model):
+        for module in (layer_of(model), model):
+            fully_shard(module, mesh=mesh)
+
+    def output(model):
+        return model(IDS).last_hidden_state
+
+    first, second = models.hy_v4(), models.hy_v4()
+    plain = output(first)
+    handle = accelerate(first)
+    wanted = output(first)
+    shard(first)
+    assert torch.equal(output(first), wanted)
+    with pytest.raises(ConfigError, match="fully_shard"):
+        handle.remove()
+    shard(second)
+    with accelerate(second):
+        assert torch.equal(output(second), wanted)
+    assert torch.equal(output(second), plain)
+    assert not torch.equal(wanted, plain)
+
+
 def test_compiled_layers():
     """In a process without shape checks, which cannot be compiled."""
     script = "tests.interop.compiled_layers"

@@ -7,7 +7,6 @@ feed-forward and norms, and both must give the same and call the stand-ins in th
 
 import inspect
 from collections.abc import Callable, Sequence
-from copy import copy
 from typing import Any
 
 import torch
@@ -81,8 +80,9 @@ def _small(
     module: nn.Module, accelerated: bool, calls: Calls, generator: torch.Generator
 ) -> nn.Module:
     """Return a copy of the module without hooks, with random parameters for CHANNELS channels."""
-    part, own = part_of(type(module)), copy(module)
-    vars(own).update({name: {} for name in vars(module) if name.endswith("_hooks")})
+    part, own = part_of(type(module)), object.__new__(type(module))
+    hooks: dict[str, Any] = {name: {} for name in vars(module) if name.endswith("_hooks")}
+    vars(own).update(vars(module) | hooks)
     vars(own).pop("forward", None)
     if accelerated and part is not None:
         own.__class__ = accelerated_class(type(module), part, "reference")
