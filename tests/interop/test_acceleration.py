@@ -1,6 +1,7 @@
 """`accelerate` on models of transformers, against the same models without it."""
 
 import copy
+import doctest
 import inspect
 import io
 import pickle
@@ -88,6 +89,12 @@ def assert_equal(found, wanted):
     assert found.keys() == wanted.keys()
     for name in wanted:
         assert torch.equal(found[name], wanted[name]), name
+
+
+def test_the_example_runs():
+    (example,) = doctest.DocTestFinder(recurse=False).find(accelerate, globs={})
+    assert doctest.DocTestRunner(verbose=False).run(example).attempted == 7
+    assert doctest.DocTestRunner(verbose=False).run(example).failed == 0
 
 
 @every_family

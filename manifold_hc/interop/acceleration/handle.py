@@ -1,5 +1,6 @@
 """`accelerate` and the handle that takes it back."""
 
+import inspect
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -105,11 +106,14 @@ def accelerate(model: nn.Module, backend: str = "auto") -> Acceleration:
         BackendError: This version has no such backend.
 
     Example:
+        >>> from transformers import DeepseekV4Config
+        >>> from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperHead
         >>> from manifold_hc.interop import accelerate
-        >>> accelerate(torch.nn.Linear(2, 2))
-        Traceback (most recent call last):
-            ...
-        manifold_hc.errors.ConfigError: accelerate: wanted a model of transformers with ...
+        >>> head = DeepseekV4HyperHead(DeepseekV4Config(hidden_size=8, num_hidden_layers=1))
+        >>> handle = accelerate(head)
+        >>> handle
+        Acceleration(1 DeepseekV4HyperHead)
+        >>> handle.remove()
     """
     if backend not in ("auto", *BACKENDS):
         raise BackendError(
@@ -135,7 +139,7 @@ def _known_modules(model: nn.Module) -> list[tuple[str, nn.Module, Part]]:
                 f"accelerate: {name} is accelerated already; Acceleration.of(model) is its handle"
             )
         if part := part_of(type(module)):
-            found.append((name, module, part))
+            found.append((name or part.name, module, part))
     if not found:
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         reason = f", {REFUSED[kind]}" if kind in REFUSED else ""
@@ -174,8 +178,7 @@ def _require_same_equations(module: nn.Module, part: Part) -> None:
 
 
 def _difference(module: nn.Module, part: Part) -> str:
-    import inspect
-
+    """Return how the module's class differs from the part, or an empty string."""
     arguments = tuple(inspect.signature(probe.original_forward(type(module))).parameters)[1:]
     if arguments != part.arguments:
         return f"its forward takes {', '.join(arguments)}"
