@@ -49,24 +49,55 @@ def indexed_layer(
     position_embeddings: Any = None,
     prev_topk_indices: Any = None,
     **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Any]:
     """(streams, indices of the attended tokens) after one layer of GLM-5.3 or hy_v4."""
+    indexed = {
+        "position_ids": position_ids,
+        "past_key_values": past_key_values,
+        "use_cache": use_cache,
+        "position_embeddings": position_embeddings,
+        "prev_topk_indices": prev_topk_indices,
+    }
+    linear = {"cache_params": past_key_values}
+    return _indexed(self, hidden_states, indexed, linear, attention_mask=attention_mask, **kwargs)
+
+
+def cached_layer(
+    self: Any,
+    hidden_states: Tensor,
+    attention_mask: Any = None,
+    position_ids: Any = None,
+    cache: Any = None,
+    use_cache: Any = False,
+    position_embeddings: Any = None,
+    prev_topk_indices: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """`indexed_layer` with the argument names of transformers 5.24."""
+    indexed = {
+        "position_ids": position_ids,
+        "cache": cache,
+        "use_cache": use_cache,
+        "position_embeddings": position_embeddings,
+        "prev_topk_indices": prev_topk_indices,
+    }
+    linear = {"cache": cache}
+    return _indexed(self, hidden_states, indexed, linear, attention_mask=attention_mask, **kwargs)
+
+
+def _indexed(
+    self: Any,
+    hidden_states: Tensor,
+    indexed: dict[str, Any],
+    linear: dict[str, Any],
+    **shared: Any,
+) -> tuple[Tensor, Any]:
+    """indexed, linear: arguments of each kind of attention; shared: those of both."""
     attention = read(self.attn_hc, hidden_states, self.mhc_backend)
     u, topk_indices = self.input_layernorm(attention.u), None
     if getattr(self, "block_type", None) == "linear_attention":
-        y = self.self_attn(
-            hidden_states=u, cache_params=past_key_values, attention_mask=attention_mask, **kwargs
-        )
+        y = self.self_attn(hidden_states=u, **linear, **shared)
     else:
-        y, _, topk_indices = self.self_attn(
-            hidden_states=u,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            position_embeddings=position_embeddings,
-            prev_topk_indices=prev_topk_indices,
-            **kwargs,
-        )
+        y, _, topk_indices = self.self_attn(hidden_states=u, **indexed, **shared)
     ffn = boundary(attention, y, self.ffn_hc)
     return write(ffn, self.mlp(self.post_attention_layernorm(ffn.u))), topk_indices

@@ -1,6 +1,5 @@
 """`accelerate` and the handle that takes it back."""
 
-import inspect
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -17,7 +16,15 @@ from manifold_hc.interop.acceleration.classes import (
     is_accelerated,
     replaced_class,
 )
-from manifold_hc.interop.acceleration.parts import MODEL_TYPES, REFUSED, TESTED, Part, part_of
+from manifold_hc.interop.acceleration.parts import (
+    MODEL_TYPES,
+    REFUSED,
+    TESTED,
+    Part,
+    arguments_of,
+    original_forward,
+    part_of,
+)
 from manifold_hc.kernels import BACKENDS
 from manifold_hc.known_forwards import is_original_forward
 
@@ -154,7 +161,7 @@ def _known_modules(model: nn.Module) -> list[tuple[str, nn.Module, Part]]:
 def _require_plain(name: str, module: nn.Module, part: Part) -> None:
     """Raise ConfigError if the module's forward is not that of its class in transformers."""
     kind = next(base for base in type(module).__mro__ if part.is_class(base))
-    own = probe.original_forward(type(module))
+    own = original_forward(type(module))
     if has_own_forward(module) or not is_original_forward(kind, own):
         raise ConfigError(
             f"accelerate: {name} must have the forward of {part.name} but has another one, "
@@ -179,8 +186,7 @@ def _require_same_equations(module: nn.Module, part: Part) -> None:
 
 def _difference(module: nn.Module, part: Part) -> str:
     """Return how the module's class differs from the part, or an empty string."""
-    arguments = tuple(inspect.signature(probe.original_forward(type(module))).parameters)[1:]
-    if arguments != part.arguments:
+    if (arguments := arguments_of(type(module))) != part.arguments:
         return f"its forward takes {', '.join(arguments)}"
     if children := part.children ^ set(module._modules):
         return f"it has other submodules, {', '.join(sorted(children))} first"

@@ -1,15 +1,16 @@
 """Table of the classes of transformers that `accelerate` knows, each with its replacement."""
 
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from manifold_hc.interop.acceleration import forwards, sublayers
 
-TESTED = ("5.23.0",)
+TESTED = ("5.23.0", "5.24.0")
 """Versions of transformers that the tests ran with."""
 
 STREAMS = ("hidden_streams",)
@@ -30,6 +31,9 @@ INDEXED = (
     "kwargs",
 )
 """Arguments of a layer that passes the indices of its attention on."""
+
+CACHED = tuple("cache" if name == "past_key_values" else name for name in INDEXED)
+"""The same in transformers 5.24."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,7 @@ PARTS = (
     ),
     # GLM-5.3's exit is the plain mean of the streams, which keeps transformers' own code.
     Part("glm5_next", "Glm5NextTextDecoderLayer", forwards.indexed_layer, INDEXED, LAYER),
+    Part("glm5_next", "Glm5NextTextDecoderLayer", forwards.cached_layer, CACHED, LAYER),
     Part(
         "glm5_next",
         "Glm5NextTextHyperConnection",
@@ -104,6 +109,7 @@ PARTS = (
         sublayers.mhc_maps,
     ),
     Part("hy_v4", "HYV4DecoderLayer", forwards.indexed_layer, INDEXED, LAYER),
+    Part("hy_v4", "HYV4DecoderLayer", forwards.cached_layer, CACHED, LAYER),
     Part(
         "hy_v4",
         "HYV4HyperConnection",
@@ -124,9 +130,23 @@ REFUSED = {"qwen4_exp": "its residual streams have low-rank gates and no mixing 
 
 
 def part_of(kind: type) -> Part | None:
-    """Return the part that a class is or derives from; None for any other class."""
+    """Return the part that a class is or derives from; None for any other class.
+
+    Of two versions of a class, the part whose forward has the arguments of the installed one.
+    """
     for base in kind.__mro__:
-        for part in PARTS:
-            if base.__name__ == part.name and part.is_class(base):
-                return part
+        parts = [part for part in PARTS if base.__name__ == part.name and part.is_class(base)]
+        if parts:
+            arguments = arguments_of(base)
+            return next((part for part in parts if part.arguments == arguments), parts[0])
     return None
+
+
+def arguments_of(kind: type) -> tuple[str, ...]:
+    """Return the arguments of a class's forward, without self."""
+    return tuple(inspect.signature(original_forward(kind)).parameters)[1:]
+
+
+def original_forward(kind: type) -> Callable[..., Any]:
+    """Return the forward of a class, without the checkpointing that transformers puts around."""
+    return inspect.unwrap(cast(type[nn.Module], kind).forward)

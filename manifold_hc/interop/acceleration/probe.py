@@ -5,7 +5,6 @@ runs once on a few random numbers, by its own forward and by ours, with stand-in
 feed-forward and norms, and both must give the same and call the stand-ins in the same way.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from manifold_hc.interop.acceleration.classes import accelerated_class
-from manifold_hc.interop.acceleration.parts import Part, attention_result, part_of
+from manifold_hc.interop.acceleration.parts import (
+    Part,
+    attention_result,
+    original_forward,
+    part_of,
+)
 from manifold_hc.precision import autocast_off
 
 TOLERANCE = 1e-4
@@ -26,11 +30,6 @@ CONNECTIONS = ("attn_hc", "ffn_hc")
 
 Calls = list[tuple[str, int, dict[str, Any]]]
 """Name of a stand-in, number of its positional arguments, keywords without the tensors."""
-
-
-def original_forward(kind: type[nn.Module]) -> Callable[..., Any]:
-    """Return the forward of a class, without the checkpointing that transformers puts around."""
-    return inspect.unwrap(kind.forward)
 
 
 def difference(module: nn.Module, part: Part) -> str:
