@@ -148,6 +148,20 @@ def test_bfloat16_is_closer_to_the_truth_than_transformers(family, tmp_path):
         assert our_mean <= 1.02 * their_mean <= 0.03
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(dtype):
+    """Branches in a narrow dtype write into float32 streams; the CPU kernels take no float16."""
+    model = models.deepseek_v4(**models.SMOOTH)
+    exact = passed(model)
+    with torch.autocast("cpu", dtype=dtype):
+        theirs = passed(model)
+        with accelerate(model):
+            ours = passed(model)
+    assert error(ours["output"], exact["output"]) <= 1.1 * error(theirs["output"], exact["output"])
+    errors = [[error(found[n], exact[n]) for n in exact] for found in (ours, theirs)]
+    assert median(errors[0]) <= 1.1 * median(errors[1]) < 0.05
+
+
 def error(found, exact):
     return float((found.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30))
 
