@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from manifold_hc.errors import ConfigError, require_at_least_one, require_number
+from manifold_hc.models.cache import Context
 from manifold_hc.models.documents import Documents
 from manifold_hc.models.linear import Linear
 from manifold_hc.models.norm import RMSNorm
@@ -59,11 +60,19 @@ class LatentAttention(nn.Module):
         self.output.reset_parameters()
 
     def forward(
-        self, u: Float[Tensor, "B T C"], documents: Documents | None = None
+        self,
+        u: Float[Tensor, "B T C"],
+        documents: Documents | None = None,
+        context: Context | None = None,
     ) -> Float[Tensor, "B T C"]:
-        """Attend to all earlier tokens of the sequence, or of the token's document if given."""
+        """Attend to all earlier tokens of the sequence, or of the token's document if given.
+
+        context: positions and cached tokens; None for the whole sequence, without a cache.
+        """
         config = self.config
-        rotation = _rotation(u.shape[1], config.rotary_size, config.theta, u.device)
+        T = u.shape[1]
+        positions = torch.arange(T, device=u.device) if context is None else context.positions
+        rotation = _rotation(positions, config.rotary_size, config.theta)
 
         # H is the number of heads in `query`: with tensor parallelism this rank's heads.
         both = config.head_size + config.rotary_size
@@ -72,18 +81,45 @@ class LatentAttention(nn.Module):
 
         # Keys and values of all heads come from one latent vector; the rotary key is shared.
         latent, key_rotary = self.compress(u).split([config.latent_size, config.rotary_size], -1)
-        key_value = self.decompress(self.latent_norm(latent))
+        latent, key_rotary = self.latent_norm(latent), _rotate(key_rotary.unsqueeze(1), rotation)
+        query_rotary = _rotate(query_rotary, rotation)
+        if context is not None and context.cache is not None:
+            new = torch.cat([latent, key_rotary.squeeze(1)], -1)
+            entries = context.cache.append(context.block, new)  # B S K+R
+            if entries.shape[1] > T:
+                attended = self._attend_cached(query, query_rotary, entries, context.visible)
+                return self.output(attended.transpose(1, 2).flatten(-2))
+
+        key_value = self.decompress(latent)
         key_value = key_value.unflatten(-1, (-1, 2 * config.head_size)).transpose(1, 2)
         key, value = key_value.chunk(2, -1)
-        key_rotary = _rotate(key_rotary.unsqueeze(1), rotation).expand(-1, query.shape[1], -1, -1)
-
-        query = torch.cat([query, _rotate(query_rotary, rotation)], -1)
-        key = torch.cat([key, key_rotary], -1)
+        query = torch.cat([query, query_rotary], -1)
+        key = torch.cat([key, key_rotary.expand(-1, query.shape[1], -1, -1)], -1)
         if documents is None:
             attended = _attend(query, key, value)
         else:
             attended = _attend_within(documents, query, key, value)
         return self.output(attended.transpose(1, 2).flatten(-2))
+
+    def _attend_cached(
+        self,
+        query: Float[Tensor, "B H T D"],
+        query_rotary: Float[Tensor, "B H T R"],
+        entries: Float[Tensor, "B S E"],
+        visible: Bool[Tensor, "rows 1 T S"] | None,
+    ) -> Float[Tensor, "B H T D"]:
+        """Attend to latents without decompressing them, at the cost of one key for all heads.
+
+        `decompress` is linear: its key half is applied to the query and its value half to the
+        result instead, `q (W_k c) = (q W_k) c` (DeepSeek-V2, section 2.1.2).
+        """
+        D, K = self.config.head_size, self.config.latent_size
+        to_key, to_value = self.decompress.weight.unflatten(0, (-1, 2 * D)).split(D, 1)  # H D K
+        query = torch.cat([query @ to_key, query_rotary], -1)  # B H T K+R
+        latents = entries.unsqueeze(1).expand(-1, query.shape[1], -1, -1)
+        scale = (D + self.config.rotary_size) ** -0.5
+        attended = scaled_dot_product_attention(query, latents, latents, visible, scale=scale)
+        return attended[..., :K] @ to_value.transpose(-1, -2)
 
 
 def _attend(
@@ -121,16 +157,19 @@ def _attend_within(
 
 
 def _rotation(
-    length: int, size: int, theta: float, device: torch.device
-) -> tuple[Float[Tensor, "T half"], Float[Tensor, "T half"]]:
+    positions: Int[Tensor, "*rows T"], size: int, theta: float
+) -> tuple[Float[Tensor, "*batch T half"], Float[Tensor, "*batch T half"]]:
     """Cosine and sine of every position's angles; float32, since bfloat16 positions collide."""
+    device = positions.device
     frequency = theta ** -(torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
-    angle = torch.arange(length, dtype=torch.float32, device=device).outer(frequency)
+    angle = positions.to(torch.float32).unsqueeze(-1) * frequency
+    angle = angle if positions.dim() == 1 else angle.unsqueeze(1)  # rows: B 1 T half, for all heads
     return angle.cos(), angle.sin()
 
 
 def _rotate(
-    x: Float[Tensor, "B H T R"], rotation: tuple[Float[Tensor, "T half"], Float[Tensor, "T half"]]
+    x: Float[Tensor, "B H T R"],
+    rotation: tuple[Float[Tensor, "*batch T half"], Float[Tensor, "*batch T half"]],
 ) -> Float[Tensor, "B H T R"]:
     """Rotate the two halves of the last dimension into each other (RoPE, arXiv 2104.09864)."""
     cosine, sine = rotation

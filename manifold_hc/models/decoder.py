@@ -4,16 +4,18 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count, repeat
 from typing import NamedTuple, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from manifold_hc.config import ConnectionConfig, Recompute
 from manifold_hc.connection import Branch
 from manifold_hc.errors import ConfigError, require_at_least_one, require_number
 from manifold_hc.models.attention import AttentionConfig, LatentAttention
+from manifold_hc.models.cache import Cache, read_context
 from manifold_hc.models.documents import group_documents
 from manifold_hc.models.experts import Experts, ExpertsConfig, mixtures
 from manifold_hc.models.feed_forward import GatedFeedForward
@@ -142,28 +144,45 @@ class Decoder(nn.Module):
         tokens: Int[Tensor, "B T"] | Float[Tensor, "B T n C"],
         documents: Int[Tensor, "B T"] | None = None,
         pre: Float[Tensor, "B T n"] | None = None,
+        *,
+        mask: Bool[Tensor, "B S"] | Int[Tensor, "B S"] | None = None,
+        cache: Cache | None = None,
+        last: int | None = None,
     ) -> Float[Tensor, "..."] | tuple[Tensor, Tensor]:
         """Return the logits [B, T, V] of every next token.
 
         documents: one integer per token; attention stays within tokens of equal integers. A part
         without the first sublayer takes streams [B, T, n, C], and with single_pass the `pre` of
         the sublayer before; one without the last returns streams, as in `Stack.forward`.
+        cache: of the tokens before these, such as a `LatentCache`; it is extended. mask: 0 or False
+        for padding, over the S cached and new tokens. last: number of tokens, from the end, whose
+        logits are wanted; all by default. Raises ShapeError for a mask that does not fit, and for
+        documents with a mask or a cache.
         """
         h = tokens
         if self.embedding is not None:
             h = self.embedding(tokens)  # B T C
             h = h.to(compute_dtype(h))
-        branches, norms = self._branches(documents), present(self.norms)
+        branches, norms = self._branches(h, documents, mask, cache), present(self.norms)
         h = self.stack(h, branches, norms, pre)  # B T C, over B T n C
-        return h if self.norm is None or self.head is None else self.head(self.norm(h))
+        if self.norm is None or self.head is None:
+            return h
+        return self.head(self.norm(h if last is None else h[:, max(h.shape[1] - last, 0) :]))
 
-    def _branches(self, documents: Tensor | None) -> list[Branch]:
+    def _branches(
+        self, h: Tensor, documents: Tensor | None, mask: Tensor | None, cache: Cache | None
+    ) -> list[Branch]:
+        """Branches of the sublayers; those of attention get documents and context."""
         branches: list[Branch] = [*present(self.branches)]
-        if documents is None:
+        context, documents = read_context(h, documents, mask, cache)
+        if context is None and documents is None:
             return branches
-        groups = group_documents(documents)
+        groups = None if documents is None else group_documents(documents)
+        contexts = repeat(None) if context is None else map(context.of_block, count())
         return [
-            partial(branch, documents=groups) if isinstance(branch, LatentAttention) else branch
+            partial(branch, documents=groups, context=next(contexts))
+            if isinstance(branch, LatentAttention)
+            else branch
             for branch in branches
         ]
 
