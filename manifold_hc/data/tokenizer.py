@@ -52,6 +52,10 @@ class Tokenizer(ABC):
         A text that contains the name of a special token gets the ids of its characters.
         """
 
+    @abstractmethod
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Return the text of ids; bytes that are not UTF-8 become U+FFFD."""
+
     def split(self, document: Iterable[str]) -> Iterator[str]:
         """Split a document that comes in chunks into pieces with the ids of the whole."""
         return iter(document)
@@ -73,6 +77,16 @@ class ByteTokenizer(Tokenizer):
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids [N] uint8 of every text."""
         return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Return the text of ids; bytes that are not UTF-8 become U+FFFD.
+
+        Raises DataError for an id above 255.
+        """
+        numbers = [int(number) for number in ids]
+        if other := [number for number in numbers if not 0 <= number < self.vocabulary]:
+            raise DataError(f"tokenizer: a byte is from 0 to 255 but an id is {other[0]}")
+        return bytes(numbers).decode(errors="replace")
 
     def announce(self) -> None:
         """Log nothing: bytes have one boundary token."""
@@ -118,6 +132,7 @@ class FileTokenizer(Tokenizer):
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise DataError(f"tokenizer: {file} is no tokenizer.json: {error}") from None
         self.boundary, self.boundary_name = self._boundary.id, self._boundary.name
+        self._decoder = whole
         self._library = _library(file, for_text)
         self._library.encode_special_tokens = True
         self._can_split = splitting.can_split(self._json)
@@ -129,6 +144,11 @@ class FileTokenizer(Tokenizer):
         except Exception as error:  # the library raises bare Exception
             raise self._no_ids(error) from None
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Return the text of ids, special tokens by their names."""
+        text: str = self._decoder.decode(list(ids), skip_special_tokens=False)
+        return text
 
     def split(self, document: Iterable[str]) -> Iterator[str]:
         """Yield pieces of about 250,000 characters, or the whole if words are not local."""

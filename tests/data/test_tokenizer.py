@@ -301,3 +301,18 @@ def test_the_log_lists_other_end_of_text_tokens(tmp_path, caplog):
     with caplog.at_level("INFO", "manifold_hc"):
         tokenizer(saved(library, tmp_path)).announce()
     assert "by <eos> (id 2), by its name; data.boundary takes another: </s>" in caplog.text
+
+
+def test_ids_become_text(tmp_path):
+    """Special tokens by their names, and bytes that are not UTF-8 as U+FFFD."""
+    found = tokenizer("bytes")
+    assert found.decode("né".encode()) == "né"
+    assert found.decode(np.array([110, 195, 0])) == "n\ufffd\0"
+    with pytest.raises(DataError, match="a byte is from 0 to 255 but an id is 256"):
+        found.decode([3, 256])
+    small.byte_level().save(str(tmp_path / "tokenizer.json"))
+    found = tokenizer(str(tmp_path / "tokenizer.json"))
+    ids = found.encode(["the néw <|endoftext|>"])[0]
+    assert found.decode(ids) == "the néw <|endoftext|>"
+    assert found.boundary not in ids
+    assert found.decode([*ids.tolist(), found.boundary]).endswith("<|endoftext|><|endoftext|>")
