@@ -74,6 +74,18 @@ def load(
     return Corpus(sources, chosen.vocabulary, config.weights, chosen.name)
 
 
+def tokenizer_of(config: DataConfig) -> Tokenizer:
+    """Return the tokenizer that `load` would use for a configuration; read no text.
+
+    Raises DataError if it, or the shards that determine it, cannot be read.
+    """
+    paths = [user_path(path, "data") for path in config.paths]
+    known = config.tokenizer != ""
+    return _choose_tokenizer(
+        config, [] if known else [ShardFolder(path) for path in paths if is_shard_folder(path)]
+    )
+
+
 def _require_same_tokenizer(folder: ShardFolder, chosen: Tokenizer, config: DataConfig) -> None:
     """Raise DataError if the shards have another tokenizer or boundary token."""
     index = folder.index

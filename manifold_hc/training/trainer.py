@@ -30,6 +30,7 @@ from manifold_hc.training.expert_load import load_figures
 from manifold_hc.training.folder import RunFolder
 from manifold_hc.training.metrics import Metrics, ObserverFactory
 from manifold_hc.training.preflight import Prepared, check
+from manifold_hc.training.run_tokenizer import save_tokenizer
 from manifold_hc.training.sinks import open_sinks
 from manifold_hc.training.state import TrainState
 from manifold_hc.training.step import take_step
@@ -202,6 +203,7 @@ def _begin(folder: RunFolder, checkpoints: Checkpoints, state: TrainState) -> No
     if distributed and not state.step:
         folder.set_job(job_id())
     folder.begin(state.config, state.step)
+    save_tokenizer(folder.path, state.config.data)
     folder.clean()
     checkpoints.clean()
     checkpoints.abandon_after(state.step)
