@@ -35,7 +35,7 @@ def open_run(folder: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
     """
     if (folder / MANIFEST).exists():
         verify(folder)
-        return _checkpoint(folder)
+        return read_checkpoint(folder)
     run = RunFolder(folder)
     config = run.config()
     if run.model_file.exists():
@@ -43,10 +43,10 @@ def open_run(folder: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
     newest = Checkpoints(run.checkpoints, config.checkpoint, "").find()
     if newest is None:
         raise RunFolderError(f"run folder: {folder} has neither final weights nor a checkpoint")
-    return _checkpoint(newest)
+    return read_checkpoint(newest)
 
 
-def _checkpoint(folder: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
+def read_checkpoint(folder: Path) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
     """Return weights and configuration of a verified checkpoint."""
     manifest = read_manifest(folder)
     config: dict[str, Any] = msgspec.to_builtins(manifest.config)
