@@ -11,6 +11,7 @@ the streams, which the doubly stochastic matrix `res` mixes (arXiv 2512.24880).
     convert: hyper-connections for a pretrained model, which computes the same as before.
     diagnostics: stability figures: gain magnitudes and diversity of the streams.
     warmup: compile the kernels of a run before it starts.
+    load: the model and the tokenizer of a run folder.
 
 Example:
     >>> import torch
@@ -24,6 +25,7 @@ Example:
 from manifold_hc import diagnostics, functional
 from manifold_hc.config import ConnectionConfig
 from manifold_hc.connection import Connection
+from manifold_hc.interop.loading import load
 from manifold_hc.interop.retrofit import convert
 from manifold_hc.stack import Stack
 from manifold_hc.warmup import warmup
@@ -37,6 +39,7 @@ __all__ = [
     "convert",
     "diagnostics",
     "functional",
+    "load",
     "warmup",
 ]
 

@@ -100,6 +100,7 @@ def test_the_public_names():
         "convert",
         "diagnostics",
         "functional",
+        "load",
         "warmup",
     }
 

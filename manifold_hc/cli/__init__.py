@@ -11,6 +11,7 @@ import manifold_hc
 from manifold_hc.cli.bench import bench
 from manifold_hc.cli.compare import compare
 from manifold_hc.cli.convert import convert
+from manifold_hc.cli.generate import generate
 from manifold_hc.cli.info import info
 from manifold_hc.cli.options import Group
 from manifold_hc.cli.report import report
@@ -41,7 +42,7 @@ def commands() -> None:
     """
 
 
-for command in (train, compare, bench, verify, convert, tokenize, report, info):
+for command in (train, generate, compare, bench, verify, convert, tokenize, report, info):
     commands.add_command(command)
 
 
