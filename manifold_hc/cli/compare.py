@@ -6,7 +6,15 @@ from pathlib import Path
 import click
 
 from manifold_hc.cli.keys import override
-from manifold_hc.cli.options import RunCommand, Wanted, json_option, require_effect, run_options
+from manifold_hc.cli.options import (
+    RunCommand,
+    Wanted,
+    init_option,
+    initial_source,
+    json_option,
+    require_effect,
+    run_options,
+)
 from manifold_hc.cli.report import check_outputs, publish
 from manifold_hc.cli.terminal import command_line, console
 from manifold_hc.config import ConnectionConfig
@@ -15,7 +23,7 @@ from manifold_hc.parallel import ParallelConfig
 from manifold_hc.study.compare import Variant
 from manifold_hc.study.compare import compare as compare_variants
 from manifold_hc.study.records import check_folder
-from manifold_hc.training import check, require_memory
+from manifold_hc.training import InitialWeights, check, require_memory
 
 MOST_SEEDS = 10_000
 """Largest number of seeds: all runs are planned before the first one starts."""
@@ -48,29 +56,48 @@ MOST_SEEDS = 10_000
     show_default=True,
     help="Seeds a variant, from training.seed on.",
 )
+@init_option
+@click.option("--step", type=int, metavar="N", help="With --init: the checkpoint to take.")
 @json_option
 def compare(
-    wanted: Wanted, out: Path, variants: tuple[str, ...], seeds: int, json_file: Path | None
+    wanted: Wanted,
+    out: Path,
+    variants: tuple[str, ...],
+    seeds: int,
+    init: Path | None,
+    step: int | None,
+    json_file: Path | None,
 ) -> None:
     """Train variants on the same data in the same order, and compare loss and stability.
 
     \b
     mhc compare --seeds 3 --out runs/three training.steps=300
     mhc compare --variant mhc --variant mhc:constraint=identity --out runs/identity
+    mhc compare --init runs/residual --data more.txt --seeds 3 --out runs/tuned
 
     Interrupted, the same command goes on with the runs that are missing.
     """
     from manifold_hc.data import load
     from manifold_hc.training.folder import locked, refuse_if_in_use
 
-    config = wanted.config(kinds=[text.partition(":")[0] for text in variants])
+    if step is not None and init is None:
+        raise ConfigError("--step: belongs to --init; give the run folder with it")
+    source = initial_source(wanted, init, step)
+    initial = None if source is None else InitialWeights(source)
+    config = wanted.config(
+        None if source is None else source.config(),
+        kinds=[text.partition(":")[0] for text in variants],
+    )
     if any(pair.startswith("connection.kind=") for pair in wanted.overrides):
         raise ConfigError("connection.kind: --variant decides it; leave the key out")
     if config.parallel != ParallelConfig():
         raise ConfigError("compare: trains in one process; leave the keys of parallel alone")
     chosen = [parse_variant(text, config.connection) for text in dict.fromkeys(variants)]
     for variant in chosen:
-        require_memory(replace(config, connection=variant.connection))
+        varied = replace(config, connection=variant.connection)
+        if initial is not None:
+            initial.require_fit(varied)
+        require_memory(varied)
     corpus = load(config.data, config.model.vocabulary, console(stderr=True))
     check(config, corpus)
     refuse_if_in_use(out)
@@ -80,7 +107,7 @@ def compare(
     with locked(out):
         try:
             compare_variants(
-                config, chosen, seeds, corpus, out, command_line(), console(stderr=True)
+                config, chosen, seeds, corpus, out, command_line(), console(stderr=True), initial
             )
         except StoppedError as error:
             error.add_note("the same command goes on from there")

@@ -11,7 +11,8 @@ import click
 from manifold_hc.cli.keys import describe, override, override_from, suggestion
 from manifold_hc.config import ConnectionConfig
 from manifold_hc.errors import ConfigError, DataError
-from manifold_hc.training import PRESETS, RunConfig, preset
+from manifold_hc.training import PRESETS, RunConfig, find_weights, preset
+from manifold_hc.training.weight_source import WeightSource
 
 json_option = click.option(
     "--json",
@@ -27,6 +28,15 @@ device_option = click.option(
     default="auto",
     show_default=True,
     help="Where to run; auto takes a GPU if there is one.",
+)
+
+
+init_option = click.option(
+    "--init",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Start from the weights of this run, checkpoint or exported model, with its sizes, "
+    "connections and tokenizer.",
 )
 
 
@@ -90,7 +100,7 @@ def _no_option(error: click.NoSuchOption, given: Sequence[str]) -> str:
     word = next((word for word in given if word.partition("=")[0] == error.option_name), "")
     value = word.partition("=")[2] or next(iter(given[given.index(word) + 1 :] if word else ()), "")
     hint = suggestion(RunConfig(), key, value)
-    is_key = "." in key or hint.rpartition("=")[0].endswith(f".{key}")
+    is_key = "." in key or hint.rpartition("=")[0].endswith(f".{key.replace('-', '_')}")
     if error.possibilities and not is_key:
         return error.format_message()
     hint = hint or "keys of the configuration are given as key=value, see --help"
@@ -124,6 +134,15 @@ class Wanted:
         own = [key.removeprefix("connection.") for key in keys if key.startswith("connection.")]
         require_effect(own, kinds or [config.connection.kind])
         return config
+
+
+def initial_source(wanted: Wanted, init: Path | None, step: int | None) -> WeightSource | None:
+    """Find the weights of --init; ConfigError with --preset, which has sizes of its own."""
+    if init is None:
+        return None
+    if wanted.preset:
+        raise ConfigError("--init: brings the sizes of the model; leave --preset out")
+    return find_weights(init, step)
 
 
 def run_options(function: Callable[..., None]) -> Callable[..., None]:

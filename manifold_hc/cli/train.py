@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from manifold_hc.cli.dry_run import show_plan
-from manifold_hc.cli.options import RunCommand, Wanted, run_options
+from manifold_hc.cli.options import RunCommand, Wanted, init_option, initial_source, run_options
 from manifold_hc.cli.terminal import WIDE, command_line, console
 from manifold_hc.errors import ConfigError
 from manifold_hc.parallel import end_process, is_rank0
@@ -28,25 +28,47 @@ from manifold_hc.training.launch import Resume
     metavar="DIR",
     help="Go on with the run in this folder, with its configuration, from its last checkpoint.",
 )
-@click.option("--step", type=int, metavar="N", help="With --resume: the checkpoint to go on from.")
+@init_option
+@click.option(
+    "--step",
+    type=int,
+    metavar="N",
+    help="With --resume or --init: the checkpoint to take; default the newest.",
+)
+@click.option(
+    "--drop-connections",
+    is_flag=True,
+    help="With --init: start with new connections in place of the given ones.",
+)
 @click.option(
     "--dry-run",
     is_flag=True,
     help="Print parameters, tokens and learning rates; read no data, allocate no weights.",
 )
 def train(
-    wanted: Wanted, out: Path | None, resume: Path | None, step: int | None, dry_run: bool
+    wanted: Wanted,
+    out: Path | None,
+    resume: Path | None,
+    init: Path | None,
+    step: int | None,
+    drop_connections: bool,
+    dry_run: bool,
 ) -> None:
     """Train one language model.
 
     \b
     mhc train --data book.txt --out runs/book connection.kind=mhc training.steps=400
     mhc train --resume runs/book
+    mhc train --init runs/book --data more.txt --out runs/tuned optimizer.lr=4e-4
     mhc train --preset 27b --dry-run
     """
-    if step is not None and resume is None:
-        raise ConfigError("--step: belongs to --resume; give the run folder with it")
+    if step is not None and not (resume or init):
+        raise ConfigError("--step: belongs to --resume or --init; give the run folder with it")
+    if drop_connections and init is None:
+        raise ConfigError("--drop-connections: belongs to --init; give the weights with it")
     if resume is not None:
+        if init is not None:
+            raise ConfigError("--init: starts a new run; --resume needs no initial weights")
         if out or wanted.preset or wanted.config_file:
             raise ConfigError(
                 "--resume: goes on in the run's own folder with its own configuration; "
@@ -55,17 +77,24 @@ def train(
         config = wanted.config(RunFolder(resume).config())
         _run(config, resume, "newest" if step is None else step)
         return
-    config = wanted.config()
+    source = initial_source(wanted, init, step)
+    config = wanted.config(None if source is None else source.config())
     if dry_run:
         show_plan(config)
         return
     if out is None and config.parallel.size > 1:
         raise ConfigError("--out: a run of several processes needs one, the same for all")
     path = out or Path("runs") / f"{config.connection.kind}-{datetime.now():%Y%m%d-%H%M%S}"
-    _run(config, path, None)
+    _run(config, path, None, None if source is None else source.path, drop_connections)
 
 
-def _run(config: RunConfig, path: Path, resume: Resume) -> None:
+def _run(
+    config: RunConfig,
+    path: Path,
+    resume: Resume,
+    init: Path | None = None,
+    drop_connections: bool = False,
+) -> None:
     """Train, and print the summary on rank 0."""
     from manifold_hc.diagnostics import GainMonitor
     from manifold_hc.report import as_table, load_runs, summarise
@@ -74,6 +103,8 @@ def _run(config: RunConfig, path: Path, resume: Resume) -> None:
         config,
         path,
         resume=resume,
+        init=init,
+        drop_connections=drop_connections,
         observers=[GainMonitor],
         console=console(stderr=True),
         command=command_line(),

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -10,6 +11,7 @@ from manifold_hc.config import ConnectionConfig
 from manifold_hc.data import Corpus
 from manifold_hc.diagnostics import GainMonitor
 from manifold_hc.errors import DivergedError, RunFolderError
+from manifold_hc.parallel import Processes
 from manifold_hc.study.records import (
     check_folder,
     comparison_record,
@@ -17,7 +19,14 @@ from manifold_hc.study.records import (
     with_new,
     write_record,
 )
-from manifold_hc.training import Checkpoints, RunConfig, RunFolder, check, train
+from manifold_hc.training import (
+    Checkpoints,
+    InitialWeights,
+    RunConfig,
+    RunFolder,
+    check,
+    train,
+)
 from manifold_hc.training.config import differences
 from manifold_hc.training.preflight import warn_of_warmup
 from manifold_hc.training.record import COMPARISON, machine
@@ -39,6 +48,7 @@ def compare(
     folder: Path,
     command: str,
     console: Console | None = None,
+    initial: InitialWeights | None = None,
 ) -> None:
     """Train every variant with seeds `training.seed`, +1, ... into `folder/variant/seed-N`.
 
@@ -53,12 +63,16 @@ def compare(
         folder: of the comparison, new or with runs of the same configuration and data.
         command: command line, kept in `comparison.json`.
         console: shows progress; standard error if left out.
+        initial: weights that all runs start from, such as those of a residual run; with other seeds
+            they see the data in another order.
 
     Raises:
         DataError: for a text that is too short.
         ConfigError: for a device that this machine lacks.
-        RunFolderError: if the folder holds a run with another configuration or other data. All
-            three are raised before anything is written.
+        RunFolderError: if the folder holds a run with another configuration, other data or other
+            initial weights.
+        CheckpointError: if the initial weights are damaged. All are raised before anything is
+            written.
     """
     console = console or Console(stderr=True)
     planned = [
@@ -76,13 +90,18 @@ def compare(
     ]
     check(config, corpus)
     data = corpus.digest
-    _check_same(folder, data, [(run, wanted) for _, run, wanted in planned])
+    origin = None
+    if initial is not None:
+        initial.verify(Processes())
+        origin = initial.origin
+    _check_same(folder, data, origin, [(run, wanted) for _, run, wanted in planned])
     before = comparison_record(folder)
     record = {
         "commands": with_new(before.get("commands", []), command),
         "variants": with_new(before.get("variants", []), *(variant.name for variant in variants)),
         "data_sha256": data,
         "data_tokens": len(corpus),
+        **({} if origin is None else {"init": origin}),
         **machine(),
     }
     write_record(folder / COMPARISON, record)
@@ -94,19 +113,28 @@ def compare(
             continue
         try:
             checkpoint = Checkpoints(run.checkpoints, wanted.checkpoint, data).find()
-            train(wanted, corpus, run, [GainMonitor], console, title, checkpoint)
+            train(wanted, corpus, run, [GainMonitor], console, title, checkpoint, initial)
         except DivergedError as error:
             console.print(f"{title}  {error}", highlight=False)
             run.finish({"diverged_at": error.step, "diverged": error.quantity})
 
 
-def _check_same(folder: Path, data: str, planned: list[tuple[RunFolder, RunConfig]]) -> None:
-    """Raise RunFolderError if `folder` holds other data or a run with another configuration."""
+def _check_same(
+    folder: Path,
+    data: str,
+    origin: dict[str, Any] | None,
+    planned: list[tuple[RunFolder, RunConfig]],
+) -> None:
+    """Raise RunFolderError if `folder` has other data, initial weights or configurations."""
     check_folder(folder)
     known = comparison_record(folder)
     if known and known["data_sha256"] != data:
         raise RunFolderError(
             f"run folder: {folder} holds runs on other data; choose another with --out"
+        )
+    if known and known.get("init", {}).get("sha256") != (origin or {}).get("sha256"):
+        raise RunFolderError(
+            f"run folder: {folder} holds runs from other initial weights; choose another with --out"
         )
     for run, wanted in planned:
         if not run.config_file.exists():

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from safetensors import SafetensorError
@@ -129,7 +129,6 @@ def _verify_files(path: Path, listed: list[tuple[str, str]]) -> None:
 def load(path: Path, state: TrainState) -> Manifest:
     """Load a verified checkpoint into `state`; raise CheckpointError if it is of another run."""
     manifest = read_manifest(path)
-    metadata = read_metadata(path)
     require_same_model(path, manifest.tensors, state.shapes())
     if changed := fixed_differences(manifest.config, state.config):
         raise CheckpointError(f"checkpoint: {path} is of a run with other {', '.join(changed)}")
@@ -139,16 +138,24 @@ def load(path: Path, state: TrainState) -> Manifest:
     known = tensors["random"]
     # torch reads every entry into a tensor, also the random state of a device that is not used.
     tensors["random"] = {name: known.get(name, known["cpu"].clone()) for name in manifest.random}
-    single = state.processes.mesh is None
-    try:
-        with ignored_warning():
-            load_tensors(tensors, storage_reader=Reader(path, metadata), no_dist=single)
-    except CheckpointException as error:
-        raise CheckpointError(f"checkpoint: {path} cannot be loaded: {reason_of(error)}") from None
+    read_tensors(path, tensors, state.processes)
     state.restore(tensors)
     state.step, state.sequences = manifest.step, manifest.sequences
     state.best = math.inf if manifest.best is None else manifest.best
     return manifest
+
+
+def read_tensors(path: Path, tensors: dict[str, Any], processes: Processes) -> None:
+    """Read nested tensors of a checkpoint in place, each rank its shards; a collective call.
+
+    Raises CheckpointError if the index is refused or a tensor is missing or damaged.
+    """
+    reader, single = Reader(path, read_metadata(path)), processes.mesh is None
+    try:
+        with ignored_warning():
+            load_tensors(tensors, storage_reader=reader, no_dist=single)
+    except CheckpointException as error:
+        raise CheckpointError(f"checkpoint: {path} cannot be loaded: {reason_of(error)}") from None
 
 
 def require_same_model(

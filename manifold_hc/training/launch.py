@@ -22,10 +22,12 @@ from manifold_hc.training.checkpoint import Checkpoints
 from manifold_hc.training.checkpoint_files import path_step
 from manifold_hc.training.config import RunConfig, fixed_differences
 from manifold_hc.training.folder import RunFolder, locked, refuse_if_in_use, resume_command
+from manifold_hc.training.initial_weights import InitialWeights
 from manifold_hc.training.metrics import ObserverFactory
 from manifold_hc.training.preflight import Prepared, check, require_memory, warn_of_warmup
 from manifold_hc.training.record import COMPARISON, record_run
 from manifold_hc.training.trainer import train
+from manifold_hc.training.weight_search import find_weights
 
 logger = logging.getLogger("manifold_hc")
 
@@ -38,6 +40,8 @@ def run(
     folder: str | Path,
     *,
     resume: Resume = None,
+    init: str | Path | None = None,
+    drop_connections: bool = False,
     observers: Sequence[ObserverFactory] = (),
     console: Console | None = None,
     command: str | None = None,
@@ -55,6 +59,12 @@ def run(
         folder: run folder; new or empty unless `resume` is given.
         resume: "newest" for the newest intact checkpoint, or the step of one. A run without any
             checkpoint starts again from its first step.
+        init: weights that a new run starts from: a run folder, whose newest checkpoint is taken,
+            one of its checkpoints, or an exported model. Its model must have the sizes of
+            `config`; `initial_config` returns them. Optimizer, schedule and data start anew.
+            Connections that `init` lacks, as a residual run does, keep their initial values, so
+            that the outputs are the same.
+        drop_connections: True to start with new connections although `init` has some.
         observers: factories of observers, such as `manifold_hc.diagnostics.GainMonitor`.
         console: where progress is shown; standard error by default.
         command: command line for the record run.json; by default that of this process.
@@ -64,7 +74,7 @@ def run(
 
     Raises:
         ConfigError: the configuration does not fit this machine, the number of processes, or the
-            run that is resumed.
+            run that is resumed, or the initial weights.
         DataError: the text is missing or too short.
         BackendError: the backend does not support the device.
         RunFolderError: the folder is in use, not empty, or holds a complete run.
@@ -86,7 +96,15 @@ def run(
         raise ConfigError(
             f'run: resume must be None, "newest" or the step of a checkpoint but is {resume!r}'
         )
+    if init is not None and resume is not None:
+        raise ConfigError("init: starts a new run, but resume goes on with one; leave one out")
+    if drop_connections and init is None:
+        raise ConfigError("drop_connections: belongs to init; give the weights with it")
     run_folder = RunFolder(Path(folder))
+    initial = None
+    if init is not None:
+        initial = InitialWeights(find_weights(init), drop_connections)
+        initial.require_fit(config)
     console = console or Console(stderr=True)
     command = shlex.join(sys.orig_argv) if command is None else command
     if resume is not None:
@@ -97,18 +115,34 @@ def run(
     prepared = check(config, corpus)
     with join_process_group(config.parallel, prepared.device) as processes, ExitStack() as held:
         restarted = any(processes.all_gather(is_restarted()))
+        checkpoints = Checkpoints(
+            run_folder.checkpoints, config.checkpoint, corpus.digest, processes
+        )
+        if initial is not None and processes.on_rank0(
+            lambda: restarted and run_folder.has_job(job_id()) and bool(checkpoints.paths())
+        ):
+            initial = None  # its weights are in the checkpoint of step 0
+        if initial is not None:
+            initial.verify(processes)
+            processes.on_rank0(lambda: initial.origin)
         own = processes.on_rank0(
             lambda: _lock(run_folder, held, config, new=resume is None, restarted=restarted)
         )
         if own and processes.on_rank0(run_folder.is_complete):
             return processes.on_rank0(run_folder.summary)
-        checkpoints = Checkpoints(
-            run_folder.checkpoints, config.checkpoint, corpus.digest, processes
-        )
         start = _find(checkpoints, run_folder, "newest" if own else resume)
         warn_of_warmup(config)
         return _train(
-            config, corpus, run_folder, checkpoints, start, prepared, observers, console, command
+            config,
+            corpus,
+            run_folder,
+            checkpoints,
+            start,
+            initial,
+            prepared,
+            observers,
+            console,
+            command,
         )
 
 
@@ -174,6 +208,7 @@ def _train(
     folder: RunFolder,
     checkpoints: Checkpoints,
     start: Path | None,
+    initial: InitialWeights | None,
     prepared: Prepared,
     observers: Sequence[ObserverFactory],
     console: Console,
@@ -181,6 +216,10 @@ def _train(
 ) -> dict[str, Any]:
     """Train, and add advice on how to continue to the errors that end a run."""
     again = resume_command(folder.path, config)
+
+    def record() -> None:
+        record_run(folder.path, command, None if initial is None else initial.origin)
+
     try:
         return train(
             config,
@@ -190,8 +229,9 @@ def _train(
             console,
             title=config.connection.kind,
             resume=start,
+            initial=initial,
             processes=checkpoints.processes,
-            on_begin=lambda: record_run(folder.path, command),
+            on_begin=record,
             prepared=prepared,
         )
     except DivergedError as error:

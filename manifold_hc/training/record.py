@@ -3,6 +3,7 @@
 import json
 import logging
 import platform
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -32,17 +33,20 @@ def machine() -> dict[str, Any]:
     }
 
 
-def record_run(folder: Path, command: str) -> None:
+def record_run(folder: Path, command: str, init: Mapping[str, Any] | None = None) -> None:
     """Add a command to the record of a run, with date, machine and versions.
 
+    init: origin of the initial weights of a new run, which a resumed run keeps.
     A record that is damaged or cannot be written is logged and does not stop the run.
     """
     try:
-        known = run_record(folder).get("commands", [])
+        known = run_record(folder)
     except RunFolderError as error:
         logger.warning("%s; it is begun again", error)
-        known = []
-    record = {"commands": list(dict.fromkeys([*known, command])), **machine()}
+        known = {}
+    init = known.get("init", init)
+    commands = list(dict.fromkeys([*known.get("commands", []), command]))
+    record = {"commands": commands, **({} if init is None else {"init": init}), **machine()}
     try:
         remove_temporaries(folder / RUN)
         write_atomically(folder / RUN, json.dumps(record, indent=2) + "\n")

@@ -16,6 +16,7 @@ from manifold_hc.errors import (
     ConfigError,
     DivergedError,
     ManifoldError,
+    RunFolderError,
     StoppedError,
 )
 from manifold_hc.files import retry_write
@@ -28,6 +29,7 @@ from manifold_hc.training.config import RunConfig
 from manifold_hc.training.device import deterministic, peak_memory
 from manifold_hc.training.expert_load import load_figures
 from manifold_hc.training.folder import RunFolder
+from manifold_hc.training.initial_weights import InitialWeights
 from manifold_hc.training.metrics import Metrics, ObserverFactory
 from manifold_hc.training.preflight import Prepared, check
 from manifold_hc.training.run_tokenizer import save_tokenizer
@@ -48,6 +50,7 @@ def train(
     console: Console | None = None,
     title: str = "train",
     resume: Path | None = None,
+    initial: InitialWeights | None = None,
     processes: Processes | None = None,
     on_begin: Callable[[], object] = lambda: None,
     prepared: Prepared | None = None,
@@ -65,6 +68,8 @@ def train(
         title: name of the run in the progress view.
         resume: checkpoint of the same run, as `Checkpoints.find` returns it. The losses equal those
             of an uninterrupted run, to the bit on the same device, threads and torch.
+        initial: weights of a new run, in place of random ones. They are saved as the checkpoint of
+            step 0, so that the run can be resumed without them.
         processes: ranks of the run, all of which call this function; rank 0 writes.
         on_begin: called on rank 0 after all refusals, when the folder is begun.
         prepared: result of `check`, if the caller has it.
@@ -91,6 +96,10 @@ def train(
     if resume is not None:
         _restore(state, resume, corpus.digest, folder)
         logger.info("going on from %s", resume)
+    elif initial is not None:
+        with processes.phase("start, loading the initial weights"):
+            initial.load(state)
+        _save_initial(state, checkpoints, folder)
     processes.on_rank0(lambda: _begin(folder, checkpoints, state))
     processes.on_rank0(on_begin)
     if processes.size > 1:
@@ -192,6 +201,27 @@ def _finish(
                 "mend that and go on with --resume"
             ) from None
     return summary
+
+
+def _save_initial(state: TrainState, checkpoints: Checkpoints, folder: RunFolder) -> None:
+    """Save the initial weights as the checkpoint of step 0; a collective call.
+
+    It comes before the configuration is written, which makes a folder one that can be resumed.
+    """
+
+    def prepare() -> None:
+        checkpoints.require_writable()
+        if state.processes.size > 1:
+            folder.set_job(job_id())
+
+    state.processes.on_rank0(prepare)
+    try:
+        checkpoints.write(state)
+    except OSError as error:
+        raise RunFolderError(
+            f"checkpoint: the initial weights cannot be saved in {checkpoints.folder} "
+            f"({error.strerror}); make room there, or choose another run folder"
+        ) from None
 
 
 def _begin(folder: RunFolder, checkpoints: Checkpoints, state: TrainState) -> None:
