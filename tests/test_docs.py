@@ -38,6 +38,9 @@ LANGUAGES = {"python", "bash", "bash dry", "diff", "text", "json"}
 WRITTEN_OTHERWISE = ("benchmarks.md", "lab-log.md")
 """Pages without the rules of layout: one is generated, one is a dated record."""
 
+NEEDED = {"lightning.md": ["lightning"], "lucidrains.md": ["hyper_connections"]}
+"""Packages of a page's blocks that the test extra need not bring."""
+
 SMALL = [
     "model.channels=16",
     "model.blocks=2",
@@ -78,7 +81,12 @@ def blocks():
 
 
 @every_page
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:Found keys that are in the model state dict")
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning")
 def test_blocks_run(page, blocks, folder, unchecked):
+    for package in NEEDED.get(page.name, ()):
+        pytest.importorskip(package)
     for block in blocks(page):
         block.evaluate()
 
