@@ -330,4 +330,6 @@ def _written(source: Tensor | PendingWrite) -> Float[Tensor, "*batch n C"]:
 
 def _owned(output: Tensor) -> Tensor:
     """Copy a view: a schedule of torch's pipelines detaches the outputs of a stage in place."""
+    if torch.compiler.is_compiling():  # Dynamo does not trace _is_view
+        return output
     return output.clone() if output._is_view() else output

@@ -77,6 +77,12 @@ def check_boundaries(backend, fused, norms, **options):
     assert sum(f"{backend}_boundary" in name for name in names) == fused, names
 
 
+def check_part(backend):
+    """A part without the ends of the stack, whose outputs are streams, is one graph too."""
+    part, x = network(backend).part([1]), torch.randn(2, 5, 3, 8)
+    compiled_operators(part, x, [torch.sin])
+
+
 def check_connection_hook(backend):
     """A hook on a connection runs in the graph; the boundaries on both sides are not fused."""
     stack, h = network(backend), torch.randn(2, 5, 8)
@@ -123,6 +129,7 @@ if __name__ == "__main__":
         check_boundaries(backend, 2, norms, single_pass=True)
         check_boundaries(backend, 0, norms, fuse_boundaries=False)
     check_connection_hook(backend)
+    check_part(backend)
     check_replaced(torch.nn.RMSNorm)
     check_replaced(RMSNorm)
     check_documents()
