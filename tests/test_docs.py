@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from dataclasses import fields
 from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from sybil import Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 from torch import nn
 
+import manifold_hc as mhc
 from manifold_hc.cli import commands, main
 from manifold_hc.cli.options import Wanted
 from manifold_hc.errors import ConfigError
@@ -206,6 +208,9 @@ def test_a_marked_command_with_a_mistake_is_found(folder):
         "pip install 'manifold-hc[gpu]'",
         "python examples/absent.py",
         "nothing --known",
+        "torchrun -m torchtitan.train --module manifold_hc.interop.torchtitan --config mhc_3",
+        "torchrun -m torchtitan.train --module manifold_hc.interop.torchtitan --config mhc_3b "
+        "--connection.stream 2",
     ):
         with pytest.raises((click.ClickException, ConfigError, AssertionError, SystemExit)):
             parse_line(line)
@@ -286,6 +291,10 @@ def job_of(script):
     return done.stdout.split()
 
 
+MODULES = {"manifold_hc": "mhc", "torchtitan.train": "torchtitan"}
+"""Programs by the module that torchrun runs."""
+
+
 def parse_line(line):
     """Raise for a command line that its program would refuse."""
     words = shlex.split(line, comments=True)
@@ -296,11 +305,13 @@ def parse_line(line):
 
         options = get_args_parser().parse_args(rest)
         program, rest = options.training_script, options.training_script_args
-        program = "mhc" if options.module else program
+        program = MODULES[program] if options.module else program
     elif program == "python" and rest[:2] == ["-m", "manifold_hc"]:
         program, rest = "mhc", rest[2:]
     if program == "mhc":
         parse_mhc(rest)
+    elif program == "torchtitan":
+        parse_torchtitan(rest)
     elif program == "make":
         targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert {word for word in rest if "=" not in word} <= set(targets), line
@@ -313,6 +324,15 @@ def parse_line(line):
     else:
         known = ("git clone ", "git tag ")
         assert line.startswith(known), f"{line!r}: unknown program"
+
+
+def parse_torchtitan(arguments):
+    """Names of a configuration and of fields of the connections; torchtitan may be missing."""
+    given = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    registry = ROOT / given["--module"].replace(".", "/") / "config_registry.py"
+    assert f"\ndef {given['--config']}(" in registry.read_text()
+    known = {f"--connection.{field.name}" for field in fields(mhc.ConnectionConfig)}
+    assert {name for name in given if name.startswith("--connection.")} <= known
 
 
 def parse_mhc(arguments):
