@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from manifold_hc import functional, reference
-from manifold_hc import verify as v
+from manifold_hc.verify import operators as v
 from tests.cli.test_commands import mhc
 
 pytestmark = pytest.mark.usefixtures("unchecked")

@@ -1,0 +1,117 @@
+"""Explanation of differences: another convention, or other weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from manifold_hc.verify.conventions import Convention
+from manifold_hc.verify.evidence import Evidence
+from manifold_hc.verify.observation import EXIT
+from manifold_hc.verify.search import Found, search
+
+SHOWN = 3
+"""Largest number of sublayers or conventions that a sentence lists."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Explanation of the differences between two implementations."""
+
+    verdict: Literal["convention", "weights", "unknown"]
+    """Another convention fits everywhere; some sublayers have other weights; or neither."""
+    sentences: list[str]
+    """The explanation for people."""
+
+
+def diagnose(
+    base: Convention | None, evidence: Sequence[Evidence], differing: Sequence[tuple[int, str]]
+) -> Diagnosis:
+    """Explain the differences.
+
+    Args:
+        base: Convention of the stack; None where the family of conventions has none.
+        evidence: Every sublayer, and the exit if it is compared.
+        differing: (index, tensor) of all results that differ.
+
+    Returns:
+        The verdict and its sentences.
+    """
+    indices = {index for index, _ in differing}
+    bad = [one for one in evidence if one.observation.index in indices]
+    good = [one for one in evidence if one.observation.index not in indices]
+    found: list[Found] = []
+    if base is not None:
+        found = search(base, bad + good)
+        if found[0].fits:
+            return Diagnosis("convention", _fitting(found, f"fits {_all(evidence)}"))
+    if good and any(one.observation.index != EXIT for one in good):
+        return _other_weights(base, bad, good, differing)
+    if base is None:
+        return Diagnosis("unknown", ["these connections have no other convention to compare with"])
+    sentences = [f"no convention fits {_all(evidence)}"]
+    if found[-1].changes:
+        sentences.append(
+            f"closest on {_name(bad[0])}: {found[-1].sentence}; the error that is left is "
+            f"{found[-1].excess:.1g} times the tolerance"
+        )
+    return Diagnosis("unknown", sentences)
+
+
+def _other_weights(
+    base: Convention | None,
+    bad: Sequence[Evidence],
+    good: Sequence[Evidence],
+    differing: Sequence[tuple[int, str]],
+) -> Diagnosis:
+    """Some sublayers agree, so the model's convention is right."""
+    agreeing = f"{len(good)} of {len(bad) + len(good)} agree"
+    verb = "differs" if len(bad) == 1 else "differ"
+    first = f"{_names(bad)} alone {verb} and {agreeing}: the weights differ, not the convention"
+    sentences = [first, _where(bad[0], {name for i, name in differing if i == differing[0][0]})]
+    alone = search(base, bad) if base is not None else []
+    if alone and alone[0].fits:
+        sentences += _fitting(alone, f"would fit {_names(bad)} too, but no other sublayer")
+    return Diagnosis("weights", sentences)
+
+
+def _fitting(found: Sequence[Found], end: str) -> list[str]:
+    """Describe the conventions that fit, of which some may have equal effects."""
+    sentences = [f"{one.sentence}; {end}" for one in found[:SHOWN]]
+    if len(found) > SHOWN:
+        sentences.append(f"{len(found) - SHOWN} more conventions fit within the tolerance")
+    return sentences
+
+
+def _where(first: Evidence, tensors: set[str]) -> str:
+    """Name the parameters that the differing results of one sublayer depend on."""
+    index = first.observation.index
+    rows = [name for name in ("pre", "post", "res") if name in tensors]
+    if not rows and tensors == {"new"}:
+        rows = ["post or res"]
+    elif not rows:
+        # In single pass a sublayer reads with the pre of the one before.
+        late = first.single_pass and first.before is not None
+        if index == EXIT and not late:
+            return "look at phi, bias and alpha of the exit"
+        reader = first.before.observation.index if first.before and late else index
+        rest = " and its post or res rows" if "new" in tensors else ""
+        return f"look at the pre rows of phi and bias, and at alpha, of sublayer {reader}{rest}"
+    return f"look at the {' and '.join(rows)} rows of phi and bias, and at alpha, of {_name(first)}"
+
+
+def _all(evidence: Sequence[Evidence]) -> str:
+    sublayers = sum(one.observation.index != EXIT for one in evidence)
+    words = f"all {sublayers} sublayers" if sublayers != 1 else "the one sublayer"
+    return f"{words} and the exit" if sublayers < len(evidence) else words
+
+
+def _name(one: Evidence) -> str:
+    index = one.observation.index
+    return "the exit" if index == EXIT else f"sublayer {index}"
+
+
+def _names(evidence: Sequence[Evidence]) -> str:
+    names = [_name(one) for one in evidence[:SHOWN]]
+    if len(evidence) > SHOWN:
+        names.append(f"{len(evidence) - SHOWN} more")
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
