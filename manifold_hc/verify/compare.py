@@ -17,7 +17,7 @@ EXACT = 1e-10
 """Tolerance between two computations in float64."""
 
 NOISE = 8.0
-"""Tolerance below float64, as a multiple of the error that our own forward makes in float32."""
+"""Tolerance below float64, as a multiple of the error that our reference makes in float32."""
 
 ROUNDINGS = 4.0
 """Least tolerance below float64, in machine epsilons of the tensor's dtype."""
@@ -99,11 +99,12 @@ class _Measured(NamedTuple):
     errors: dict[str, float]
     """Error against our forward in float64."""
     noise: dict[str, float]
-    """Error of our own forward in float32."""
+    """Error of our reference in float32."""
 
 
 def _measure(stack: Stack, source: Source) -> list[_Measured]:
-    exact, narrow = Forward(stack), Forward(stack, torch.float32)
+    exact = Forward(stack)
+    narrow = Forward(stack, torch.float32, backend="reference")
     measured = list[_Measured]()
     for observed in source.observations():
         before = None

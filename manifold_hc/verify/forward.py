@@ -1,7 +1,7 @@
 """Our forward pass of one sublayer on given inputs, and our stack as a source of results."""
 
-import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -18,9 +18,14 @@ from manifold_hc.verify.observation import EXIT, Inputs, Observation, Streams
 class Forward:
     """Connections of a stack in one dtype, each computed on inputs of its own."""
 
-    def __init__(self, stack: Stack, dtype: torch.dtype = torch.float64) -> None:
-        """Copy the stack: its own parameters keep their dtype."""
-        self.stack = copy.deepcopy(stack).to("cpu", dtype).requires_grad_(False)
+    def __init__(
+        self, stack: Stack, dtype: torch.dtype = torch.float64, backend: str | None = None
+    ) -> None:
+        """Copy the stack: its own parameters keep their dtype. backend: None for the stack's."""
+        config = replace(stack.config, backend=backend or stack.config.backend)
+        self.stack = Stack(cast(Connection, stack.connections[0]).channels, config, len(stack.connections)).to(dtype)
+        self.stack.load_state_dict(stack.state_dict())
+        self.stack.requires_grad_(False)
         self.dtype = dtype
         self.single_pass = stack.config.is_single_pass
 
@@ -63,13 +68,12 @@ class Forward:
 class StackSource:
     """A second stack, as an implementation to compare with."""
 
-    precision = torch.float64
-
     def __init__(self, stack: Stack, inputs: Inputs, name: str) -> None:
-        """Compute in float64 on the inputs."""
+        """Compute in the dtype of the inputs."""
         self.name = name
+        self.precision = inputs.dtype
         self._inputs = inputs
-        self._forward = Forward(stack)
+        self._forward = Forward(stack, inputs.dtype)
         self._sublayers = len(stack.connections)
 
     def observations(self) -> Iterator[Observation]:

@@ -1,0 +1,74 @@
+"""Liger-Kernel's three mHC operators, on a GPU or through Triton's interpreter, in float32."""
+
+import os
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manifold_hc.config import ConnectionConfig
+from manifold_hc.errors import BackendError, MissingExtraError
+from manifold_hc.numerics import preset
+from manifold_hc.verify.references.implementation import Implementation, Tensors
+
+
+def liger(config: ConnectionConfig, channels: int) -> Implementation:
+    """Return its connections; its users choose the exit.
+
+    Without a GPU the process interprets Triton's kernels from here on, which has to be decided
+    before triton is imported.
+    """
+    device = _device()
+    functional = _functional()
+    numerics = preset(config.numerics, norm_eps=config.norm_eps, hc_eps=config.hc_eps)
+
+    def sublayer(index: int, tensors: Tensors, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        x, y = x.to(device), y.to(device)
+        own = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
+        pre, post, res = functional.liger_mhc_coeffs(
+            x,
+            own["phi"],
+            own["b"],
+            *(own[name].reshape(()) for name in ("alpha_pre", "alpha_post", "alpha_res")),
+            allow_fp32=True,
+            tmax=config.iterations,
+            rms_eps=numerics.norm_eps,
+            pre_eps=numerics.hc_eps,
+            sinkhorn_eps=numerics.hc_eps,
+        )
+        results = {
+            "pre": pre,
+            "post": post,
+            "res": res,
+            "u": functional.liger_mhc_pre(x, pre),
+            "new": functional.liger_mhc_post_res(x, y, post, res),
+        }
+        return {name: value.cpu() for name, value in results.items()}
+
+    return Implementation(sublayer, None)
+
+
+def _device() -> str:
+    """Return the device; on a CPU, make Triton interpret its kernels."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        if "triton" in sys.modules:
+            raise BackendError(
+                "mhc verify of Liger-Kernel's layout: Triton must interpret its kernels on a CPU "
+                "but is loaded as a compiler; set TRITON_INTERPRET=1"
+            )
+        os.environ["TRITON_INTERPRET"] = "1"
+    return "cpu"
+
+
+def _functional() -> Any:
+    try:
+        from liger_kernel.transformers import functional
+    except ImportError as error:
+        raise MissingExtraError(
+            f"mhc verify --checkpoint of Liger-Kernel's layout needs liger-kernel and triton "
+            f"({error}); install with: pip install --no-deps liger-kernel triton"
+        ) from None
+    return functional
