@@ -23,7 +23,7 @@ class Forward:
     ) -> None:
         """Copy the stack: its own parameters keep their dtype. backend: None for the stack's."""
         config = replace(stack.config, backend=backend or stack.config.backend)
-        self.stack = Stack(cast(Connection, stack.connections[0]).channels, config, len(stack.connections)).to(dtype)
+        self.stack = Stack(channels_of(stack), config, len(stack.connections)).to(dtype)
         self.stack.load_state_dict(stack.state_dict())
         self.stack.requires_grad_(False)
         self.dtype = dtype
@@ -83,3 +83,8 @@ class StackSource:
             inputs = self._inputs.of(index)
             yield Observation(index, inputs, self._forward.results(index, inputs, before))
             before = inputs.x
+
+
+def channels_of(stack: Stack) -> int:
+    """Return the channels C of a stack."""
+    return cast(Connection, stack.connections[0]).channels
