@@ -3,6 +3,7 @@
 from manifold_hc.verify.compare import Compared, Report, compare
 from manifold_hc.verify.observation import Inputs, Observation, Source, Streams
 from manifold_hc.verify.operators import Line, verify
+from manifold_hc.verify.record import record
 from manifold_hc.verify.widened import Widened
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "Streams",
     "Widened",
     "compare",
+    "record",
     "verify",
 ]

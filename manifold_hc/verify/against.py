@@ -8,6 +8,7 @@ from torch import Tensor
 
 from manifold_hc.errors import CheckpointError
 from manifold_hc.interop.layouts import Checkpoint
+from manifold_hc.interop.layouts.native import transpose_res
 from manifold_hc.numerics import PRESETS
 from manifold_hc.verify.forward import StackSource
 from manifold_hc.verify.observation import Inputs
@@ -64,7 +65,7 @@ def second_checkpoint(own: Checkpoint, other: Checkpoint, tokens: int, seed: int
 
 
 def _difference(name: str, own: Tensor, other: Tensor) -> WeightDifference | None:
-    narrow = min((own.dtype, other.dtype), key=lambda dtype: -torch.finfo(dtype).eps)
+    narrow = max((own.dtype, other.dtype), key=lambda dtype: torch.finfo(dtype).eps)
     wrong = (own.to(narrow) != other.to(narrow)).nonzero()
     if not len(wrong):
         return None
@@ -80,7 +81,7 @@ def _oriented(checkpoint: Checkpoint) -> dict[str, Tensor]:
     if checkpoint.config.kind != "mhc" or not PRESETS[checkpoint.config.numerics].res_is_transposed:
         return checkpoint.native
     return {
-        name: _transposed(value, n) if _has_res(name, value, n) else value
+        name: transpose_res(value, n) if _has_res(name, value, n) else value
         for name, value in checkpoint.native.items()
     }
 
@@ -88,11 +89,6 @@ def _oriented(checkpoint: Checkpoint) -> dict[str, Tensor]:
 def _has_res(name: str, value: Tensor, n: int) -> bool:
     is_map = name.startswith("connections.") and not name.endswith("alpha")
     return is_map and value.shape[0] == n * n + 2 * n
-
-
-def _transposed(value: Tensor, n: int) -> Tensor:
-    res = value[2 * n :].unflatten(0, (n, n)).transpose(0, 1).flatten(0, 1)
-    return torch.cat([value[: 2 * n], res])
 
 
 def _sizes(checkpoint: Checkpoint) -> tuple[int, int, int]:
