@@ -103,7 +103,7 @@ class _Measured(NamedTuple):
 
 
 def _measure(stack: Stack, source: Source) -> list[_Measured]:
-    exact = Forward(stack)
+    exact = Forward(stack, backend="reference")
     narrow = Forward(stack, torch.float32, backend="reference")
     measured = list[_Measured]()
     for observed in source.observations():

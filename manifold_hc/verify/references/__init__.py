@@ -1,22 +1,25 @@
 """Reference implementations: the code of the libraries that the layouts belong to."""
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import metadata
+from typing import NamedTuple
 
 import torch
 
+from manifold_hc.config import ConnectionConfig
 from manifold_hc.errors import MissingExtraError
 from manifold_hc.interop.layouts import Checkpoint
 from manifold_hc.numerics import PRESETS
 from manifold_hc.verify.forward import StackSource
-from manifold_hc.verify.observation import EXIT, Inputs, Observation, Source
-from manifold_hc.verify.references.implementation import Implementation, Library
+from manifold_hc.verify.observation import EXIT, Inputs, Observation, Source, Streams
+from manifold_hc.verify.references.implementation import Library
 from manifold_hc.verify.references.liger import liger
 from manifold_hc.verify.references.tile_kernels import tile_kernels
 from manifold_hc.verify.references.transformers import deepseek_v4, glm5
 
-__all__ = ["LIBRARIES", "Implementation", "Library", "Reference", "library_of", "reference_of"]
+__all__ = ["LIBRARIES", "Library", "Reference", "library_of", "reference_of"]
 
 TRANSFORMERS = Library("transformers", "deepseek_v4", "transformers", deepseek_v4)
 GLM5 = replace(TRANSFORMERS, part="glm5_next", build=glm5, numerics="glm5")
@@ -27,6 +30,7 @@ LIGER = Library(
     "liger",
     liger,
     precision=torch.float32,
+    in_triton=True,
     streams=(2, 4, 8, 16),
 )
 
@@ -67,6 +71,34 @@ def reference_of(checkpoint: Checkpoint, tokens: int = 16, seed: int = 0) -> Sou
     return StackSource(checkpoint.stack(), Inputs(*sizes, torch.float32), name)
 
 
+class Case(NamedTuple):
+    """One sublayer, or the exit, for a library to compute."""
+
+    index: int
+    inputs: Streams
+    tensors: dict[str, torch.Tensor]
+
+
+def run_cases(
+    library: Library, config: ConnectionConfig, channels: int, cases: Sequence[Case]
+) -> list[dict[str, torch.Tensor]]:
+    """Compute the results of every case by the library's code; none for an exit it does not have.
+
+    A library without single pass reads with a sublayer's own pre: its u is then left out.
+    """
+    code = library.build(config, channels)
+    results = []
+    for index, (x, y), tensors in cases:
+        if y is None:
+            results.append({} if code.exit is None else {"h": code.exit(tensors, x)})
+            continue
+        found = code.sublayer(index, tensors, x, y)
+        if config.is_single_pass:
+            found.pop("u", None)
+        results.append(found)
+    return results
+
+
 class Reference:
     """The reference implementation of a checkpoint's layout, on random inputs.
 
@@ -75,41 +107,43 @@ class Reference:
     """
 
     def __init__(self, checkpoint: Checkpoint, tokens: int = 16, seed: int = 0) -> None:
-        """Build the library's code; MissingExtraError if the package is not installed."""
-        library = library_of(checkpoint)
-        self.precision = library.precision
-        self.name = " ".join(filter(None, (library.package, library.version, library.part)))
+        """Find the library that has the implementation; MissingExtraError if none has."""
+        self._library = library_of(checkpoint)
+        self.precision = self._library.precision
+        parts = self._library.package, self._library.version, self._library.part
+        self.name = " ".join(filter(None, parts))
         self._checkpoint = checkpoint
-        self._code: Implementation = library.build(checkpoint.config, checkpoint.channels)
         self._inputs = Inputs(
-            tokens, checkpoint.config.n, checkpoint.channels, seed, library.precision
+            tokens, checkpoint.config.n, checkpoint.channels, seed, self.precision
         )
 
     def observations(self) -> Iterator[Observation]:
         """Yield every sublayer in depth order, then the exit if the library has one.
 
-        A library without single pass reads with a sublayer's own pre: its u is then left out.
+        Raises MissingExtraError if the package is not installed.
         """
-        single_pass = self._checkpoint.config.is_single_pass
-        for index in range(self._checkpoint.sublayers):
-            x, y = self._inputs.of(index)
-            assert y is not None  # only the exit has none
-            results = self._code.sublayer(index, self._tensors(index), x, y)
-            if single_pass:
-                results.pop("u", None)
-            yield Observation(index, self._inputs.of(index), results)
-        if self._code.exit is not None:
-            inputs = self._inputs.of(EXIT)
-            h = self._code.exit(self._tensors(EXIT), inputs.x)
-            yield Observation(EXIT, inputs, {"h": h})
+        one = self._checkpoint
+        names, indices = _names_of(one), (*range(one.sublayers), EXIT)
+        cases = [
+            Case(index, self._inputs.of(index), self._tensors(names.get(index, {})))
+            for index in indices
+        ]
+        results = self._library.run(run_cases, self._library, one.config, one.channels, cases)
+        for case, found in zip(cases, results, strict=True):
+            if found:
+                yield Observation(case.index, case.inputs, found)
 
-    def _tensors(self, index: int) -> dict[str, torch.Tensor]:
-        """Return the parameters of a sublayer or of the exit as the files have them."""
-        names, files = self._checkpoint.layout.names, self._checkpoint.files
-        first = "exit" if index == EXIT else f"connections.{index}.maps"
-        places = [place for name in ("phi", "alpha", "bias") for place in names.places(f"{first}.{name}")]
-        found = {place.field.name: names.name(place, self._checkpoint.prefix) for place in places}
-        fold = names.fold_place(index)
-        if fold is not None and (name := names.name(fold, self._checkpoint.prefix)) in files:
-            found[fold.field.name] = name
-        return {field: files[name].to(self.precision) for field, name in found.items() if name in files}
+    def _tensors(self, names: dict[str, str]) -> dict[str, torch.Tensor]:
+        """Read the parameters of a sublayer or of the exit as the files have them."""
+        files = self._checkpoint.files
+        return {field: files[name].to(self.precision) for field, name in names.items()}
+
+
+def _names_of(checkpoint: Checkpoint) -> dict[int, dict[str, str]]:
+    """Return the files' names of every sublayer's tensors, by the last part of the names."""
+    found: dict[int, dict[str, str]] = defaultdict(dict)
+    for name in checkpoint.used:
+        if placed := checkpoint.layout.names.place(name):
+            _, place = placed
+            found[place.sublayer][place.field.name] = name
+    return found

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from manifold_hc.config import ConnectionConfig
 from manifold_hc.numerics import NumericsName
+from manifold_hc.verify.interpreted import Result, interpreted
 
 Tensors = Mapping[str, Tensor]
 """Parameters of one sublayer or of the exit, by the last part of their names in the layout."""
@@ -41,8 +43,16 @@ class Library:
     """Dtype in which its code computes here."""
     numerics: NumericsName = "deepseek_v4"
     """Preset that its defaults are."""
+    in_triton: bool = False
+    """True if its code is Triton kernels, which a CPU interprets in a process of its own."""
     streams: tuple[int, ...] = ()
     """Numbers of streams that it takes; empty for any."""
+
+    def run(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Call a function that builds and runs this library's code, where that can run."""
+        if self.in_triton and not torch.cuda.is_available():
+            return interpreted(function, *args)
+        return function(*args)
 
     @property
     def version(self) -> str | None:

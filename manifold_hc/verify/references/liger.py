@@ -1,14 +1,12 @@
 """Liger-Kernel's three mHC operators, on a GPU or through Triton's interpreter, in float32."""
 
-import os
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from manifold_hc.config import ConnectionConfig
-from manifold_hc.errors import BackendError, MissingExtraError
+from manifold_hc.errors import MissingExtraError
 from manifold_hc.numerics import preset
 from manifold_hc.verify.references.implementation import Implementation, Tensors
 
@@ -16,10 +14,9 @@ from manifold_hc.verify.references.implementation import Implementation, Tensors
 def liger(config: ConnectionConfig, channels: int) -> Implementation:
     """Return its connections; its users choose the exit.
 
-    Without a GPU the process interprets Triton's kernels from here on, which has to be decided
-    before triton is imported.
+    Without a GPU it runs in a process whose Triton interprets its kernels.
     """
-    device = _device()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     functional = _functional()
     numerics = preset(config.numerics, norm_eps=config.norm_eps, hc_eps=config.hc_eps)
 
@@ -47,20 +44,6 @@ def liger(config: ConnectionConfig, channels: int) -> Implementation:
         return {name: value.cpu() for name, value in results.items()}
 
     return Implementation(sublayer, None)
-
-
-def _device() -> str:
-    """Return the device; on a CPU, make Triton interpret its kernels."""
-    if torch.cuda.is_available():
-        return "cuda"
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        if "triton" in sys.modules:
-            raise BackendError(
-                "mhc verify of Liger-Kernel's layout: Triton must interpret its kernels on a CPU "
-                "but is loaded as a compiler; set TRITON_INTERPRET=1"
-            )
-        os.environ["TRITON_INTERPRET"] = "1"
-    return "cpu"
 
 
 def _functional() -> Any:
