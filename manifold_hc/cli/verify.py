@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     metavar="PATH",
     help="Check the connections of this model instead.",
 )
-@click.option("--layout", metavar="LAYOUT", help="Layout of PATH.  [default: by its tensors' names]")
+@click.option(
+    "--layout", metavar="LAYOUT", help="Layout of PATH.  [default: by its tensors' names]"
+)
 @click.option(
     "--against",
     type=click.Path(path_type=Path),

@@ -4,7 +4,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
 import msgspec
 from rich.markup import escape
 from rich.table import Table
@@ -66,14 +65,15 @@ def verify_checkpoint(
         raise ManifoldError(_failure(checkpoint, report, weights))
 
 
-def _print(
-    checkpoint: "Checkpoint", report: "Report", weights: "list[WeightDifference]"
-) -> None:
+def _print(checkpoint: "Checkpoint", report: "Report", weights: "list[WeightDifference]") -> None:
     config, out = checkpoint.config, console()
     rows = [
         ("checkpoint", f"{checkpoint.files.path}, layout {checkpoint.layout.name}"),
         ("connections", f"{config.numerics}, {config.constraint}, {config.iterations} iterations"),
-        ("sizes", f"{config.n} streams, {checkpoint.channels} channels, {report.sublayers} sublayers"),
+        (
+            "sizes",
+            f"{config.n} streams, {checkpoint.channels} channels, {report.sublayers} sublayers",
+        ),
         ("compared with", f"{report.source}, in {report.precision}"),
     ]
     if checkpoint.assumed:
@@ -128,9 +128,7 @@ def _place(checkpoint: "Checkpoint", one: "Compared") -> str:
     return f"sublayer {one.index}{name and f' ({name})'}"
 
 
-def _failure(
-    checkpoint: "Checkpoint", report: "Report", weights: "list[WeightDifference]"
-) -> str:
+def _failure(checkpoint: "Checkpoint", report: "Report", weights: "list[WeightDifference]") -> str:
     if report.ok:
         return (
             f"verify: wanted equal weights, {len(weights)} parameters differ, the first is "

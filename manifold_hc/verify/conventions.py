@@ -15,6 +15,10 @@ from torch import Tensor
 from manifold_hc.config import ConnectionConfig
 from manifold_hc.numerics import preset
 
+Direction = Literal["transposed", "as stored"]
+
+Last = Literal["rows", "columns"]
+
 
 class Weights(NamedTuple):
     """Parameters of one sublayer's maps (R = 2n + n*n rows, 3 gates), or of the exit (n, 1)."""
@@ -45,9 +49,9 @@ class Maps(NamedTuple):
 class Convention:
     """One choice of every detail. `comb` is the matrix as its n*n rows are stored, row-major."""
 
-    direction: Literal["transposed", "as stored"]
+    direction: Direction
     """Direction of the mixing: res[o, i] = comb[i, o], or res[o, i] = comb[o, i]."""
-    last: Literal["rows", "columns"]
+    last: Last
     """Sums of comb that the last Sinkhorn step normalises."""
     norm_eps: float
     """Epsilon of the RMS norm over the nC stream values."""

@@ -85,7 +85,7 @@ def _fitting(found: Sequence[Found], end: str) -> list[str]:
 def _where(first: Evidence, tensors: set[str]) -> str:
     """Name the parameters that the differing results of one sublayer depend on."""
     index = first.observation.index
-    rows = [name for name in ("pre", "post", "res") if name in tensors]
+    rows: list[str] = [name for name in ("pre", "post", "res") if name in tensors]
     if not rows and tensors == {"new"}:
         rows = ["post or res"]
     elif not rows:

@@ -53,9 +53,7 @@ class Evidence:
             h = self._exit(x, convention)
             return {} if h is None else {"h": h}
         maps = convention.maps(self.projection, cast(Weights, self.weights))
-        found = {
-            name: value for name, value in maps._asdict().items() if name in self.tolerances
-        }
+        found = {name: value for name, value in maps._asdict().items() if name in self.tolerances}
         if "u" in self.tolerances:
             weights = self._read_weights(maps.pre, convention)
             found |= {} if weights is None else {"u": read(x, weights)}

@@ -51,6 +51,7 @@ def run(path: str) -> None:
     """Call the function of a file that `interpreted` wrote, and write its result."""
     file = Path(path)
     function, args = pickle.loads(file.read_bytes())
+    answer: tuple[Any, Exception | None]
     try:
         answer = function(*args), None
     except Exception as error:  # raised again in the process that waits

@@ -62,7 +62,14 @@ def record(model: nn.Module, tokens: Tensor, float64: bool = True) -> dict[str, 
         for layer, module in enumerate(layers):
             for half, (connection, branch) in enumerate(HALVES):
                 name = f"sublayers.{2 * layer + half}"
-                _take(undo, getattr(module, connection), found, f"{name}.x", f"{name}.post", f"{name}.u")
+                _take(
+                    undo,
+                    getattr(module, connection),
+                    found,
+                    f"{name}.x",
+                    f"{name}.post",
+                    f"{name}.u",
+                )
                 _take(undo, getattr(module, branch), found, "", f"{name}.y")
         _take(undo, heads[0], found, "exit.x", "exit.h")
         with torch.no_grad():
@@ -84,11 +91,8 @@ def _take(
     def hook(_: nn.Module, inputs: tuple[Any, ...], result: Any) -> None:
         if first:
             found[first] = _copy(inputs[0])
-        if isinstance(result, tuple):
-            chosen = (result[0], result[-1])[: len(results)]
-        else:
-            chosen = (result,)
-        found.update(zip(results, map(_copy, chosen), strict=True))
+        ends = (result[0], result[-1]) if isinstance(result, tuple) else (result,)
+        found.update(zip(results, map(_copy, ends[: len(results)]), strict=True))
 
     undo.callback(module.register_forward_hook(hook, prepend=True).remove)
 

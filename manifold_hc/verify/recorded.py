@@ -8,7 +8,7 @@
 | `sublayers.N.new` | [*batch, n, C] | streams after it |
 | `sublayers.N.pre`, `.post` | [*batch, n] | read and write weights |
 | `sublayers.N.res` | [*batch, n, n] | mixing matrix, res[o, i]: row = output stream |
-| `exit.x`, `exit.h` | [*batch, n, C], [*batch, C] | streams after the last sublayer; their reduction |
+| `exit.x`, `exit.h` | [*batch, n, C], [*batch, C] | last streams; their reduction |
 
 x and y are required for every sublayer that is recorded, and one of the others; sublayers may be
 left out.
@@ -103,9 +103,7 @@ def _group(tensors: Mapping[str, Tensor], name: str) -> dict[int, dict[str, Tens
     return dict(sorted(found.items(), key=lambda item: (item[0] == EXIT, item[0])))
 
 
-def _observation(
-    index: int, given: Mapping[str, Tensor], stack: Stack, name: str
-) -> Observation:
+def _observation(index: int, given: Mapping[str, Tensor], stack: Stack, name: str) -> Observation:
     """Check the tensors of one sublayer and make their leading axes one."""
     where = "exit" if index == EXIT else f"sublayers.{index}"
     inputs = ("x",) if index == EXIT else ("x", "y")

@@ -18,7 +18,7 @@ def in_float64(layers: Sequence[nn.Module], head: nn.Module) -> Iterator[None]:
     The branches `self_attn` and `mlp` run in their own dtype, on a rounded input: their outputs are
     exact in float64, and a check of the connections takes them as given.
     """
-    dtype = next(layers[0].self_attn.parameters()).dtype
+    dtype = next(layers[0].get_submodule("self_attn").parameters()).dtype
     connections = [getattr(layer, name) for layer in layers for name in ("attn_hc", "ffn_hc")]
     with ExitStack() as undo:
         mode = undo.enter_context(_Switched())
@@ -27,7 +27,7 @@ def in_float64(layers: Sequence[nn.Module], head: nn.Module) -> Iterator[None]:
         for module in (*layers, head):
             _around(undo, module, mode, to=torch.float64, inside=True)
         for layer in layers:
-            for branch in (layer.self_attn, layer.mlp):
+            for branch in map(layer.get_submodule, ("self_attn", "mlp")):
                 _around(undo, branch, mode, to=dtype, inside=False)
         undo.callback(head.register_forward_hook(lambda _, __, h: h.to(dtype)).remove)
         yield
@@ -58,7 +58,9 @@ def _around(
 
     def before(_: nn.Module, args: Any, kwargs: Any) -> Any:
         mode.on = False
-        converted = tree_map_only(Tensor, lambda t: t.to(to) if t.is_floating_point() else t, (args, kwargs))
+        converted = tree_map_only(
+            Tensor, lambda t: t.to(to) if t.is_floating_point() else t, (args, kwargs)
+        )
         mode.on = inside
         return converted
 

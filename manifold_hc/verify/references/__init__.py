@@ -1,7 +1,7 @@
 """Reference implementations: the code of the libraries that the layouts belong to."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from importlib import metadata
 from typing import NamedTuple
@@ -10,7 +10,7 @@ import torch
 
 from manifold_hc.config import ConnectionConfig
 from manifold_hc.errors import MissingExtraError
-from manifold_hc.interop.layouts import Checkpoint
+from manifold_hc.interop.layouts import Checkpoint, Layout
 from manifold_hc.numerics import PRESETS
 from manifold_hc.verify.forward import StackSource
 from manifold_hc.verify.observation import EXIT, Inputs, Observation, Source, Streams
@@ -74,7 +74,8 @@ def reference_of(checkpoint: Checkpoint, tokens: int = 16, seed: int = 0) -> Sou
 class Case(NamedTuple):
     """One sublayer, or the exit, for a library to compute."""
 
-    index: int
+    sublayer: int
+    """Its index, or EXIT."""
     inputs: Streams
     tensors: dict[str, torch.Tensor]
 
@@ -123,7 +124,7 @@ class Reference:
         Raises MissingExtraError if the package is not installed.
         """
         one = self._checkpoint
-        names, indices = _names_of(one), (*range(one.sublayers), EXIT)
+        names, indices = sort_names(one.layout, one.used), (*range(one.sublayers), EXIT)
         cases = [
             Case(index, self._inputs.of(index), self._tensors(names.get(index, {})))
             for index in indices
@@ -131,7 +132,7 @@ class Reference:
         results = self._library.run(run_cases, self._library, one.config, one.channels, cases)
         for case, found in zip(cases, results, strict=True):
             if found:
-                yield Observation(case.index, case.inputs, found)
+                yield Observation(case.sublayer, case.inputs, found)
 
     def _tensors(self, names: dict[str, str]) -> dict[str, torch.Tensor]:
         """Read the parameters of a sublayer or of the exit as the files have them."""
@@ -139,11 +140,11 @@ class Reference:
         return {field: files[name].to(self.precision) for field, name in names.items()}
 
 
-def _names_of(checkpoint: Checkpoint) -> dict[int, dict[str, str]]:
-    """Return the files' names of every sublayer's tensors, by the last part of the names."""
+def sort_names(layout: Layout, names: Iterable[str]) -> dict[int, dict[str, str]]:
+    """Return the names of every sublayer's tensors, by the last part of the names."""
     found: dict[int, dict[str, str]] = defaultdict(dict)
-    for name in checkpoint.used:
-        if placed := checkpoint.layout.names.place(name):
+    for name in names:
+        if placed := layout.names.place(name):
             _, place = placed
             found[place.sublayer][place.field.name] = name
     return found

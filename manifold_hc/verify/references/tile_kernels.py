@@ -9,7 +9,6 @@ from importlib import metadata
 from importlib.util import module_from_spec, spec_from_file_location
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from manifold_hc.config import ConnectionConfig

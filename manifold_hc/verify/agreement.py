@@ -1,0 +1,301 @@
+"""Agreement with the installed libraries that have mHC: outputs and all gradients."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import NamedTuple, cast, get_args
+
+import torch
+from torch import Tensor
+
+from manifold_hc import functional
+from manifold_hc.bench import peers
+from manifold_hc.bench.correctness import TOLERANCE, check, relative_error
+from manifold_hc.bench.problem import Problem
+from manifold_hc.bench.task import leaf, quiet
+from manifold_hc.config import ConnectionConfig
+from manifold_hc.connection import Connection
+from manifold_hc.constraints import ConstraintName
+from manifold_hc.errors import ManifoldError
+from manifold_hc.interop.layouts import LAYOUTS
+from manifold_hc.interop.layouts.native import transpose_res
+from manifold_hc.numerics import preset
+from manifold_hc.stack import Stack
+from manifold_hc.verify import conventions
+from manifold_hc.verify.conventions import Convention, Direction, Last, Weights
+from manifold_hc.verify.evidence import Evidence, weights_of
+from manifold_hc.verify.observation import EXIT, Inputs, Observation, Streams
+from manifold_hc.verify.references import LIBRARIES, Library, sort_names
+
+STREAMS = (2, 3, 4, 8)
+
+CHANNELS = 24
+
+SUBLAYERS = 2
+"""One of each half of a layer."""
+
+
+@dataclass
+class Agreement:
+    """Result of comparing one library."""
+
+    package: str
+    version: str
+    part: str
+    """Part of the package that was compared."""
+    numerics: str
+    """Preset of ours that it equals."""
+    constraint: str
+    """Constraint of ours that it equals, as measured."""
+    swap: bool
+    """True if the n*n rows of its phi and bias are ours transposed, as measured."""
+    streams: tuple[int, ...]
+    """Numbers of streams that were compared."""
+    precision: str
+    """Dtype in which its code ran; ours is float64."""
+    outputs: float
+    """Largest relative error of u, x' and the exit."""
+    gradients: float
+    """Largest relative error of the gradients of x, y and all parameters."""
+    tolerance: float
+    note: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """True if all errors are within the tolerance; false for NaN."""
+        return max(self.outputs, self.gradients) <= self.tolerance
+
+
+class Pass(NamedTuple):
+    """Forward and backward pass of two sublayers and the exit, each on its own inputs."""
+
+    outputs: list[Tensor]
+    inputs: list[Tensor]
+    """Gradients of x and y."""
+    parameters: dict[str, Tensor]
+    """Gradients by name."""
+
+
+class Model(NamedTuple):
+    """Connections in a library's layout, and their inputs."""
+
+    config: ConnectionConfig
+    tensors: dict[str, Tensor]
+    """Parameters by their names in the layout."""
+    inputs: dict[int, Streams]
+    """Inputs of both sublayers and of the exit."""
+
+
+def agreements() -> Iterator[Agreement | Library]:
+    """Compare every library that is installed; yield the others as they are."""
+    for library in LIBRARIES:
+        yield library if library.version is None else compare_library(library)
+    if (other := _separate_streams()) is not None:
+        yield other
+
+
+def compare_library(library: Library) -> Agreement:
+    """Compare a library's code with ours at several numbers of streams.
+
+    Parameters are random and not symmetric; ours are converted to the library's layout, and its
+    gradients back to ours, so that both directions of the conversion are part of the comparison.
+
+    Raises:
+        MissingExtraError: If a package that the library needs is not installed.
+    """
+    layout = LAYOUTS[library.layout]
+    counts = tuple(n for n in STREAMS if not library.streams or n in library.streams)
+    stacks = [random_stack(_config(library, n)) for n in counts]
+    models = [_model(library, stack) for stack in stacks]
+    outputs = gradients = 0.0
+    for stack, model, theirs in zip(
+        stacks, models, library.run(run_models, library, models), strict=True
+    ):
+        exits = len(theirs.outputs) > 2 * SUBLAYERS
+        own = run_stack(stack, model.inputs, exits)
+        back = layout.to_native(theirs.parameters, stack.config)
+        outputs = max([outputs, *map(relative_error, theirs.outputs, own.outputs)])
+        wanted = [own.parameters[name] for name in back]
+        pairs = zip([*theirs.inputs, *back.values()], [*own.inputs, *wanted], strict=True)
+        gradients = max(gradients, *(relative_error(found, exact) for found, exact in pairs))
+    order, swap = _measure_order(library, stacks[-1], models[-1], theirs)
+    return Agreement(
+        library.package,
+        library.version or "",
+        library.part,
+        stacks[0].config.numerics,
+        order,
+        swap,
+        counts,
+        str(library.precision).removeprefix("torch."),
+        outputs,
+        gradients,
+        TOLERANCE[library.precision],
+        layout.difference,
+    )
+
+
+def _measure_order(
+    library: Library, stack: Stack, model: Model, theirs: Pass
+) -> tuple[ConstraintName, bool]:
+    """Find the order and the direction that explain the library's streams after one sublayer.
+
+    Returns our constraint of that order, and True if the library's n*n rows are ours transposed.
+    Raises ManifoldError unless exactly one of the four possibilities explains them.
+    """
+    base = cast(Convention, conventions.of(stack.config))
+    weights = cast(Weights, weights_of(stack, 0))
+    if LAYOUTS[library.layout].names.swaps_res:
+        n = stack.config.n
+        weights = Weights(
+            transpose_res(weights.phi, n), weights.alpha, transpose_res(weights.bias, n)
+        )
+    observation = Observation(0, model.inputs[0], {"new": theirs.outputs[1]})
+    evidence = Evidence(
+        observation, {"new": TOLERANCE[library.precision]}, weights, None, single_pass=False
+    )
+    fitting = [
+        one
+        for direction, last in product(get_args(Direction), get_args(Last))
+        if evidence.excess(one := replace(base, direction=direction, last=last)) <= 1
+    ]
+    if len(fitting) != 1:
+        raise ManifoldError(
+            f"verify: one order and direction must explain {library.package}, {library.part}, but "
+            f"{len(fitting)} of 4 do; its code has changed"
+        )
+    transposed = fitting[0].direction == "transposed"
+    columns_of_res = transposed == (fitting[0].last == "rows")
+    return (
+        "sinkhorn_columns" if columns_of_res else "sinkhorn",
+        transposed != preset(stack.config.numerics).res_is_transposed,
+    )
+
+
+def random_stack(config: ConnectionConfig, seed: int = 0) -> Stack:
+    """Return connections with random parameters in float64 that have no symmetry.
+
+    Logits have a standard deviation of 2, at which 20 iterations in the two orders of
+    Sinkhorn-Knopp differ by 3e-2.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    stack = Stack(CHANNELS, config, SUBLAYERS)
+    with torch.no_grad():
+        for name, parameter in stack.named_parameters():
+            values = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("phi"):
+                values = values / parameter.shape[1] ** 0.5
+            elif name.endswith("bias"):
+                values = 2 * values
+            parameter.copy_(1 + 0.1 * values if name.endswith("alpha") else values)
+    return stack.double()
+
+
+def run_models(library: Library, models: Sequence[Model]) -> list[Pass]:
+    """Run the library's code forward and backward on every model."""
+    return [_run_library(library, model) for model in models]
+
+
+def _run_library(library: Library, model: Model) -> Pass:
+    code = library.build(model.config, CHANNELS)
+    leaves = {name: leaf(tensor) for name, tensor in model.tensors.items()}
+    outputs, inputs, used = list[Tensor](), list[Tensor](), dict[str, Tensor]()
+    names = sort_names(LAYOUTS[library.layout], leaves)
+    for index, given in model.inputs.items():
+        if index == EXIT and code.exit is None:
+            continue
+        own = {field: leaves[name] for field, name in names.get(index, {}).items()}
+        used |= {name: leaves[name] for name in names.get(index, {}).values()}
+        x = leaf(given.x)
+        if given.y is None:
+            assert code.exit is not None
+            outputs.append(code.exit(own, x))
+            inputs.append(x)
+        else:
+            y = leaf(given.y)
+            found = code.sublayer(index, own, x, y)
+            outputs += [found["u"], found["new"]]
+            inputs += [x, y]
+    return _backward(outputs, inputs, used)
+
+
+def run_stack(stack: Stack, given: dict[int, Streams], exits: bool) -> Pass:
+    """Run our connections forward and backward, and the exit too if `exits`."""
+    outputs, inputs = list[Tensor](), list[Tensor]()
+    for index, (first, second) in given.items():
+        x = leaf(first.double())
+        if second is None:
+            if exits:
+                outputs.append(stack.collapse(x))
+                inputs.append(x)
+            continue
+        y = leaf(second.double())
+        maps = cast(Connection, stack.connections[index]).maps
+        # A Stack's first streams are equal and give res no gradient; these are not.
+        maps.learn_res = True
+        reading = maps(x)
+        outputs += [reading.u, functional.write(x, y, reading.post, reading.res)]
+        inputs += [x, y]
+    used = {
+        name: parameter
+        for name, parameter in stack.named_parameters()
+        if exits or not name.startswith("exit.")
+    }
+    return _backward(outputs, inputs, used)
+
+
+def _backward(
+    outputs: list[Tensor], inputs: list[Tensor], parameters: Mapping[str, Tensor]
+) -> Pass:
+    """Return the gradients for random cotangents; ones would hide Sinkhorn's gradient."""
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
+    gradients = torch.autograd.grad(outputs, [*inputs, *parameters.values()], cotangents)
+    count = len(inputs)
+    named = dict(zip(parameters, gradients[count:], strict=True))
+    return Pass([o.detach() for o in outputs], list(gradients[:count]), named)
+
+
+def _model(library: Library, stack: Stack) -> Model:
+    """Return a stack's parameters in the library's layout and dtype, with random inputs."""
+    native = {name: value.detach() for name, value in stack.state_dict().items()}
+    tensors = LAYOUTS[library.layout].from_native(native)
+    given = Inputs(8, stack.config.n, CHANNELS, dtype=library.precision)
+    return Model(
+        stack.config,
+        {name: tensor.to(library.precision) for name, tensor in tensors.items()},
+        {index: given.of(index) for index in (*range(SUBLAYERS), EXIT)},
+    )
+
+
+def _config(library: Library, n: int) -> ConnectionConfig:
+    if library.numerics == "glm5":
+        return ConnectionConfig(streams=n, numerics="glm5")
+    config = LAYOUTS[library.layout].config(n)
+    return replace(config, exit="mean") if config.exit is None else config
+
+
+def _separate_streams() -> Agreement | None:
+    """Compare hyper-connections, whose maps are others, with its equations on our operators."""
+    (peer,) = (one for one in peers.PEERS if one.package == "hyper-connections")
+    if peer.version is None:
+        return None
+    error = 0.0
+    for n in STREAMS:
+        inputs = Problem(tokens=8, streams=n, channels=CHANNELS).inputs()
+        with quiet():
+            error = max(error, check(peer.build(Problem(8, n, CHANNELS), inputs), inputs).error)
+    return Agreement(
+        peer.package,
+        peer.version,
+        "mHCv2",
+        "paper",
+        "sinkhorn",
+        False,
+        STREAMS,
+        "float32",
+        error,
+        error,
+        TOLERANCE[torch.float32],
+        peer.note,
+    )
