@@ -48,7 +48,8 @@ def verify_peers(markdown: Path | None, json_file: Path | None) -> None:
         )
     if markdown is not None:
         today = f"{datetime.now(UTC):%Y-%m-%d}"
-        sentence = f"Written by the command below on {today}, {machine['name']}, torch {machine['torch']}."
+        where = f"{machine.device}, torch {machine.versions['torch']}"
+        sentence = f"Written by the command below on {today}:\n{where}."
         write_atomically(markdown, page(found, missing, sentence))
         click.echo(f"written: {markdown}")
 

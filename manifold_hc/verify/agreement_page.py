@@ -37,7 +37,7 @@ def page(found: Sequence[Agreement], missing: Sequence[Library], machine: str) -
     values = {
         "machine": machine,
         "installed": _table(INSTALLED, [row(one) for one in found]),
-        "missing": "".join(f"{line}\n" for line in notes) + "\n",
+        "missing": "".join(f"{line}\n" for line in notes),
         "by_hand": _table(BY_HAND, [_by_hand_row(one) for one in by_hand()["peer"]]),
         "commit": by_hand()["commit"],
         "date": str(by_hand()["date"]),
@@ -55,7 +55,7 @@ def row(one: Agreement) -> list[str]:
         one.part,
         one.numerics,
         one.constraint,
-        "transposed" if one.swap else "as ours",
+        {True: "transposed", False: "as ours", None: ""}[one.swap],
         ", ".join(map(str, one.streams)),
         f"{one.outputs:.0e}",
         f"{one.gradients:.0e}",

@@ -98,19 +98,17 @@ class Convention:
 
     def _sinkhorn(self, logits: Float[Tensor, "N n n"]) -> Float[Tensor, "N n n"]:
         first, last = (-1, -2) if self.last == "columns" else (-2, -1)
+        eps = self.denominator_eps
         if self.start == "softmax":
             comb = logits.softmax(first) + self.start_eps
         else:
             # The first division cancels the shift if its denominator has no epsilon.
-            shift = 0.0 if self.denominator_eps else logits.amax(first, keepdim=True)
-            comb = self._divided((logits - shift).exp(), first)
-        comb = self._divided(comb, last)
-        for _ in range(self.iterations - 1):
-            comb = self._divided(self._divided(comb, first), last)
+            comb = (logits - (0.0 if eps else logits.amax(first, keepdim=True))).exp()
+        for step in range(self.iterations):
+            if step or self.start == "exp":
+                comb = comb / (comb.sum(first, keepdim=True) + eps)
+            comb = comb / (comb.sum(last, keepdim=True) + eps)
         return comb
-
-    def _divided(self, comb: Float[Tensor, "N n n"], axis: int) -> Float[Tensor, "N n n"]:
-        return comb / (comb.sum(axis, keepdim=True) + self.denominator_eps)
 
 
 def project(x: Float[Tensor, "N n C"], weights: Weights) -> Projection:

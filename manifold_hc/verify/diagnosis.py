@@ -39,12 +39,14 @@ def diagnose(
     indices = {index for index, _ in differing}
     bad = [one for one in evidence if one.observation.index in indices]
     good = [one for one in evidence if one.observation.index not in indices]
+    some_agree = any(one.observation.index != EXIT for one in good)
     found: list[Found] = []
     if base is not None:
-        found = search(base, bad + good)
+        # Two changes that show in some sublayers alone are not worth the time of all pairs.
+        found = search(base, bad + good, most=1 if some_agree else 2)
         if found[0].fits:
             return Diagnosis("convention", _fitting(found, f"fits {_all(evidence)}"))
-    if good and any(one.observation.index != EXIT for one in good):
+    if some_agree:
         return _other_weights(base, bad, good, differing)
     if base is None:
         return Diagnosis("unknown", ["these connections have no other convention to compare with"])
@@ -68,7 +70,7 @@ def _other_weights(
     verb = "differs" if len(bad) == 1 else "differ"
     first = f"{_names(bad)} alone {verb} and {agreeing}: the weights differ, not the convention"
     sentences = [first, _where(bad[0], {name for i, name in differing if i == differing[0][0]})]
-    alone = search(base, bad) if base is not None else []
+    alone = search(base, bad, most=1) if base is not None else []
     if alone and alone[0].fits:
         sentences += _fitting(alone, f"would fit {_names(bad)} too, but no other sublayer")
     return Diagnosis("weights", sentences)

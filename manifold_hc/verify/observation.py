@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -39,6 +39,7 @@ class Observation:
         return self.index in (EXIT, other.index + 1)
 
 
+@runtime_checkable
 class Source(Protocol):
     """An implementation whose results can be compared with ours."""
 

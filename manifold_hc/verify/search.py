@@ -12,7 +12,7 @@ from manifold_hc.verify.evidence import Evidence
 EPSILONS = (0.0, 1e-8, 2.0**-23, 1e-6, 1e-5, 1e-4)
 """Epsilons that implementations use; 2^-23 is the machine epsilon of float32."""
 
-ITERATIONS = (1, 2, 3, 5, 10, 20, 30, 40, 50, 100)
+ITERATIONS = (1, 2, 3, 5, 10, 20, 40, 100)
 
 DIRECTIONS = {
     "transposed": "res[o, i] = comb[i, o]",
@@ -110,14 +110,15 @@ def changes(base: Convention) -> list[Change]:
     return found
 
 
-def search(base: Convention, evidence: Sequence[Evidence]) -> list[Found]:
+def search(base: Convention, evidence: Sequence[Evidence], most: int = 2) -> list[Found]:
     """Return the single changes that explain all evidence, else the pairs that do.
 
-    If none does, the last entry is the one that comes closest on the first evidence; it does not
-    fit. The order of `evidence` decides the time: the first entry should contradict `base`.
+    most: largest number of changes at once, 1 or 2. If nothing fits, the one entry is what comes
+    closest on the first evidence. The order of `evidence` decides the time: the first one should
+    contradict `base`.
     """
     closest = Found((), math.inf)
-    for size in (1, 2):
+    for size in range(1, most + 1):
         fitting = []
         for chosen in combinations(changes(base), size):
             found = _judge(base, chosen, evidence)

@@ -14,21 +14,19 @@ from manifold_hc.interop.layouts import Checkpoint, Layout
 from manifold_hc.numerics import PRESETS
 from manifold_hc.verify.forward import StackSource
 from manifold_hc.verify.observation import EXIT, Inputs, Observation, Source, Streams
+from manifold_hc.verify.references import liger, tile_kernels, transformers
 from manifold_hc.verify.references.implementation import Library
-from manifold_hc.verify.references.liger import liger
-from manifold_hc.verify.references.tile_kernels import tile_kernels
-from manifold_hc.verify.references.transformers import deepseek_v4, glm5
 
 __all__ = ["LIBRARIES", "Library", "Reference", "library_of", "reference_of"]
 
-TRANSFORMERS = Library("transformers", "deepseek_v4", "transformers", deepseek_v4)
-GLM5 = replace(TRANSFORMERS, part="glm5_next", build=glm5, numerics="glm5")
-TILE_KERNELS = Library("tile-kernels", "torch reference", "tile_kernels", tile_kernels)
+TRANSFORMERS = Library("transformers", "deepseek_v4", "transformers", transformers.deepseek_v4)
+GLM5 = replace(TRANSFORMERS, part="glm5_next", build=transformers.glm5, numerics="glm5")
+TILE_KERNELS = Library("tile-kernels", "torch reference", "tile_kernels", tile_kernels.build)
 LIGER = Library(
     "liger-kernel",
     "LigerMHC's operators",
     "liger",
-    liger,
+    liger.build,
     precision=torch.float32,
     in_triton=True,
     streams=(2, 4, 8, 16),

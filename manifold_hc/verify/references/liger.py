@@ -11,7 +11,7 @@ from manifold_hc.numerics import preset
 from manifold_hc.verify.references.implementation import Implementation, Tensors
 
 
-def liger(config: ConnectionConfig, channels: int) -> Implementation:
+def build(config: ConnectionConfig, channels: int) -> Implementation:
     """Return its connections; its users choose the exit.
 
     Without a GPU it runs in a process whose Triton interprets its kernels.

@@ -20,7 +20,7 @@ from manifold_hc.verify.widened import Widened
 FILE = "tile_kernels/torch/mhc.py"
 
 
-def tile_kernels(config: ConnectionConfig, channels: int) -> Implementation:
+def build(config: ConnectionConfig, channels: int) -> Implementation:
     """Return its connections and its head, computed in float64."""
     code, n = _code(), config.n
     numerics = preset(config.numerics, norm_eps=config.norm_eps, hc_eps=config.hc_eps)

@@ -1,0 +1,56 @@
+"""The second statement of the equations equals the reference, and its fields what tests change."""
+
+import pytest
+import torch
+
+import manifold_hc as mhc
+from manifold_hc import reference
+from manifold_hc.numerics import preset
+from manifold_hc.verify import conventions
+from manifold_hc.verify.conventions import project
+from manifold_hc.verify.evidence import weights_of
+from manifold_hc.verify.observation import EXIT
+from manifold_hc.verify.search import changes
+from tests.verify.conftest import build
+
+
+@pytest.mark.parametrize("constraint", ["sinkhorn", "sinkhorn_columns"])
+@pytest.mark.parametrize("numerics", ["paper", "deepseek_v4", "deepseek_v41", "glm5"])
+def test_presets_equal_the_reference(numerics, constraint):
+    stack = build(numerics=numerics, constraint=constraint, iterations=7).double()
+    convention = conventions.of(stack.config)
+    x = torch.randn(5, 4, 8, dtype=torch.float64)
+    weights = weights_of(stack, 1)
+    found = convention.maps(project(x, weights), weights)
+    wanted = reference.coefficients(x, *weights, 7, constraint, preset(numerics))
+    for one, exact in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, exact, rtol=1e-12, atol=1e-14)
+    if stack.exit is not None:
+        own = weights_of(stack, EXIT)
+        torch.testing.assert_close(
+            convention.exit_weights(project(x, own), own),
+            reference.exit_coefficients(x, *own, preset(numerics)),
+        )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"kind": "hc"},
+        {"constraint": "exact"},
+        {"dynamic": False},
+        {"disable": ("res",)},
+    ],
+)
+def test_other_connections_have_no_convention(config):
+    assert conventions.of(mhc.ConnectionConfig(**config)) is None
+
+
+@pytest.mark.parametrize("numerics", ["paper", "deepseek_v4"])
+def test_every_change_changes_the_convention(numerics):
+    base = conventions.of(mhc.ConnectionConfig(numerics=numerics))
+    found = changes(base)
+    assert len({change.sentence for change in found}) == len(found)
+    assert all(change.apply(base) != base for change in found)
+    fields = set().union(*(change.fields for change in found))
+    assert fields == set(base.__dataclass_fields__)
