@@ -43,8 +43,9 @@ def verify_peers(markdown: Path | None, json_file: Path | None) -> None:
         worst = failed[0]
         raise ManifoldError(
             f"verify: wanted {worst.package} {worst.version}, {worst.part}, within "
-            f"{worst.tolerance:.0e}, got {worst.outputs:.1e} of outputs and {worst.gradients:.1e} of "
-            "gradients; no page is written"
+            f"{worst.tolerance:.0e} by a known order of Sinkhorn-Knopp, got {worst.outputs:.1e} of "
+            f"outputs, {worst.gradients:.1e} of gradients, order {worst.constraint}; no page is "
+            "written"
         )
     if markdown is not None:
         today = f"{datetime.now(UTC):%Y-%m-%d}"

@@ -1,7 +1,6 @@
 """Recordings: leading axes are free, sublayers may be left out, and every defect is named."""
 
 import pytest
-import torch
 from safetensors.torch import save_file
 
 from manifold_hc.errors import CheckpointError

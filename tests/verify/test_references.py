@@ -5,7 +5,6 @@ from dataclasses import replace
 from importlib import metadata
 
 import pytest
-import torch
 from safetensors.torch import save_file
 
 from manifold_hc.errors import MissingExtraError
