@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("hyperparameters", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 @click.pass_context
 def verify(
     context: click.Context,
-    overrides: tuple[str, ...],
+    hyperparameters: tuple[str, ...],
     checkpoint: Path | None,
     layout: str | None,
     against: Path | None,
@@ -101,7 +101,7 @@ def verify(
         verify_checkpoint(
             checkpoint,
             layout,
-            overrides,
+            hyperparameters,
             (against, against_layout),
             recorded,
             (tokens, seed),
@@ -116,7 +116,7 @@ def verify(
 
 
 OPTIONS = {
-    "--checkpoint": ("overrides", "layout", "against", "recorded", "tokens", "seed"),
+    "--checkpoint": ("hyperparameters", "layout", "against", "recorded", "tokens", "seed"),
     "--against": ("against_layout",),
     "--peers": ("markdown",),
 }
@@ -133,7 +133,7 @@ def _require_fitting(context: click.Context, checkpoint: bool, peers: bool) -> N
     for option, names in OPTIONS.items():
         if option.strip("-") not in given and (idle := given.intersection(names)):
             named = min(idle).replace("_", "-")
-            words = "KEY=VALUE needs" if named == "overrides" else f"--{named} needs"
+            words = "KEY=VALUE needs" if named == "hyperparameters" else f"--{named} needs"
             raise click.UsageError(f"{words} {option}")
     if checkpoint and peers:
         raise click.UsageError("--checkpoint and --peers exclude each other")

@@ -4,6 +4,7 @@ from manifold_hc.verify.compare import Compared, Report, compare
 from manifold_hc.verify.observation import Inputs, Observation, Source, Streams
 from manifold_hc.verify.operators import Line, verify
 from manifold_hc.verify.record import record
+from manifold_hc.verify.recorded import Recording, load_recording
 from manifold_hc.verify.widened import Widened
 
 __all__ = [
@@ -11,11 +12,13 @@ __all__ = [
     "Inputs",
     "Line",
     "Observation",
+    "Recording",
     "Report",
     "Source",
     "Streams",
     "Widened",
     "compare",
+    "load_recording",
     "record",
     "verify",
 ]
