@@ -79,6 +79,8 @@ def _print(checkpoint: "Checkpoint", report: "Report", weights: "list[WeightDiff
     if checkpoint.assumed:
         names = ", ".join(checkpoint.assumed)
         rows.append(("assumed", f"{names}: the files do not give them; KEY=VALUE does"))
+    if checkpoint.layout.difference:
+        rows.append(("note", checkpoint.layout.difference))
     head = Table.grid(padding=(0, 2))
     for name, text in rows:
         head.add_row(name, escape(text))

@@ -126,33 +126,39 @@ def _measure(stack: Stack, source: Source) -> list[_Measured]:
 def _report(
     stack: Stack, name: str, precision: torch.dtype, measured: Sequence[_Measured]
 ) -> Report:
-    """Judge the errors by the tolerances of a precision."""
-    compared, evidence = list[Compared](), list[Evidence]()
-    for observed, errors, noise in measured:
-        tolerances = {
-            tensor: _tolerance(precision, observed.results[tensor].dtype, noise[tensor])
-            for tensor in errors
+    """Judge the errors by the tolerances of a precision, and explain the differences."""
+    tolerances = [
+        {
+            tensor: _tolerance(precision, one.observation.results[tensor].dtype, noise)
+            for tensor, noise in one.noise.items()
         }
-        compared += [
-            Compared(observed.index, tensor, error, tolerances[tensor])
-            for tensor, error in errors.items()
-        ]
-        follows = evidence and observed.follows(evidence[-1].observation)
-        evidence.append(
-            Evidence(
-                observed,
-                tolerances,
-                weights_of(stack, observed.index),
-                evidence[-1] if follows else None,
-                stack.config.is_single_pass,
-            )
-        )
+        for one in measured
+    ]
+    compared = [
+        Compared(one.observation.index, tensor, one.errors[tensor], tolerance)
+        for one, own in zip(measured, tolerances, strict=True)
+        for tensor, tolerance in own.items()
+    ]
     label = str(precision).removeprefix("torch.")
     report = Report(name, label, len(stack.connections), compared)
     if not report.ok:
         differing = [(one.index, one.tensor) for one in report.differing]
+        evidence = _evidence(stack, [one.observation for one in measured], tolerances)
         report.diagnosis = diagnose(conventions.of(stack.config), evidence, differing)
     return report
+
+
+def _evidence(
+    stack: Stack, observations: Sequence[Observation], tolerances: Sequence[dict[str, float]]
+) -> list[Evidence]:
+    """Join every observation with the stack's parameters and with the sublayer before."""
+    found: list[Evidence] = []
+    for observed, own in zip(observations, tolerances, strict=True):
+        follows = found and observed.follows(found[-1].observation)
+        before = found[-1] if follows else None
+        weights = weights_of(stack, observed.index)
+        found.append(Evidence(observed, own, weights, before, stack.config.is_single_pass))
+    return found
 
 
 def _tolerance(precision: torch.dtype, dtype: torch.dtype, noise: float) -> float:

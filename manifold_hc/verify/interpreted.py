@@ -1,4 +1,4 @@
-"""Run Triton kernels of other libraries without a GPU: in a process that interprets them."""
+"""Run Triton kernels of other libraries on the CPU: in a process that interprets them."""
 
 import os
 import pickle
@@ -29,7 +29,7 @@ def interpreted(function: Callable[..., Result], *args: Any) -> Result:
         file.write_bytes(pickle.dumps((function, args)))
         done = subprocess.run(
             [sys.executable, "-c", CODE, str(file)],
-            env=dict(os.environ, TRITON_INTERPRET="1"),
+            env=dict(os.environ, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES=""),
             capture_output=True,
             text=True,
             check=False,

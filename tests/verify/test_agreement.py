@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from manifold_hc.verify import agreement
+from manifold_hc.verify import agreement, parity
 from manifold_hc.verify.agreement import Agreement, compare_library
 from manifold_hc.verify.agreement_page import by_hand, page
 from manifold_hc.verify.references import GLM5, LIGER, TILE_KERNELS, TRANSFORMERS
@@ -78,12 +78,12 @@ def test_another_direction_is_measured():
 
         return replace(code, sublayer=sublayer)
 
-    stack = agreement.random_stack(agreement._config(TRANSFORMERS, 4))
+    stack = parity.random_stack(agreement._config(TRANSFORMERS, 4))
     with torch.no_grad():
         stack.connections[0].maps.phi[8:] = 0
     library = replace(TRANSFORMERS, build=build)
-    model = agreement._model(library, stack)
-    (theirs,) = agreement.run_models(library, [model])
+    model = parity.random_model(library, stack)
+    (theirs,) = parity.run_models(library, [model])
     assert agreement._measure_order(library, stack, model, theirs) == ("sinkhorn_columns", True)
     theirs.outputs[1][0, 0, 0] += 1
     assert agreement._measure_order(library, stack, model, theirs) == ("unknown", None)

@@ -1,5 +1,6 @@
 """The recorder sees a transformers model as it runs, and leaves it as it was."""
 
+import doctest
 import warnings
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from manifold_hc.errors import ConfigError
 from manifold_hc.interop.layouts import LAYOUTS
 from manifold_hc.stack import Stack
-from manifold_hc.verify import compare, record
+from manifold_hc.verify import Widened, compare, record
 from manifold_hc.verify.recorded import Recording
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -117,3 +118,28 @@ def test_one_weight_of_the_running_model_is_found(model):
 def test_another_model_is_refused():
     with pytest.raises(ConfigError, match="Linear has 0 and 0"):
         record(torch.nn.Linear(2, 2), TOKENS)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("documented", [record, Widened])
+def test_examples_run(documented):
+    finder = doctest.DocTestFinder(recurse=False)
+    (example,) = finder.find(documented, "example", globs={"torch": torch})
+    assert example.examples
+    report = []
+    failed, _ = doctest.DocTestRunner(verbose=False).run(example, out=report.append)
+    assert not failed, "".join(report)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_in_bfloat16_is_recorded_in_float64(model):
+    import copy
+
+    narrow = copy.deepcopy(model).bfloat16()
+    stack = stack_of(narrow)
+    found = compare(stack, Recording(record(narrow, TOKENS), stack, "model"))
+    assert found.ok, found.diagnosis
+    assert found.precision == "float64"
+    found = compare(stack, Recording(record(narrow, TOKENS, float64=False), stack, "model"))
+    assert found.ok, found.diagnosis
+    assert found.precision == "bfloat16"

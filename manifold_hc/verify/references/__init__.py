@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from manifold_hc.config import ConnectionConfig
-from manifold_hc.errors import MissingExtraError
+from manifold_hc.errors import ConfigError, MissingExtraError
 from manifold_hc.interop.layouts import Checkpoint, Layout
 from manifold_hc.numerics import PRESETS
 from manifold_hc.verify.forward import StackSource
@@ -106,8 +106,16 @@ class Reference:
     """
 
     def __init__(self, checkpoint: Checkpoint, tokens: int = 16, seed: int = 0) -> None:
-        """Find the library that has the implementation; MissingExtraError if none has."""
+        """Find the library that has the implementation.
+
+        Raises MissingExtraError if none has it, ConfigError if it does not take n streams.
+        """
         self._library = library_of(checkpoint)
+        if self._library.streams and checkpoint.config.n not in self._library.streams:
+            raise ConfigError(
+                f"mhc verify: {self._library.package} takes {self._library.streams} streams but "
+                f"the checkpoint has {checkpoint.config.n}; give --recorded FILE"
+            )
         self.precision = self._library.precision
         parts = self._library.package, self._library.version, self._library.part
         self.name = " ".join(filter(None, parts))

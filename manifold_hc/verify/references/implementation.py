@@ -44,15 +44,13 @@ class Library:
     numerics: NumericsName = "deepseek_v4"
     """Preset that its defaults are."""
     in_triton: bool = False
-    """True if its code is Triton kernels, which a CPU interprets in a process of its own."""
+    """True if its code is Triton kernels, which a process of its own interprets."""
     streams: tuple[int, ...] = ()
     """Numbers of streams that it takes; empty for any."""
 
     def run(self, function: Callable[..., Result], *args: Any) -> Result:
         """Call a function that builds and runs this library's code, where that can run."""
-        if self.in_triton and not torch.cuda.is_available():
-            return interpreted(function, *args)
-        return function(*args)
+        return interpreted(function, *args) if self.in_triton else function(*args)
 
     @property
     def version(self) -> str | None:

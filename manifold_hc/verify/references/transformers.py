@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from manifold_hc.config import ConnectionConfig
 from manifold_hc.extras import require
+from manifold_hc.numerics import preset
 from manifold_hc.verify.references.implementation import Implementation, Tensors
 from manifold_hc.verify.widened import Widened
 
@@ -62,8 +63,6 @@ def glm5(config: ConnectionConfig, channels: int) -> Implementation:
 
 def _sizes(config: ConnectionConfig, channels: int) -> Any:
     """Return the fields that the modules take from their configuration."""
-    from manifold_hc.numerics import preset
-
     numerics = preset(config.numerics, norm_eps=config.norm_eps, hc_eps=config.hc_eps)
     return SimpleNamespace(
         hc_mult=config.n,
