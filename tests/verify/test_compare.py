@@ -172,3 +172,13 @@ def test_single_pass_names_the_sublayer_whose_pre_is_read():
     found = compare(stack, OnlyInputs(other, Inputs(4, 4, 8), "other"))
     assert [(one.index, one.tensor) for one in found.differing] == [(2, "u")]
     assert found.diagnosis.sentences[1].endswith("at alpha, of sublayer 1")
+
+
+def test_an_exit_without_parameters_is_not_explained_by_a_learned_one(stack):
+    mean = build(exit="mean")
+    tensors = {name: t for name, t in recording(stack).items() if name.startswith("exit")}
+    tensors["exit.h"] = torch.randn_like(tensors["exit.h"])
+    found = report(mean, tensors)
+    assert found.diagnosis.verdict == "unknown"
+    tensors["exit.h"] = tensors["exit.x"].sum(1)
+    assert report(mean, tensors).diagnosis.sentences[0].startswith("the exit is the sum")

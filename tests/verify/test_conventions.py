@@ -9,8 +9,8 @@ from manifold_hc.numerics import preset
 from manifold_hc.verify import conventions
 from manifold_hc.verify.conventions import project
 from manifold_hc.verify.evidence import weights_of
-from manifold_hc.verify.observation import EXIT
-from manifold_hc.verify.search import changes
+from manifold_hc.verify.observation import EXIT, Inputs
+from manifold_hc.verify.search import _judge, changes
 from tests.verify.conftest import build
 
 
@@ -54,3 +54,20 @@ def test_every_change_changes_the_convention(numerics):
     assert all(change.apply(base) != base for change in found)
     fields = set().union(*(change.fields for change in found))
     assert fields == set(base.__dataclass_fields__)
+
+
+def test_two_values_of_one_detail_are_no_pair():
+    base = conventions.of(mhc.ConnectionConfig(numerics="deepseek_v4"))
+    first, second = (c for c in changes(base) if c.fields == {"iterations"} and "10" in c.sentence)
+    assert _judge(base, (first, second), []) is None
+    assert _judge(base, (first, changes(base)[0]), []).fits
+
+
+def test_random_tokens_have_small_and_large_norms():
+    x, y = Inputs(tokens=8, channels=64).of(3)
+    rms = x.square().mean((1, 2)).sqrt()
+    assert rms[0] == pytest.approx(0.01, rel=0.3)
+    assert rms[-1] == pytest.approx(10, rel=0.3)
+    assert not torch.equal(x, Inputs(tokens=8, channels=64).of(2).x)
+    assert not torch.equal(x, Inputs(tokens=8, channels=64, seed=1).of(3).x)
+    assert torch.equal(y, Inputs(tokens=8, channels=64).of(3).y)
