@@ -89,7 +89,7 @@ def _print(checkpoint: "Checkpoint", report: "Report", weights: "list[WeightDiff
     for one in weights[:SHOWN]:
         out.print(escape(one.sentence), soft_wrap=True)
     if len(weights) > SHOWN:
-        out.print(f"{len(weights) - SHOWN} more parameters differ")
+        out.print(f"parameters that differ too: {len(weights) - SHOWN}")
     for sentence in report.diagnosis.sentences if report.diagnosis else ():
         out.print(escape(sentence), soft_wrap=True)
 
@@ -133,7 +133,7 @@ def _place(checkpoint: "Checkpoint", one: "Compared") -> str:
 def _failure(checkpoint: "Checkpoint", report: "Report", weights: "list[WeightDifference]") -> str:
     if report.ok:
         return (
-            f"verify: wanted equal weights, {len(weights)} parameters differ, the first is "
+            f"verify: wanted equal weights, got {len(weights)} that differ, first "
             f"{weights[0].name}; the results agree within their tolerance"
         )
     first = report.differing[0]

@@ -113,7 +113,7 @@ def changes(base: Convention) -> list[Change]:
 def search(base: Convention, evidence: Sequence[Evidence], most: int = 2) -> list[Found]:
     """Return the single changes that explain all evidence, else the pairs that do.
 
-    most: largest number of changes at once, 1 or 2. If nothing fits, the one entry is what comes
+    most: largest number of changes at once, 1 or 2. If nothing fits, the one entry is the
     closest on the first evidence. The order of `evidence` decides the time: the first one should
     contradict `base`.
     """
