@@ -80,3 +80,14 @@ def test_pipeline_two_stages_gives_the_loss_and_gradients_of_one_process():
     differences = [float(share) for share in re.findall(r"at most (\S+)", out)]
     assert len(differences) == 2
     assert max(differences) < 1e-4
+
+
+def test_retrofit_starts_alike_and_learns():
+    pytest.importorskip("transformers")
+    arguments = ["--steps", "8", "--length", "32", "--lr", "1e-2", "--connection-lr", "1e-2"]
+    found = load("retrofit").main(arguments)
+    starts = [losses[0] for seeds in found.values() for losses in seeds]
+    assert starts == pytest.approx([starts[0]] * len(starts), rel=1e-6)
+    for seeds in found.values():
+        assert all(after < before for before, after in seeds)
+    assert found["mhc"][0][1] < found["mhc, connections only"][0][1]
