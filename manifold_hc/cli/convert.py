@@ -28,7 +28,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Hyperparameters of the source that no tensor's shape holds; null for what its files say.
+    """Hyperparameters of the source that no tensor's shape holds; null for the value in its files.
 
     Attributes:
         numerics: Preset of orders and epsilons.

@@ -128,7 +128,7 @@ def _open_folder(folder: Path) -> TensorFiles:
     found = found or sorted(folder.glob("*.safetensors"))
     if len(found) > 1 and found[0].name not in WEIGHTS:
         raise ConfigError(
-            f"{folder}: has {len(found)} safetensors files and no {INDEX}, which says what belongs "
+            f"{folder}: has {len(found)} safetensors files and no {INDEX}, which says which belong "
             "together; give one file"
         )
     if not found:

@@ -1,7 +1,7 @@
 """Classes that replace those of transformers: subclasses with another forward.
 
 A module gets another class and nothing else: its parameters, hooks and attributes stay, and with
-the first class the module is what it was.
+the first class the module is as before.
 """
 
 from functools import cache

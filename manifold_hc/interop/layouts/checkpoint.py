@@ -18,7 +18,7 @@ from manifold_hc.stack import Stack
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Connections of a model in somebody's files."""
+    """Connections of a model in files of another library."""
 
     files: TensorFiles
     """All tensors of the model; each is read when it is used."""
@@ -51,7 +51,7 @@ class Checkpoint:
 def open_checkpoint(
     path: str | Path, layout: str | None = None, overrides: Mapping[str, Any] | None = None
 ) -> Checkpoint:
-    """Open the connections of a model in somebody's files.
+    """Open the connections of a model in files of another library.
 
     Streams, channels and the number of sublayers come from the tensors' shapes; iterations,
     epsilons and the exit from a folder's config.json, from the metadata of a file that this package

@@ -75,7 +75,7 @@ def convert(
             exit that the library has no place for is left out.
 
     Returns:
-        The tensors, and notes on what they do not hold.
+        The tensors, and notes on the parts of the model that they do not hold.
 
     Raises:
         CheckpointError: If the layout has no place for the parameters, or its library computes

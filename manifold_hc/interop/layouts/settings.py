@@ -49,7 +49,7 @@ class Settings:
     """Layout, if the file names its own."""
 
     def config(self, layout: Layout, streams: int | None, has_exit: bool) -> ConnectionConfig:
-        """Return the configuration: what is known, over the file's own, over the layout's defaults.
+        """Return the configuration: known values, else the file's own, else the layout's defaults.
 
         streams: n by the shapes; None if they do not give it. has_exit: True if the tensors have a
         learned exit.
