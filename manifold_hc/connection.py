@@ -14,7 +14,7 @@ from manifold_hc.known_forwards import KNOWN_FORWARDS
 from manifold_hc.maps import Maps, PendingWrite, ResidualMaps
 
 Branch = Callable[[Tensor], Tensor]
-"""Sublayer function [..., C] -> [..., C]; its norm is inside unless the Stack gets it separately."""
+"""Sublayer function [..., C] -> [..., C]; its norm is inside unless the Stack gets it alone."""
 
 
 class Connection(nn.Module):
