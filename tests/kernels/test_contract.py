@@ -338,6 +338,15 @@ def test_sinkhorn_by_matrix(backend, n, std, numerics):
         assert (error <= 1e-5 * scale + 30 * open_ + 4e-6 * cotangents).all()
 
 
+def test_initial_sums_are_one_to_an_ulp(backend):
+    """All sublayers start with this matrix: an error in its sums would grow with the depth."""
+    require_support(backend, 4, torch.float32)
+    logits = torch.tensor(CONSTRAINTS["sinkhorn"].initial(4)).view(1, 4, 4)
+    res = functional.sinkhorn(logits.to(device_of(backend)), backend=backend).double().cpu()
+    for sums in (res.sum(-1), res.sum(-2)):
+        assert (sums - 1).abs().max() < 6e-8  # one ulp below 1
+
+
 @pytest.mark.parametrize("where", ["row", "column", "entry"])
 def test_faded_rows_are_never_nan(backend, where):
     """120 below the rest is 0 in float32; the logarithm knows better."""

@@ -44,16 +44,21 @@ inline void sinkhorn_lane(int n, int iterations, Vec* matrix, Vec* iterates, int
     for (int k = 0; k < n * n; k++) matrix[k][lane] = std::exp(m[k]);
 }
 
-// Divides every line of one axis by its sum (+ eps); returns the smallest sum.
+// Divides every line of one axis by its sum (+ eps); returns the smallest sum. A product with the
+// inverse is faster and shares its rounding between the entries of a line; the last division has
+// none to share, so that the sums of `res` are 1 up to the rounding of single entries.
 template <class N>
-INLINE Vec normalise(N n, Vec* m, int stride, int next, float eps) {
+INLINE Vec normalise(N n, Vec* m, int stride, int next, float eps, bool last = false) {
     Vec least = broadcast(INFINITY);
     for (int line = 0; line < n; line++) {
         Vec total = m[line * next];
         for (int k = 1; k < n; k++) total += m[line * next + k * stride];
         least = smaller(least, total);
         const Vec inverse = 1.0f / (total + eps);
-        for (int k = 0; k < n; k++) m[line * next + k * stride] *= inverse;
+        for (int k = 0; k < n; k++) {
+            Vec& entry = m[line * next + k * stride];
+            entry = last ? entry / (total + eps) : entry * inverse;
+        }
     }
     return least;
 }
@@ -84,7 +89,8 @@ NOINLINE void sinkhorn_forward(N n, const Sinkhorn& settings, const Vec* logits,
         keep(2 * iteration);
         if (softmax)  // DeepSeek-V4: comb = softmax + eps
             for (int k = 0; k < n * n; k++) m[k] += settings.eps;
-        least = smaller(least, normalise(n, m, next, stride, settings.eps));
+        const bool last = iteration + 1 == settings.iterations;
+        least = smaller(least, normalise(n, m, next, stride, settings.eps, last));
         keep(2 * iteration + 1);
     }
     for (int lane = 0; lane < LANES && !settings.transposed; lane++)
