@@ -1,6 +1,6 @@
 """Explanation of differences: another convention, or other weights."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +18,7 @@ class Diagnosis:
     """Explanation of the differences between two implementations."""
 
     verdict: Literal["convention", "weights", "unknown"]
-    """Another convention fits everywhere; some sublayers have other weights; or neither."""
+    """Another convention fits all sublayers; some sublayers have other weights; or neither."""
     sentences: list[str]
     """The explanation for people."""
 
@@ -50,13 +50,47 @@ def diagnose(
         return _other_weights(base, bad, good, differing)
     if base is None:
         return Diagnosis("unknown", ["these connections have no other convention to compare with"])
-    sentences = [f"no convention fits {_all(evidence)}"]
-    if found[-1].changes:
-        sentences.append(
-            f"closest on {_name(bad[0])}: {found[-1].sentence}; the error that is left is "
-            f"{found[-1].excess:.1g} times the tolerance"
-        )
+    return _separately(base, bad + good, found[0], indices)
+
+
+def _separately(
+    base: Convention, evidence: Sequence[Evidence], closest: Found, differing: Collection[int]
+) -> Diagnosis:
+    """No convention fits everywhere: explain the sublayers alone, and the exit alone."""
+    sublayers = [one for one in evidence if one.observation.index != EXIT]
+    exits = [one for one in evidence if one.observation.index == EXIT]
+    if sublayers and exits and closest.explained == len(sublayers):
+        found = search(base, sublayers)
+        sentences = _fitting(found, f"fits {_all(sublayers)}, but not the exit")
+        return Diagnosis("convention", sentences + _exit_alone(base, exits, differing))
+    sentences = [f"no convention fits {_all(evidence)}", *_closest(closest, evidence)]
+    if sublayers and exits:
+        sentences += _exit_alone(base, exits, differing)
     return Diagnosis("unknown", sentences)
+
+
+def _exit_alone(
+    base: Convention, exits: Sequence[Evidence], differing: Collection[int]
+) -> list[str]:
+    """Describe the exit where its convention is not that of the sublayers."""
+    if EXIT not in differing:
+        return ["the exit agrees as it is"]
+    found = search(base, exits, most=1)
+    if found[0].fits:
+        return _fitting(found, "fits the exit, but not the sublayers")
+    return ["no convention fits the exit"]
+
+
+def _closest(closest: Found, evidence: Sequence[Evidence]) -> list[str]:
+    """Describe the convention that explains most of the evidence, and the error that is left."""
+    if not closest.changes:
+        return []
+    name = _name(evidence[closest.explained])
+    left = f"the error that is left is {closest.excess:.1g} times the tolerance"
+    if not closest.explained:
+        return [f"closest on {name}: {closest.sentence}; {left}"]
+    fitting = _names(evidence[: closest.explained])
+    return [f"{closest.sentence}; fits {fitting}, but on {name} {left}"]
 
 
 def _other_weights(

@@ -52,7 +52,9 @@ class Found:
 
     changes: tuple[Change, ...]
     excess: float
-    """Largest error over all evidence as a multiple of its tolerance."""
+    """Largest error as a multiple of its tolerance, up to the first evidence that contradicts."""
+    explained: int
+    """Number of entries of the evidence before the first that contradicts; all where it fits."""
 
     @property
     def fits(self) -> bool:
@@ -113,11 +115,11 @@ def changes(base: Convention) -> list[Change]:
 def search(base: Convention, evidence: Sequence[Evidence], most: int = 2) -> list[Found]:
     """Return the single changes that explain all evidence, else the pairs that do.
 
-    most: largest number of changes at once, 1 or 2. If nothing fits, the one entry is the
-    closest on the first evidence. The order of `evidence` decides the time: the first one should
-    contradict `base`.
+    most: largest number of changes at once, 1 or 2. If nothing fits, the one entry explains more of
+    the evidence, from its first entry on, than all others, and has the least error on the next. The
+    order of `evidence` decides the time: the first one should contradict `base`.
     """
-    closest = Found((), math.inf)
+    closest = Found((), math.inf, 0)
     for size in range(1, most + 1):
         fitting = []
         for chosen in combinations(changes(base), size):
@@ -126,7 +128,7 @@ def search(base: Convention, evidence: Sequence[Evidence], most: int = 2) -> lis
                 continue
             if found.fits:
                 fitting.append(found)
-            elif found.excess < closest.excess:
+            elif (-found.explained, found.excess) < (-closest.explained, closest.excess):
                 closest = found
         if fitting:
             return fitting
@@ -144,11 +146,11 @@ def _judge(
         fields |= change.fields
         convention = change.apply(convention)
     excess = 0.0
-    for one in evidence:
+    for explained, one in enumerate(evidence):
         excess = max(excess, one.excess(convention))
         if excess > 1:
-            break
-    return Found(tuple(chosen), excess)
+            return Found(tuple(chosen), excess, explained)
+    return Found(tuple(chosen), excess, len(evidence))
 
 
 def _epsilons(base: Convention) -> Iterator[Change]:

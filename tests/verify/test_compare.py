@@ -116,6 +116,50 @@ def test_a_convention_of_one_sublayer_is_named_with_it(stack):
     )
 
 
+def with_exit(tensors, other):
+    return tensors | {name: other[name] for name in other if name.startswith("exit")}
+
+
+def test_an_exit_in_the_stack_s_own_convention_is_told_from_the_sublayers(stack):
+    found = report(stack, with_exit(recording(stack, norm_eps=1e-5), recording(stack)))
+    assert found.diagnosis.verdict == "convention"
+    assert found.diagnosis.sentences == [
+        "the epsilon of the norm is 1e-05; fits all 4 sublayers, but not the exit",
+        "the exit agrees as it is",
+    ]
+
+
+def test_an_exit_in_a_third_convention_is_explained_by_itself(stack):
+    tensors = with_exit(recording(stack, norm_eps=1e-5), recording(stack, norm_eps=1e-4))
+    assert report(stack, tensors).diagnosis.sentences == [
+        "the epsilon of the norm is 1e-05; fits all 4 sublayers, but not the exit",
+        "the epsilon of the norm is 0.0001; fits the exit, but not the sublayers",
+    ]
+
+
+def test_an_exit_that_no_convention_explains_is_told_from_the_sublayers(stack):
+    tensors = recording(stack, norm_eps=1e-5)
+    tensors["exit.h"] = tensors["exit.h"] * 1.01
+    assert report(stack, tensors).diagnosis.sentences == [
+        "the epsilon of the norm is 1e-05; fits all 4 sublayers, but not the exit",
+        "no convention fits the exit",
+    ]
+
+
+def test_the_closest_convention_is_named_with_the_sublayers_that_it_fits(stack):
+    tensors = recording(stack, norm_eps=1e-5)
+    tensors["sublayers.2.new"] *= 1.01
+    found = report(stack, tensors)
+    assert found.diagnosis.verdict == "unknown"
+    first, second, third = found.diagnosis.sentences
+    assert first == "no convention fits all 4 sublayers and the exit"
+    assert second.startswith(
+        "the epsilon of the norm is 1e-05; fits sublayer 0 and sublayer 1, but on sublayer 2 the "
+        "error that is left is "
+    )
+    assert third == ("the epsilon of the norm is 1e-05; fits the exit, but not the sublayers")
+
+
 def test_what_no_convention_explains_is_said(stack):
     tensors = recording(stack)
     for index in range(4):
