@@ -1,8 +1,9 @@
 """`mhc verify --checkpoint`: our forward pass against another implementation."""
 
-from dataclasses import asdict, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 from rich.markup import escape
@@ -11,13 +12,16 @@ from rich.table import Table
 from manifold_hc.cli.convert import Hyperparameters
 from manifold_hc.cli.keys import override
 from manifold_hc.cli.terminal import console
+from manifold_hc.cli.verify_errors import invalid_where_not_compared
 from manifold_hc.errors import ManifoldError
 from manifold_hc.files import write_atomically
 
 if TYPE_CHECKING:
     from manifold_hc.interop.layouts import Checkpoint
+    from manifold_hc.stack import Stack
     from manifold_hc.verify import Compared, Report, Source
     from manifold_hc.verify.against import WeightDifference
+    from manifold_hc.verify.rounding import Rounded
 
 SHOWN = 5
 """Largest number of differing parameters that are printed."""
@@ -34,38 +38,87 @@ def verify_checkpoint(
 ) -> None:
     """Open the checkpoint, compare it, print the result; ManifoldError if anything differs.
 
-    against: second checkpoint and its layout. sizes: tokens and seed.
+    Where nothing could be compared the error is a ClickException. against: second checkpoint and
+    its layout. sizes: tokens and seed.
     """
+    with invalid_where_not_compared():
+        known = override(Hyperparameters(), overrides)
+        given = {field.name: getattr(known, field.name) for field in fields(known)}
+        checkpoint = _open(path, layout, given)
+        if against[0] is not None:
+            result = _against(checkpoint, _open(*against, given), sizes)
+        else:
+            result = _with_source(checkpoint, recorded, sizes)
+        _print(result)
+        if json_file is not None:
+            _write_json(json_file, result)
+    if not result.ok:
+        raise ManifoldError(_failure(result))
+
+
+@dataclass(frozen=True)
+class _Result:
+    """A compared checkpoint."""
+
+    checkpoint: "Checkpoint"
+    report: "Report"
+    weights: "Sequence[WeightDifference]" = ()
+    """Parameters that differ from those of the second checkpoint."""
+    rounded: "Rounded | None" = None
+    """Parameters that differ from those of the second checkpoint by rounding alone."""
+
+    @property
+    def ok(self) -> bool:
+        """True if nothing differs."""
+        return self.report.ok and not self.weights
+
+
+def _open(path: Path | None, layout: str | None, given: dict[str, Any]) -> "Checkpoint":
+    """Open a checkpoint and check that its weights are finite."""
     from manifold_hc.interop.layouts import open_checkpoint
-    from manifold_hc.verify import compare
+    from manifold_hc.verify.finite import require_finite
+
+    checkpoint = open_checkpoint(cast(Path, path), layout, given)
+    require_finite(checkpoint)
+    return checkpoint
+
+
+def _against(own: "Checkpoint", other: "Checkpoint", sizes: tuple[int, int]) -> _Result:
+    """Compare with a second checkpoint, both with the narrower weights."""
     from manifold_hc.verify.against import differing_weights, second_checkpoint
+    from manifold_hc.verify.rounding import round_together
+
+    rounded = round_together(own, other)
+    weights = differing_weights(rounded.own, rounded.other)
+    source = second_checkpoint(rounded.own, rounded.other, *sizes)
+    return _Result(own, _compare(rounded.own.stack(), source), weights, rounded)
+
+
+def _with_source(
+    checkpoint: "Checkpoint", recorded: Path | None, sizes: tuple[int, int]
+) -> _Result:
+    """Compare with a recording, or for None with the reference implementation."""
     from manifold_hc.verify.recorded import load_recording
     from manifold_hc.verify.references import reference_of
 
-    known = override(Hyperparameters(), overrides)
-    given = {field.name: getattr(known, field.name) for field in fields(known)}
-    checkpoint = open_checkpoint(path, layout, given)
     stack = checkpoint.stack()
-    weights: list[WeightDifference] = []
     source: Source
-    if against[0] is not None:
-        other = open_checkpoint(against[0], against[1], given)
-        weights = differing_weights(checkpoint, other)
-        source = second_checkpoint(checkpoint, other, *sizes)
-    elif recorded is not None:
+    if recorded is not None:
         source = load_recording(recorded, stack)
     else:
         source = reference_of(checkpoint, *sizes)
+    return _Result(checkpoint, _compare(stack, source))
+
+
+def _compare(stack: "Stack", source: "Source") -> "Report":
+    from manifold_hc.verify import compare
+
     with console(stderr=True).status("verify"):
-        report = compare(stack, source)
-    _print(checkpoint, report, weights)
-    if json_file is not None:
-        _write_json(json_file, checkpoint, report, weights)
-    if weights or not report.ok:
-        raise ManifoldError(_failure(checkpoint, report, weights))
+        return compare(stack, source)
 
 
-def _print(checkpoint: "Checkpoint", report: "Report", weights: "list[WeightDifference]") -> None:
+def _print(result: _Result) -> None:
+    checkpoint, report, weights = result.checkpoint, result.report, result.weights
     config, out = checkpoint.config, console()
     rows = [
         ("checkpoint", f"{checkpoint.files.path}, layout {checkpoint.layout.name}"),
@@ -81,6 +134,9 @@ def _print(checkpoint: "Checkpoint", report: "Report", weights: "list[WeightDiff
         rows.append(("assumed", f"{names}: the files do not give them; KEY=VALUE does"))
     if checkpoint.layout.difference:
         rows.append(("note", checkpoint.layout.difference))
+    if result.rounded is not None and result.rounded.dtypes:
+        count = len(result.rounded.dtypes)
+        rows.append(("rounded", f"{count} parameters, on both sides, to the narrower dtype"))
     head = Table.grid(padding=(0, 2))
     for name, text in rows:
         head.add_row(name, escape(text))
@@ -92,6 +148,8 @@ def _print(checkpoint: "Checkpoint", report: "Report", weights: "list[WeightDiff
         out.print(f"parameters that differ too: {len(weights) - SHOWN}")
     for sentence in report.diagnosis.sentences if report.diagnosis else ():
         out.print(escape(sentence), soft_wrap=True)
+    if result.ok and result.rounded is not None and result.rounded.dtypes:
+        out.print(result.rounded.sentence)
 
 
 def _table(checkpoint: "Checkpoint", report: "Report") -> Table:
@@ -130,7 +188,8 @@ def _place(checkpoint: "Checkpoint", one: "Compared") -> str:
     return f"sublayer {one.index}{name and f' ({name})'}"
 
 
-def _failure(checkpoint: "Checkpoint", report: "Report", weights: "list[WeightDifference]") -> str:
+def _failure(result: _Result) -> str:
+    checkpoint, report, weights = result.checkpoint, result.report, result.weights
     if report.ok:
         return (
             f"verify: wanted equal weights, got {len(weights)} that differ, first "
@@ -144,16 +203,16 @@ def _failure(checkpoint: "Checkpoint", report: "Report", weights: "list[WeightDi
     )
 
 
-def _write_json(
-    file: Path, checkpoint: "Checkpoint", report: "Report", weights: "list[WeightDifference]"
-) -> None:
+def _write_json(file: Path, result: _Result) -> None:
+    checkpoint = result.checkpoint
     content = {
         "checkpoint": str(checkpoint.files.path),
         "layout": checkpoint.layout.name,
         "config": asdict(checkpoint.config),
         "assumed": checkpoint.assumed,
-        "ok": report.ok and not weights,
-        "report": report,
-        "weights": weights,
+        "ok": result.ok,
+        "report": result.report,
+        "weights": result.weights,
+        "rounded": result.rounded.dtypes if result.rounded is not None else {},
     }
     write_atomically(file, msgspec.json.format(msgspec.json.encode(content)))

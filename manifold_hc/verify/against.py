@@ -3,15 +3,14 @@
 from dataclasses import dataclass
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from manifold_hc.errors import CheckpointError
 from manifold_hc.interop.layouts import Checkpoint
-from manifold_hc.interop.layouts.native import transpose_res
-from manifold_hc.numerics import PRESETS
 from manifold_hc.verify.forward import StackSource
 from manifold_hc.verify.observation import Inputs
+from manifold_hc.verify.orientation import oriented
+from manifold_hc.verify.rounding import narrower
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def differing_weights(own: Checkpoint, other: Checkpoint) -> list[WeightDifferen
             f"{other.files.path}: must have {_text(ours)}, as {own.files.path}, but has "
             f"{_text(theirs)}"
         )
-    left, right = _oriented(own), _oriented(other)
+    left, right = oriented(own, own.native), oriented(other, other.native)
     if lacking := sorted(left.keys() ^ right.keys()):
         where = own if lacking[0] in right else other
         raise CheckpointError(f"{where.files.path}: has no {lacking[0]}, which the other one has")
@@ -65,7 +64,7 @@ def second_checkpoint(own: Checkpoint, other: Checkpoint, tokens: int, seed: int
 
 
 def _difference(name: str, own: Tensor, other: Tensor) -> WeightDifference | None:
-    narrow = max((own.dtype, other.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+    narrow = narrower(own.dtype, other.dtype)
     wrong = (own.to(narrow) != other.to(narrow)).nonzero()
     if not len(wrong):
         return None
@@ -73,22 +72,6 @@ def _difference(name: str, own: Tensor, other: Tensor) -> WeightDifference | Non
     return WeightDifference(
         name, len(wrong), own.numel(), first, float(own[first]), float(other[first])
     )
-
-
-def _oriented(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Return the parameters with their n*n rows as res[o, i]."""
-    n = checkpoint.config.n
-    if checkpoint.config.kind != "mhc" or not PRESETS[checkpoint.config.numerics].res_is_transposed:
-        return checkpoint.native
-    return {
-        name: transpose_res(value, n) if _has_res(name, value, n) else value
-        for name, value in checkpoint.native.items()
-    }
-
-
-def _has_res(name: str, value: Tensor, n: int) -> bool:
-    is_map = name.startswith("connections.") and not name.endswith("alpha")
-    return is_map and value.shape[0] == n * n + 2 * n
 
 
 def _sizes(checkpoint: Checkpoint) -> tuple[int, int, int]:

@@ -1,6 +1,7 @@
 """`mhc verify --checkpoint` and `--peers`: tables, exit statuses, and every user's mistake."""
 
 import json
+from importlib import metadata
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from manifold_hc.interop.layouts import LAYOUTS
 from manifold_hc.verify import agreement
-from manifold_hc.verify.references import TILE_KERNELS, TRANSFORMERS
+from manifold_hc.verify.references import TILE_KERNELS, TRANSFORMERS, tile_kernels
 from tests.cli.test_commands import mhc
 from tests.verify.changed import recording
 
@@ -111,6 +112,81 @@ def test_weights_that_no_token_shows_still_differ(capfd, files):
     assert (
         "wanted equal weights, got 1 that differ, first connections.2.maps.phi; the results" in err
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_copy_in_bfloat16_is_equal_up_to_rounding(capfd, files, dtype):
+    """Stored in bfloat16, or cast to it and back."""
+    tensors = load_file("other.safetensors")
+    narrow = {name: tensor.bfloat16().to(dtype) for name, tensor in tensors.items()}
+    save_file(narrow, "narrow.safetensors")
+    arguments = "--against", "narrow.safetensors", "iterations=20", "--json", "result.json"
+    status, out, _ = check(capfd, *arguments)
+    assert status == 0
+    assert out.splitlines()[-1] == "equal up to the rounding of bfloat16 weights"
+    assert "DIFFERS" not in out
+    content = json.loads((files / "result.json").read_text())
+    assert content["ok"]
+    assert content["report"]["diagnosis"] is None
+    assert content["rounded"]["connections.0.maps.phi"] == "bfloat16"
+    narrow["sublayers.2.base"][1] += 1
+    save_file(narrow, "narrow.safetensors")
+    status, out, err = check(capfd, *arguments)
+    assert status == 1
+    assert "connections.2.maps.bias: 1 of 24 entries differ, the first is [1]" in out
+    assert "sublayer 2 alone differs and 4 of 5 agree" in err
+    assert "up to the rounding" not in out
+
+
+@pytest.mark.parametrize("layout", ["megatron_dev", "torchtitan"])
+def test_a_layout_without_a_reference_is_not_a_difference(capfd, files, stack, layout):
+    save_file(LAYOUTS[layout].from_native(dict(stack.state_dict())), "model.safetensors")
+    status, out, err = check(capfd)
+    assert status == 2
+    assert f"reference implementation of layout {layout} but none does" in err
+    assert out == ""
+
+
+def test_a_missing_package_is_not_a_difference(capfd, files, monkeypatch):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    tile_kernels._code.cache_clear()
+    monkeypatch.setattr(tile_kernels.metadata, "distribution", missing)
+    status, out, err = mhc(capfd, "verify", "--checkpoint", "other.safetensors")
+    assert status == 2
+    assert "pip install --no-deps tile-kernels" in err
+    assert out == ""
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("x"), RuntimeError("can't allocate memory")])
+def test_an_unexpected_error_is_not_a_difference(capfd, files, monkeypatch, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr("manifold_hc.verify.compare", fail)
+    status, out, err = check(capfd, "--recorded", "mine.safetensors")
+    assert status == 2
+    assert f"wanted a comparison, got {type(error).__name__}: {error} (" in err
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("side", ["--checkpoint", "--against"])
+def test_weights_that_are_not_finite_are_named(capfd, files, value, side):
+    def change(tensors):
+        for name in ("layers.1.hc_ffn_fn", "layers.0.hc_attn_base"):
+            tensors[name].view(-1)[3] = value
+
+    name = changed("model.safetensors", change)
+    both = {"--checkpoint": "model.safetensors", "--against": "model.safetensors", side: name}
+    status, out, err = mhc(capfd, "verify", *(word for pair in both.items() for word in pair))
+    assert status == 2
+    assert (
+        f"{name}: weights must be finite but layers.0.hc_attn_base, layers.1.hc_ffn_fn have" in err
+    )
+    assert out == ""
 
 
 @pytest.mark.parametrize(
