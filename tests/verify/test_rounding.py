@@ -44,7 +44,6 @@ def test_a_rounded_copy_is_equal(saved, tensors, narrow, is_cast_back, swapped):
     assert found.sentence == f"equal up to the rounding of {narrow} weights".replace("torch.", "")
     assert found.dtypes.keys() == one.native.keys()
     assert compare(found.own.stack(), second_checkpoint(found.own, found.other, 4, 0)).ok
-    assert not compare(one.stack(), second_checkpoint(one, two, 4, 0)).ok
 
 
 def test_equal_checkpoints_are_unchanged(saved, tensors):
