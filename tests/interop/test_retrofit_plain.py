@@ -113,6 +113,19 @@ def test_nanogpt_is_saved_and_loaded(tmp_path):
         retrofit.load_adapter(retrofit.convert(nano(seed=1), **NANO), tmp_path)
 
 
+def test_a_changed_buffer_of_the_base_model_is_found(tmp_path):
+    pytest.importorskip("safetensors")
+    plain = nano()
+    plain.transformer.h[1].register_buffer("offset", torch.zeros(3))
+    plain.transformer.h[1].register_buffer("cache", torch.zeros(3), persistent=False)
+    model = retrofit.convert(plain, **NANO)
+    model.transformer.h[1].cache += 1
+    retrofit.save_adapter(model, tmp_path)
+    model.transformer.h[1].offset[2] = 1e-6
+    with pytest.raises(CheckpointError, match="must be unchanged since convert"):
+        retrofit.save_adapter(model, tmp_path)
+
+
 def test_an_example_checks_the_description():
     model = nano()
     before = dict(model.named_modules())

@@ -1,5 +1,6 @@
 """Saved retrofits: whole models and adapters; every fault is named and nothing is changed."""
 
+import dataclasses
 import json
 import shutil
 
@@ -125,7 +126,7 @@ def test_an_adapter_goes_to_its_base_model_only(saved):
     with pytest.raises(
         CheckpointError,
         match=r"belongs to the base model 'LlamaForCausalLM' "
-        r"\(fingerprint \w{16}\) but the model is 'some/other' \(fingerprint",
+        r"\(fingerprint \w{16}, float32\) but the model is 'some/other' \(fingerprint",
     ):
         retrofit.load_adapter(other, folder / "adapter")
     half = retrofit.load_adapter(tiny("llama").to(torch.bfloat16), folder / "adapter")
@@ -134,8 +135,10 @@ def test_an_adapter_goes_to_its_base_model_only(saved):
     converted = retrofit.convert(tiny("llama"))
     assert torch.equal(logits(retrofit.load_adapter(converted, folder / "adapter")), wanted)
     hc = retrofit.convert(tiny("llama"), "hc")
-    with pytest.raises(CheckpointError, match=r"convert the model with the adapter's config"):
+    with pytest.raises(CheckpointError, match=r"convert the model with the adapter's") as error:
         retrofit.load_adapter(hc, folder / "adapter")
+    error.match(r"but kind is 'mhc' in the adapter and 'hc' in the model, exit is None")
+    assert "streams" not in str(error.value)
 
 
 def test_an_adapter_needs_an_unchanged_base_model(tmp_path):
@@ -148,6 +151,58 @@ def test_an_adapter_needs_an_unchanged_base_model(tmp_path):
     assert not list(tmp_path.iterdir())
     with pytest.raises(ConfigError, match="must be a converted model but is not"):
         retrofit.save_adapter(tiny("llama"), tmp_path)
+
+
+def change_entry(model):
+    model.model.layers[1].mlp.up_proj.weight[3, 4] = 5.0
+
+
+def change_row(model):
+    model.model.embed_tokens.weight[17] += 0.25
+
+
+def change_a_little(model):
+    model.model.layers[2].self_attn.k_proj.weight[1, 7] += 1e-3
+
+
+@pytest.mark.parametrize("change", [change_entry, change_row, change_a_little])
+def test_one_changed_value_of_the_base_model_is_found(saved, tmp_path, change):
+    model = retrofit.convert(tiny("llama"))
+    with torch.no_grad():
+        change(model)
+    with pytest.raises(CheckpointError, match="the base model must be unchanged since convert"):
+        retrofit.save_adapter(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    base = tiny("llama")
+    with torch.no_grad():
+        change(base)
+    with pytest.raises(CheckpointError, match="belongs to the base model"):
+        retrofit.load_adapter(base, saved[0] / "adapter")
+
+
+def test_one_changed_value_in_another_dtype_is_found(saved):
+    for dtype in (torch.bfloat16, torch.float64):
+        retrofit.load_adapter(tiny("llama").to(dtype), saved[0] / "adapter")
+        base = tiny("llama").to(dtype)
+        with torch.no_grad():
+            base.model.layers[1].mlp.up_proj.weight[3, 4] += 0.01
+        with pytest.raises(CheckpointError, match="belongs to the base model"):
+            retrofit.load_adapter(base, saved[0] / "adapter")
+
+
+def test_files_with_fields_left_out(saved, tmp_path):
+    """Missing fields take their default; a base model without all digests is not recognised."""
+    folder = tmp_path / "copy"
+    shutil.copytree(saved[0] / "adapter", folder)
+    record = json.loads((folder / "retrofit.json").read_text())
+    assert record["connection"]["streams"] == 4
+    record["connection"] = {"kind": "mhc"}
+    (folder / "retrofit.json").write_text(json.dumps(record))
+    assert torch.equal(logits(retrofit.load_adapter(tiny("llama"), folder)), saved[1])
+    del record["base"]["rounded"], record["base"]["dtype"]
+    (folder / "retrofit.json").write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match="by an earlier version, which did not read all val"):
+        retrofit.load_adapter(tiny("llama"), folder)
 
 
 def test_damaged_files_are_named(saved, tmp_path):
@@ -186,7 +241,9 @@ def test_the_configuration_file(saved):
     assert values["model_type"] == "manifold_hc_retrofit"
     assert values["base_model_type"] == "llama"
     assert values["architectures"] == ["LlamaForCausalLM"]
-    assert values["connection"] == {"kind": "mhc"}
+    fields = {field.name for field in dataclasses.fields(mhc.ConnectionConfig)}
+    assert values["connection"].keys() == fields - {"backend", "fuse_boundaries"}
+    assert values["connection"]["kind"] == "mhc"
     config = AutoConfig.from_pretrained(saved[0] / "whole")
     assert config.hidden_size == 32
     built = AutoModelForCausalLM.from_config(config)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +18,7 @@ from manifold_hc.interop.retrofit.blocks import (
     stream_blocks,
 )
 from manifold_hc.interop.retrofit.conversion import adopt, describe, is_pretrained
-from manifold_hc.interop.retrofit.record import RUN_TIME, BaseModel, Retrofit, base_of
+from manifold_hc.interop.retrofit.record import BaseModel, Retrofit, base_of
 from manifold_hc.maps import copy_whole
 
 TENSORS = "connections.safetensors"
@@ -48,11 +47,11 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     safetensors = _safetensors("save_adapter")
     record = _record_of(model)
     present = base_of(model)
-    if present.fingerprint != record.base.fingerprint:
+    if not present.is_same(record.base):
         raise CheckpointError(
             f"save_adapter: the base model must be unchanged since convert but its weights are "
-            f"not those of {record.base} any more, they have {present.fingerprint}; save the whole "
-            'model, or train with trainable="connections"'
+            f"not those of {record.base} any more, they have {present.fingerprint}, "
+            f'{present.dtype}; save the whole model, or train with trainable="connections"'
         )
     tensors = {
         name: tensor.detach().cpu().contiguous()
@@ -161,7 +160,7 @@ def _safetensors(feature: str) -> Any:
 
 
 def _require_base(wanted: BaseModel, given: BaseModel, folder: str | Path) -> None:
-    if wanted.fingerprint != given.fingerprint:
+    if not given.is_same(wanted):
         raise CheckpointError(
             f"load_adapter: the adapter in {folder} belongs to the base model {wanted} but the "
             f"model is {given}; load that base model"
@@ -169,11 +168,16 @@ def _require_base(wanted: BaseModel, given: BaseModel, folder: str | Path) -> No
 
 
 def _require_same_connections(own: Retrofit, saved: Retrofit, folder: str | Path) -> None:
-    fields = {name: getattr(own.connection, name) for name in RUN_TIME}
-    if (wanted := replace(saved.connection, **fields)) != own.connection:
+    given, wanted = own.to_json()["connection"], saved.to_json()["connection"]
+    faults = [
+        f"{name} is {wanted[name]!r} in the adapter and {given[name]!r} in the model"
+        for name in wanted
+        if wanted[name] != given[name]
+    ]
+    if faults:
         raise CheckpointError(
-            f"load_adapter: the connections of the adapter in {folder} are {wanted} but the "
-            f"model has {own.connection}; convert the model with the adapter's configuration"
+            f"load_adapter: the adapter in {folder} must have the connections of the model but "
+            f"{', '.join(faults)}; convert the model with the adapter's configuration"
         )
 
 

@@ -1,18 +1,13 @@
-"""The record of a conversion: its connections, and name and fingerprint of the base model."""
+"""The record of a conversion: its connections, and name and digests of the base model."""
 
-import hashlib
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from manifold_hc.config import ConnectionConfig
 from manifold_hc.errors import CheckpointError, ConfigError
-from manifold_hc.interop.retrofit.blocks import connection_tensors
-
-SAMPLES = 64
-"""Values of each tensor that enter the fingerprint."""
+from manifold_hc.interop.retrofit.digests import digests_of
 
 RUN_TIME = ("backend", "fuse_boundaries")
 """Fields of the configuration that belong to a machine and not to a model."""
@@ -20,15 +15,27 @@ RUN_TIME = ("backend", "fuse_boundaries")
 
 @dataclass(frozen=True)
 class BaseModel:
-    """Name and fingerprint of the model that was converted."""
+    """Name and digests of the model that was converted; see `digests.Digests`."""
 
     name: str
     """Folder or hub name that it was loaded from; its class for a model built in memory."""
     fingerprint: str
-    """See `fingerprint`."""
+    """Digest of every value, each tensor in its own dtype."""
+    rounded: str = ""
+    """Digest of every value in bfloat16; empty in a record of an earlier version."""
+    dtype: str = ""
+    """Dtypes of the tensors; empty in a record of an earlier version."""
+
+    def is_same(self, other: "BaseModel") -> bool:
+        """True if both have the same values: exactly, or in bfloat16 if the dtypes differ."""
+        if self.dtype == other.dtype:
+            return self.fingerprint == other.fingerprint
+        return self.rounded == other.rounded
 
     def __str__(self) -> str:
-        return f"{self.name!r} (fingerprint {self.fingerprint})"
+        if not self.dtype:
+            return f"{self.name!r} (recorded by an earlier version, which did not read all values)"
+        return f"{self.name!r} (fingerprint {self.fingerprint}, {self.dtype})"
 
 
 @dataclass(frozen=True)
@@ -39,18 +46,22 @@ class Retrofit:
     base: BaseModel
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record as JSON values; fields at their default and `backend` are left out."""
-        default = asdict(ConnectionConfig())
+        """Return the record as JSON values; the fields in `RUN_TIME` are left out.
+
+        Fields at their default are stored too: a later version may have another default.
+        """
         connection = {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self.connection).items()
-            if name not in RUN_TIME and (name == "kind" or value != default[name])
+            if name not in RUN_TIME
         }
         return {"connection": connection, "base": asdict(self.base)}
 
     @classmethod
     def from_json(cls, saved: Any, file: str) -> "Retrofit":
         """Return the record that `to_json` has written; file: named in errors.
+
+        Fields of the configuration that an earlier version has not written take their default.
 
         Raises:
             CheckpointError: If the values are not a record, or a field is unknown or not valid.
@@ -62,8 +73,9 @@ class Retrofit:
                 raise ConfigError(f"unknown field {unknown[0]!r}; a later version has written it")
             if "disable" in connection:
                 connection["disable"] = tuple(connection["disable"])
-            name, digest = str(base["name"]), str(base["fingerprint"])
-            return cls(ConnectionConfig(**connection), BaseModel(name, digest))
+            digests = (str(base.get(key, "")) for key in ("rounded", "dtype"))
+            named = BaseModel(str(base["name"]), str(base["fingerprint"]), *digests)
+            return cls(ConnectionConfig(**connection), named)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"load: {file} must hold the record of a retrofit but does not: {error}"
@@ -71,33 +83,7 @@ class Retrofit:
 
 
 def base_of(model: nn.Module) -> BaseModel:
-    """Return name and present fingerprint of a model; connections do not count."""
-    name = getattr(model, "name_or_path", "")
-    return BaseModel(str(name) or type(model).__name__, fingerprint(model))
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Return 16 hexadecimal digits that depend on every parameter but the connections'.
-
-    Names, shapes and 64 evenly spaced values of each enter it, rounded to bfloat16, so that a
-    model loaded in float32 and in bfloat16 has one fingerprint.
-    """
-    own = connection_tensors(model)
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if name not in own:
-            digest.update(f"{name} {list(parameter.shape)}".encode())
-            digest.update(_sampled(parameter.detach()))
-    return digest.hexdigest()[:16]
-
-
-def _sampled(tensor: Tensor) -> bytes:
-    if tensor.is_meta or not tensor.numel():
-        return b""
-    flat = tensor.reshape(-1)
-    last, count = flat.numel() - 1, min(SAMPLES, flat.numel())
-    places = [last * sample // max(count - 1, 1) for sample in range(count)]
-    values = flat[torch.tensor(places, device=flat.device)].cpu()
-    if values.is_floating_point():
-        values = values.to(torch.bfloat16)
-    return bytes(values.contiguous().view(torch.uint8).tolist())
+    """Return name and present digests of a model; connections do not count."""
+    name = str(getattr(model, "name_or_path", "")) or type(model).__name__
+    exact, rounded, dtype = digests_of(model)
+    return BaseModel(name, exact, rounded, dtype)
