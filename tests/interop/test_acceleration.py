@@ -437,6 +437,21 @@ def test_a_model_on_the_meta_device_and_another_default_dtype():
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("given", "named"), [("llama", "str"), (nn.Linear, "the class Linear"), (None, "NoneType")]
+)
+def test_an_argument_that_is_no_module_is_refused(given, named):
+    with pytest.raises(ConfigError, match=rf"must be a torch\.nn\.Module but is {named}; load it"):
+        accelerate(given)
+
+
+def test_a_root_that_is_accelerated_already_is_named_by_its_class():
+    (connection,) = (m for n, m in models.hy_v4().named_modules() if n.endswith("0.attn_hc"))
+    with accelerate(connection), pytest.raises(ConfigError, match=r": HYV4\w+ is accelerated alr"):
+        accelerate(connection)
+
+
 @pytest.mark.parametrize("model_type", ["llama", "qwen4_exp"])
 def test_an_unknown_model_is_refused_with_the_known_ones(model_type):
     model = nn.Linear(2, 2)

@@ -107,9 +107,9 @@ def accelerate(model: nn.Module, backend: str = "auto") -> Acceleration:
         Handle with the accelerated modules; `handle.remove()` undoes the call.
 
     Raises:
-        ConfigError: The model has no such module, or is accelerated already, or a module has a
-            forward of its own, or computes something else than in the versions of transformers
-            that were tested. The model is unchanged.
+        ConfigError: The model is not a module or has none of these, or is accelerated already, or
+            a module has a forward of its own, or computes something else than in the versions of
+            transformers that were tested. The model is unchanged.
         BackendError: This version has no such backend.
 
     Example:
@@ -126,6 +126,7 @@ def accelerate(model: nn.Module, backend: str = "auto") -> Acceleration:
         raise BackendError(
             f"accelerate: backend must be one of auto, {', '.join(BACKENDS)} but is {backend!r}"
         )
+    _require_module(model)
     found = _known_modules(model)
     for name, module, part in found:
         _require_plain(name, module, part)
@@ -138,12 +139,21 @@ def accelerate(model: nn.Module, backend: str = "auto") -> Acceleration:
     return Acceleration({name: module for name, module, _ in found})
 
 
+def _require_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise ConfigError(
+            f"accelerate: model must be a torch.nn.Module but is {given}; load it first"
+        )
+
+
 def _known_modules(model: nn.Module) -> list[tuple[str, nn.Module, Part]]:
     found = []
     for name, module in model.named_modules():
         if is_accelerated(module):
             raise ConfigError(
-                f"accelerate: {name} is accelerated already; Acceleration.of(model) is its handle"
+                f"accelerate: {name or type(module).__name__} is accelerated already; "
+                "Acceleration.of(model) is its handle"
             )
         if part := part_of(type(module)):
             found.append((name or part.name, module, part))
