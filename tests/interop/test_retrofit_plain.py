@@ -129,7 +129,7 @@ def test_a_changed_buffer_of_the_base_model_is_found(tmp_path):
 def test_an_example_checks_the_description():
     model = nano()
     before = dict(model.named_modules())
-    wrong = [("attn",), ("ln_2", "mlp")]
+    wrong = [("ln_2", "mlp"), ("ln_1", "attn")]
     with pytest.raises(ConfigError, match=r"they differ by \d.*describe every norm"):
         retrofit.convert(model, blocks="transformer.h", sublayers=wrong, example=IDS)
     assert dict(model.named_modules()) == before
@@ -140,6 +140,103 @@ def test_an_example_checks_the_description():
         retrofit.convert(model, blocks="transformer.h", sublayers=["ln_3"], example=IDS)
     for example in (IDS, (IDS,), {"ids": IDS}):
         retrofit.convert(nano(), **NANO, example=example, trainable="connections")
+
+
+class Extra(Block):
+    """A block with a parameter and a module that its forward may not use."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.gain = nn.Parameter(torch.ones(channels))
+        self.side = nn.Sequential(nn.Dropout(), nn.Linear(channels, channels))
+
+
+@pytest.mark.parametrize("example", [None, IDS])
+@pytest.mark.parametrize(
+    ("block", "sublayers", "missing"),
+    [
+        (Block, [("ln_1", "attn")], "ln_2, mlp.0, mlp.2 is in none"),
+        (Block, ["attn", ("ln_2", "mlp")], "ln_1 is in none"),
+        (Block, [("ln_1", "attn.c_proj"), ("ln_2", "mlp")], "attn.c_attn is in none"),
+        (Extra, NANO["sublayers"], "gain, side.1 is in none"),
+    ],
+)
+def test_a_description_without_a_branch_is_refused(block, sublayers, missing, example):
+    model = nano()
+    model.transformer.h[1] = block(16)
+    with pytest.raises(ConfigError, match=rf"of transformer.h.\d must belong .* but {missing}"):
+        retrofit.convert(model, blocks="transformer.h", sublayers=sublayers, example=example)
+    assert not any("hc_stack" in name for name, _ in model.named_modules())
+
+
+def test_parameters_of_a_scale_a_method_or_a_function_are_described():
+    class Scaled(Extra):
+        def forward(self, x):
+            x = x + self.gain * self.attn(self.ln_1(x))
+            return x + self.tail(self.ln_2(x))
+
+        def tail(self, x):
+            return self.mlp(x) + self.side(x)
+
+    for last in (("ln_2", "tail"), lambda block, u: block.tail(block.ln_2(u))):
+        model = nano().eval()
+        for index in range(3):
+            model.transformer.h[index] = Scaled(16).eval()
+        wanted = model(IDS)
+        branches = [retrofit.Sublayer(("ln_1", "attn"), scale="gain"), last]
+        retrofit.convert(model, blocks="transformer.h", sublayers=branches)
+        assert relative_error(model(IDS), wanted) <= 1e-5
+
+
+class Order(nn.Module):
+    """Blocks in an order that can be changed."""
+
+    def __init__(self, order):
+        super().__init__()
+        torch.manual_seed(0)
+        self.h = nn.ModuleList(Block(16) for _ in range(3))
+        self.order = order
+
+    def forward(self, x):
+        for index in self.order:
+            x = self.h[index](x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("order", "length", "message"),
+    [
+        ([2, 1, 0], 7, "not the first must get the streams"),
+        ([2, 1, 0], 4, "not the first must get the streams"),  # as many tokens as streams
+        ([1, 2], 7, "not the first must get the streams"),
+        ([0, 1, 0, 2], 7, "the first block must get the embedding"),
+        ([0, 1, 2, 1], 7, "not the first must get the streams"),
+        ([0, 1, 2, 1], 4, "not the first must get the streams"),
+    ],
+)
+def test_blocks_in_another_order_are_refused(order, length, message):
+    model = retrofit.convert(Order(order), blocks="h", sublayers=NANO["sublayers"])
+    with pytest.raises(ConfigError, match=f"blocks of a converted model must run .*{message}"):
+        model(torch.randn(2, length, 16))
+
+
+def test_a_middle_block_may_be_skipped_or_repeated():
+    """The streams pass on, so that the function stays that of the model before."""
+    for order in ([0, 2], [0, 1, 1, 2]):
+        model = Order(order)
+        x = torch.randn(2, 7, 16)
+        wanted = model(x)
+        retrofit.convert(model, blocks="h", sublayers=NANO["sublayers"])
+        assert relative_error(model(x), wanted) <= 1e-5
+
+
+def test_an_example_finds_a_last_block_that_is_skipped():
+    with pytest.raises(
+        ConfigError, match=r"shape is \[2, 7, 16\] before and \[2, 7, 4, 16\] after"
+    ):
+        retrofit.convert(
+            Order([0, 1]), blocks="h", sublayers=NANO["sublayers"], example=torch.randn(2, 7, 16)
+        )
 
 
 def test_a_transformer_encoder_keeps_its_masks():

@@ -279,3 +279,13 @@ def test_other_heads(tmp_path):
     head.save_pretrained(tmp_path / "head")
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "head")
     assert torch.equal(logits(again), logits(head))
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification])
+def test_another_class_than_the_saved_one_is_named(saved, auto):
+    with pytest.raises(
+        CheckpointError,
+        match=r"whole holds a LlamaForCausalLM but is loaded as a Llama\w+, which has other "
+        r"tensors; load it with AutoModelForCausalLM or manifold_hc.interop.retrofit.load$",
+    ):
+        auto.from_pretrained(saved[0] / "whole")

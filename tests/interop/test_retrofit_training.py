@@ -128,3 +128,9 @@ def test_peft_comes_after_the_conversion():
     model = get_peft_model(tiny("llama"), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ConfigError, match=r"get_peft_model\(mhc.convert\(model\), ...\)"):
         retrofit.convert(model)
+    with pytest.raises(
+        ConfigError, match=r"but model.layers.0.self_attn.q_proj is a layer of PEFT; write get_peft"
+    ):
+        retrofit.convert(model.base_model.model)
+    merged = retrofit.convert(model.merge_and_unload())
+    assert logits(merged).shape == (2, 9, 64)

@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from manifold_hc.config import ConnectionConfig
+from manifold_hc.connection import Connection
 from manifold_hc.errors import ConfigError, ShapeError
 from manifold_hc.interop.retrofit.sublayers import (
     SublayerFunction,
@@ -17,10 +19,16 @@ from manifold_hc.interop.retrofit.sublayers import (
     require_no_arguments,
     takes_arguments,
 )
-from manifold_hc.stack import Stack
+from manifold_hc.stack import Stack, present
 
 NAME = "hc_stack"
 """Name of the module in a block that holds the block's connections."""
+
+STREAMS = "hc_streams"
+"""Attribute of the tensors that blocks return: True for streams, False for the last hidden state.
+
+Compiled blocks do not set it, and a tensor without it is judged by its shape alone.
+"""
 
 
 class StreamBlock:
@@ -54,7 +62,28 @@ class StreamBlock:
             require_no_arguments(block, arguments)
             arguments = {}
         branches = [partial(sublayer, block, **arguments) for sublayer in self.hc_sublayers]
-        return cast(Tensor, self.hc_stack(x, branches))
+        self._require_order(x)
+        output = cast(Tensor, self.hc_stack(x, branches))
+        if not torch.compiler.is_compiling():
+            setattr(output, STREAMS, not self.hc_stack.ends)
+        return output
+
+    def _require_order(self, x: Tensor) -> None:
+        """Raise ConfigError if the first block gets streams, or another block gets none."""
+        stack = self.hc_stack
+        channels = cast(Connection, next(iter(present(stack.connections)))).channels
+        if stack.begins:
+            wanted, wrong = "the embedding [..., C]", getattr(x, STREAMS, False)
+        else:
+            wanted = "the streams [..., n, C] of the block before it"
+            wrong = x.shape[-2:] != (stack.config.n, channels) or not getattr(x, STREAMS, True)
+        if wrong:
+            place = "the first block" if stack.begins else "a block that is not the first"
+            raise ConfigError(
+                f"{type(self).__name__}: the blocks of a converted model must run in order, from "
+                f"the first to the last: {place} must get {wanted} but got {list(x.shape)} with "
+                f"n = {stack.config.n} and C = {channels}; change the model's loop"
+            )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by the original class: the class of this block is made at run time."""

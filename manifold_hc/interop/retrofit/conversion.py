@@ -20,7 +20,11 @@ from manifold_hc.interop.retrofit.blocks import (
 from manifold_hc.interop.retrofit.example import output_of, require_same
 from manifold_hc.interop.retrofit.families import family_of
 from manifold_hc.interop.retrofit.record import Retrofit, base_of
-from manifold_hc.interop.retrofit.sublayers import SublayerFunction, as_sublayers
+from manifold_hc.interop.retrofit.sublayers import (
+    SublayerFunction,
+    as_sublayers,
+    require_complete,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
 Trainable = Literal["all", "connections"]
@@ -152,6 +156,9 @@ def describe(
             f"retrofit.FAMILIES[{model.config.model_type!r}] = retrofit.Family(...)"  # type: ignore[union-attr]
         )
     require_convertible(found, branches)
+    if not is_pretrained(model):
+        for name, block in found.items():
+            require_complete(block, name, branches)
     return found, branches, width
 
 
@@ -192,11 +199,21 @@ def _require_unconverted(model: nn.Module) -> None:
         raise ConfigError(
             "convert: the model must not be compiled yet; convert, then torch.compile"
         )
-    if hasattr(model, "peft_config") and not is_pretrained(model):
+    wrapped = hasattr(model, "peft_config") and not is_pretrained(model)
+    if wrapped or (layer := _peft_layer(model)):
+        found = "" if wrapped else f" but {layer} is a layer of PEFT"
         raise ConfigError(
-            "convert: the model must not be wrapped by PEFT yet; write "
-            "get_peft_model(mhc.convert(model), ...)"
+            f"convert: the model must not be wrapped by PEFT yet{found}; write "
+            "get_peft_model(mhc.convert(model), ...), or convert what merge_and_unload() returns"
         )
+
+
+def _peft_layer(model: nn.Module) -> str:
+    """Return the name of the first module of a class of PEFT, empty if there is none."""
+    for name, module in model.named_modules():
+        if any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__):
+            return name or type(module).__name__
+    return ""
 
 
 def _blocks_at(model: nn.Module, path: str | None) -> dict[str, nn.Module]:

@@ -40,6 +40,12 @@ def output_of(model: nn.Module, example: Any) -> Tensor:
 
 def require_same(before: Tensor, after: Tensor) -> None:
     """Raise ConfigError unless two outputs agree up to the rounding of their dtype."""
+    if after.shape != before.shape:
+        raise ConfigError(
+            "convert: the model must give the same output before and after, but on the example "
+            f"its shape is {list(before.shape)} before and {list(after.shape)} after; run every "
+            "block, in order"
+        )
     error = float((after - before).abs().max() / before.abs().max())
     limit = TOLERANCE if before.dtype.itemsize >= 4 else TOLERANCE_HALF
     if not error <= limit:

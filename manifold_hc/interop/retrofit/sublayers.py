@@ -98,6 +98,37 @@ def require_modules(block: nn.Module, name: str, sublayers: Sequence[SublayerFun
             )
 
 
+def require_complete(block: nn.Module, name: str, sublayers: Sequence[SublayerFunction]) -> None:
+    """Raise ConfigError if parameters of a block are in no branch of its description.
+
+    A function or a method may use any of them: a description with one passes.
+    """
+    branches = branches_of(sublayers)
+    named = [_attribute(block, path) for branch in branches for path in branch.modules]
+    modules = [module for module in named if isinstance(module, nn.Module)]
+    if len(modules) < len(named) or any(_is_function(sublayer) for sublayer in sublayers):
+        return
+    used = {id(parameter) for module in modules for parameter in module.parameters()}
+    used |= {id(_attribute(block, branch.scale)) for branch in branches if branch.scale}
+    unused = [key for key, value in block.named_parameters() if id(value) not in used]
+    if unused:
+        owners = list(dict.fromkeys(_owner(key) for key in unused))
+        raise ConfigError(
+            f"convert: every parameter of {name} must belong to a described branch but "
+            f"{', '.join(owners)} is in none; add it to sublayers, or describe the branch that "
+            "uses it as a function (block, u, **arguments)"
+        )
+
+
+def _owner(parameter: str) -> str:
+    """Return the path of the module that holds a parameter; the parameter's for the block's own."""
+    return parameter.rpartition(".")[0] or parameter
+
+
+def _is_function(sublayer: SublayerFunction) -> bool:
+    return not isinstance(sublayer, Sublayer | Parallel)
+
+
 def branches_of(sublayers: Sequence[SublayerFunction]) -> list[Sublayer]:
     """Return the branches that are described by names, those inside `Parallel` included."""
     found: list[Sublayer] = []
@@ -111,8 +142,7 @@ def branches_of(sublayers: Sequence[SublayerFunction]) -> list[Sublayer]:
 
 def takes_arguments(sublayers: Sequence[SublayerFunction]) -> bool:
     """True if a branch gets the arguments that a model passes to its blocks."""
-    described = (Sublayer, Parallel)
-    return any(not isinstance(sublayer, described) for sublayer in sublayers) or any(
+    return any(_is_function(sublayer) for sublayer in sublayers) or any(
         branch.arguments_to is not None for branch in branches_of(sublayers)
     )
 

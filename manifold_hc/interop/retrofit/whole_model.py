@@ -128,12 +128,35 @@ class ConvertedModel:
         model, report = super().from_pretrained(  # type: ignore[misc]
             path, *args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
         )
+        _require_class(str(path), model, report)
         require_exact(str(path), report, lenient)
         return (model, report) if wants_report else model
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by the base family's class: this class is made at run time."""
         return _empty_model, (self.original_class,), dict(vars(self))
+
+
+def _require_class(path: str, model: Any, report: dict[str, Any]) -> None:
+    """Raise CheckpointError if tensors do not fit because the folder holds another class."""
+    saved = (model.config.architectures or [""])[0]
+    own = type(model).__name__
+    if saved in ("", own) or not (report["missing_keys"] or report["unexpected_keys"]):
+        return
+    auto = next((f"{name} or " for name in AUTO_CLASSES if saved in _made_by(name, model)), "")
+    raise CheckpointError(
+        f"load: {path} holds a {saved} but is loaded as a {own}, which has other tensors; load it "
+        f"with {auto}manifold_hc.interop.retrofit.load"
+    )
+
+
+def _made_by(auto_class: str, model: Any) -> tuple[str, ...]:
+    """Return the names of the classes that an auto class has for a model's configuration."""
+    auto: Any = getattr(transformers, auto_class)
+    if type(model.config) not in auto._model_mapping:
+        return ()
+    made = auto._model_mapping[type(model.config)]
+    return tuple(each.__name__ for each in (made if isinstance(made, tuple) else (made,)))
 
 
 def require_exact(path: str, report: dict[str, Any], lenient: bool = False) -> None:
