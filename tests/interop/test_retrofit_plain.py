@@ -6,6 +6,8 @@ import doctest
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_module
 
 import manifold_hc as mhc
 from manifold_hc.errors import CheckpointError, ConfigError, ShapeError
@@ -124,6 +126,20 @@ def test_a_changed_buffer_of_the_base_model_is_found(tmp_path):
     model.transformer.h[1].offset[2] = 1e-6
     with pytest.raises(CheckpointError, match="must be unchanged since convert"):
         retrofit.save_adapter(model, tmp_path)
+
+
+def test_sharded_base_weights_are_refused():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = nano()
+        mesh = init_device_mesh("cpu", (1,))
+        distribute_module(model.transformer.h[0].mlp, mesh)
+        with pytest.raises(ConfigError, match=r"h.0.mlp.0.weight is a DTensor; convert, save and"):
+            retrofit.convert(model, **NANO)
+        assert type(model.transformer.h[0]) is Block
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_an_example_checks_the_description():

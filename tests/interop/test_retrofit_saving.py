@@ -158,7 +158,7 @@ def change_entry(model):
 
 
 def change_row(model):
-    model.model.embed_tokens.weight[17] += 0.25
+    model.model.embed_tokens.weight[17, 16:] += 0.25
 
 
 def change_a_little(model):

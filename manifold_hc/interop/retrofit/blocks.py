@@ -35,7 +35,7 @@ class StreamBlock:
     """Forward of a converted block: streams [B, T, n, C] in, streams out.
 
     The first block gets the embedding [B, T, C] and expands it; the last one returns the collapsed
-    hidden state [B, T, C].
+    hidden state [B, T, C]. Blocks between them may be skipped or repeated.
     """
 
     original_class: ClassVar[type[nn.Module]]

@@ -63,7 +63,8 @@ def convert(
         sublayers: Residual branches of one block, in order. Each is a tuple of names of the block's
             modules or methods that are called one after another, such as ("ln_1", "attn"); a
             `retrofit.Sublayer`; or a function (block, u [B, T, C], **arguments) -> y [B, T, C] that
-            gets the block's other arguments by name.
+            gets the block's other arguments by name. Only `example` checks the order and factors
+            of the branches.
         channels: Channels C of the hidden state; None for the size of a block's first norm.
         example: Input of the model: a tensor, a tuple of positional arguments or a dict of keyword
             arguments. The model runs with it before and after, in eval mode, and outputs that
@@ -73,9 +74,10 @@ def convert(
         The model itself.
 
     Raises:
-        ConfigError: If the model is converted already, its family is unknown, a description does
-            not fit, a block has hooks or a forward of its own, the output for `example` changes,
-            or an argument is not valid. The model is then unchanged.
+        ConfigError: If the model is converted already, its family is unknown, a description names
+            a module that a block lacks or leaves out parameters of a block, a block has hooks or a
+            forward of its own, the model has layers of PEFT or DTensors, the output for `example`
+            changes, or an argument is not valid. The model is then unchanged.
 
     Example:
         >>> import torch, manifold_hc as mhc
