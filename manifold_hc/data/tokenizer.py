@@ -49,7 +49,8 @@ class Tokenizer(ABC):
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids [N] of every text, without special tokens.
 
-        A text that contains the name of a special token gets the ids of its characters.
+        A text that contains the name of a special token gets the ids of its characters. Raises
+        DataError for a single string in place of a list.
         """
 
     @abstractmethod
@@ -76,6 +77,7 @@ class ByteTokenizer(Tokenizer):
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids [N] uint8 of every text."""
+        _require_list(texts)
         return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -139,6 +141,7 @@ class FileTokenizer(Tokenizer):
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids [N] uint32 of every text, on all cores; DataError for text without ids."""
+        _require_list(texts)
         try:
             encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
         except Exception as error:  # the library raises bare Exception
@@ -244,6 +247,12 @@ def user_path(name: str, field: str) -> Path:
         return Path(name).expanduser()
     except RuntimeError as error:
         raise DataError(f"{field}: {name} is no path: {error}") from None
+
+
+def _require_list(texts: Sequence[str]) -> None:
+    """Raise DataError for one string, whose characters would be a text each."""
+    if isinstance(texts, str):
+        raise DataError("encode: takes a list of texts but got one string; give encode([text])")
 
 
 def _library(file: Path, source: bytes) -> Any:

@@ -14,7 +14,7 @@ from manifold_hc.errors import ConfigError
 def find_device(name: str) -> torch.device:
     """Return the device called `name`; "auto" prefers CUDA (or ROCm), then MPS, then the CPU.
 
-    Raises ConfigError for a device that torch does not find.
+    Raises ConfigError for another name, and for a device that torch does not find.
     """
     found = {
         "cuda": torch.cuda.is_available(),
@@ -23,6 +23,8 @@ def find_device(name: str) -> torch.device:
     }
     if name == "auto":
         name = next(device for device, available in found.items() if available)
+    if name not in found:
+        raise ConfigError(f"device: must be one of auto, {', '.join(found)} but is {name!r}")
     if not found[name]:
         raise ConfigError(f'device: torch finds no {name} here; use device="cpu" or "auto"')
     return torch.device(name)

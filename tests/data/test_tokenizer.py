@@ -20,6 +20,12 @@ def test_bytes():
         tokenizer("bytes", boundary="<eos>")
 
 
+def test_one_string_is_no_list_of_texts(bpe):
+    for found in (tokenizer("bytes"), tokenizer(str(bpe()))):
+        with pytest.raises(DataError, match=r"encode: takes a list .* give encode\(\[text\]\)"):
+            found.encode("abc")
+
+
 def test_a_tokenizer_file_gives_the_ids_of_the_library(bpe):
     file = bpe()
     found, library = tokenizer(str(file)), Tokenizer.from_file(str(file))
