@@ -61,6 +61,7 @@ def find_facts():
         "initial": initial_values(),
         "refused": {extra: refusal(extra) for extra in REFUSED},
         "rates": step_schedule(),
+        "mistyped": mistyped_configuration(),
         "specs": specifications(),
         "sharded": two_passes(),
     }
@@ -161,6 +162,19 @@ def refusal(extra):
     except SystemExit as error:
         return error.code, " ".join(printed.getvalue().replace("│", " ").split())
     return 0, ""
+
+
+def mistyped_configuration():
+    """Message of torchtitan for a configuration that does not exist."""
+    from torchtitan.config import ConfigManager
+
+    try:
+        ConfigManager().parse_args(
+            ["--module", "manifold_hc.interop.torchtitan", "--config", "mhc_3"]
+        )
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def step_schedule():
@@ -301,6 +315,12 @@ def test_settings_without_support_end_with_status_2_and_the_reason(facts, extra)
     status, message = facts["refused"][extra]
     assert status == 2
     assert REFUSED[extra] in message
+
+
+def test_a_mistyped_configuration_gets_the_list_of_those_that_exist(facts):
+    names = [f"{kind}_{size}" for kind in ("residual", "hc", "mhc") for size in COUNTS]
+    names += [f"deepseek_v3_{kind}_debug" for kind in ("residual", "hc", "mhc")]
+    assert facts["mistyped"].endswith(f"Available config functions: {sorted(names)}")
 
 
 def test_the_papers_schedule_and_decay(facts):

@@ -2,9 +2,12 @@
 
 The debug model is torchtitan's own. `--connection.kind` and the other fields of `ConnectionConfig`
 change the connections of each of them.
+
+torchtitan takes every function that is visible here for a configuration. Other functions are
+therefore called through their modules.
 """
 
-from dataclasses import fields
+import dataclasses
 from typing import Any
 
 from torchtitan.components.checkpoint import CheckpointManager
@@ -13,11 +16,11 @@ from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfi
 from torchtitan.config import ParallelismConfig, TrainingConfig
 from torchtitan.distributed.activation_checkpoint import SelectiveAC
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
-from torchtitan.models.deepseek_v3.config_registry import deepseek_v3_debugmodel
+from torchtitan.models.deepseek_v3 import config_registry as deepseek_v3
 
 from manifold_hc.config import ConnectionConfig, Kind
+from manifold_hc.interop.torchtitan import sizes
 from manifold_hc.interop.torchtitan.schedule import StepSchedule
-from manifold_hc.interop.torchtitan.sizes import paper_spec
 from manifold_hc.interop.torchtitan.trainer import ConnectedTrainer
 
 VECTORS = r"(norm\.weight|\.alpha|\.bias)$"
@@ -85,10 +88,10 @@ def mhc_27b() -> ConnectedTrainer.Config:
 
 
 def _debug(kind: Kind) -> ConnectedTrainer.Config:
-    base = deepseek_v3_debugmodel()
+    base = deepseek_v3.deepseek_v3_debugmodel()
     base.parallelism.spmd_backend = "partial_dtensor"
     base.optimizer = _adamw(lr=8e-4, eps=1e-8)
-    values = {field.name: getattr(base, field.name) for field in fields(base)}
+    values = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
     return ConnectedTrainer.Config(**values, connection=ConnectionConfig(kind=kind))
 
 
@@ -100,7 +103,7 @@ def _paper(name: str, kind: Kind) -> ConnectedTrainer.Config:
     optimizer, batch = recipe.optimizer, recipe.training.batch
     return ConnectedTrainer.Config(
         connection=ConnectionConfig(kind=kind),
-        model_spec=paper_spec(name, recipe.model, recipe.data.sequence),
+        model_spec=sizes.paper_spec(name, recipe.model, recipe.data.sequence),
         loss=ChunkedLossWrapper.Config(
             loss_fn=CrossEntropyLoss.Config(global_vocab_size=recipe.model.vocabulary)
         ),
