@@ -63,7 +63,12 @@ class ConvertCommand(click.Command):
 @click.argument("source", required=False, type=click.Path(path_type=Path))
 @click.argument("target", required=False, type=click.Path(path_type=Path))
 @click.argument("hyperparameters", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--to", "to", metavar="LAYOUT", help="Layout of TARGET; --list prints them.")
+@click.option(
+    "--to",
+    "to",
+    metavar="LAYOUT",
+    help="Layout of TARGET, or huggingface; --list prints the layouts.",
+)
 @click.option(
     "--from",
     "from_",
@@ -100,11 +105,14 @@ def convert(
     \b
     mhc convert runs/mine mine.safetensors --to deepseek_v4 --connections-only
     mhc convert deepseek/ stack.safetensors --to manifold --connections-only
+    mhc convert runs/mine exported --to huggingface
     mhc convert --list
 
     SOURCE is a safetensors file, a torch file, a folder with a model, or a run folder. No code in
     it is run. TARGET is a safetensors file. Every tensor is used, kept or named; one that is
     missing, left over, transposed or renamed is an error, and nothing is written.
+
+    With --to huggingface, SOURCE is a run and TARGET is a folder that transformers loads.
     """
     if list_:
         _print_layouts()
@@ -122,7 +130,10 @@ def convert(
     if target.exists() and not force:
         raise ConfigError(f"convert: {target} exists; choose another file, or give --force")
     if target.suffix != ".safetensors":
-        raise ConfigError(f"convert: TARGET must end in .safetensors but is {target}")
+        raise ConfigError(
+            f"convert: TARGET must end in .safetensors but is {target}; "
+            "--to huggingface writes a run as a folder for transformers"
+        )
     known = override(Hyperparameters(), hyperparameters)
     given = {field.name: getattr(known, field.name) for field in fields(known)}
     _convert(source, target, to, from_, dtype, given, connections_only, inexact)

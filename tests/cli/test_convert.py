@@ -121,9 +121,9 @@ def test_refusals(capfd, tmp_path, deepseek):
     target = tmp_path / "x.safetensors"
     assert "needs SOURCE, TARGET and --to" in refused(capfd, deepseek, "--to", "liger")
     assert "must be one of manifold" in refused(capfd, deepseek, target, "--to", "tiger")
-    assert "must end in .safetensors" in refused(
-        capfd, deepseek, tmp_path / "x.pt", "--to", "liger"
-    )
+    suffix = refused(capfd, deepseek, tmp_path / "x", "--to", "transformers")
+    assert "must end in .safetensors but is" in suffix
+    assert "--to huggingface writes a run as a folder" in suffix
     assert "does not exist" in refused(capfd, tmp_path / "no", target, "--to", "liger")
     assert "1 tensors are no connections" in refused(capfd, deepseek, target, "--to", "torchtitan")
     only = (deepseek, target, "--connections-only", "--to")
@@ -131,6 +131,7 @@ def test_refusals(capfd, tmp_path, deepseek):
     assert "did you mean iterations" in refused(capfd, *only, "manifold", "iteration=3")
     assert "takes no other option" in refused(capfd, *only, "huggingface")
     assert not target.exists()
+    assert "With --to huggingface, SOURCE is a run and TARGET" in mhc(capfd, "convert", "--help")[1]
     assert mhc(capfd, "convert", *only, "megatron", "--inexact", "--force")[0] == 0
     target.unlink()
     assert mhc(capfd, "convert", *only, "megatron_dev")[0] == 0
