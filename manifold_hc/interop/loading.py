@@ -17,7 +17,7 @@ def load(path: str | Path, *, step: int | None = None, device: str = "cpu") -> "
     Args:
         path: run folder of `mhc train`, or folder that `mhc convert --to huggingface` has written.
         step: step of the checkpoint; by default the newest that is intact, or the final weights of
-            a run whose checkpoints are gone. An exported model has no steps.
+            a run whose checkpoints are gone or damaged. An exported model has no steps.
         device: auto, cpu, cuda or mps.
 
     Returns:

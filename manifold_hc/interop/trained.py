@@ -1,5 +1,6 @@
 """Models and tokenizers of run folders and of exported models."""
 
+import logging
 import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ from manifold_hc.training.device import find_device
 from manifold_hc.training.json_files import read_json
 from manifold_hc.training.record import COMPARISON
 from manifold_hc.training.run_tokenizer import run_tokenizer
+
+logger = logging.getLogger("manifold_hc")
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -93,8 +96,14 @@ def _load_run(run: RunFolder, step: int | None) -> Loaded:
     config = run.config()
     tokenizer = run_tokenizer(run.path, config.data, config.model.vocabulary)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint, data_sha256="")
-    found = checkpoints.find(step)
     final = run.model_file
+    try:
+        found = checkpoints.find(step)
+    except CheckpointError:
+        if step is not None or not final.exists():
+            raise
+        found = None
+        logger.warning("load: no checkpoint of %s is intact; %s is used", run.path, final.name)
     if found is None and not final.exists():
         again = shlex.quote(str(run.path))
         raise CheckpointError(

@@ -161,6 +161,23 @@ def test_a_damaged_checkpoint_is_passed_over(copy, caplog):
         load(copy, step=3)
 
 
+def test_final_weights_serve_a_run_whose_checkpoints_are_all_damaged(copy, caplog):
+    for weights in copy.glob("checkpoints/*/__0_0.distcp"):
+        weights.write_bytes(weights.read_bytes()[:-100])
+    assert_weights(load(copy).model, copy / "model.safetensors")
+    assert "no checkpoint of" in caplog.text
+    assert "is intact; model.safetensors is used" in caplog.text
+    with pytest.raises(CheckpointError, match="truncated or altered"):
+        load(copy, step=3)
+    final = copy / "model.safetensors"
+    final.write_bytes(final.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read"):
+        load(copy)
+    final.unlink()
+    with pytest.raises(CheckpointError, match="is damaged; start the run again elsewhere"):
+        load(copy)
+
+
 def test_final_weights_serve_a_run_without_checkpoints(copy):
     shutil.rmtree(copy / "checkpoints")
     assert_weights(load(copy).model, copy / "model.safetensors")
@@ -199,6 +216,8 @@ def test_other_folders_are_refused(copy, tmp_path):
         load(copy)
     with pytest.raises(ConfigError, match="torch finds no mps"):
         load(copy.parent / "mhc/seed-0", device="mps")
+    with pytest.raises(ConfigError, match="must be one of auto, cuda, mps, cpu but is 'tpu'"):
+        load(copy.parent / "mhc/seed-0", device="tpu")
 
 
 DAMAGES = {
