@@ -2,7 +2,7 @@
 
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,6 +13,9 @@ from manifold_hc.cli.options import device_option, json_option
 from manifold_hc.errors import DataError
 from manifold_hc.extras import require
 from manifold_hc.files import is_utf8, read_regular, write_atomically
+
+BYTE_ORDER_MARK = "\ufeff"
+"""First character of some UTF-8 files, which is no text."""
 
 SEPARATOR = "-" * 40
 """Line between the texts of several prompts."""
@@ -26,7 +29,7 @@ SEPARATOR = "-" * 40
     "file",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Texts to continue, one a line.",
+    help="Texts to continue, one a line; blank lines are skipped.",
 )
 @click.option(
     "--max-tokens", type=int, default=200, show_default=True, help="Most new tokens per prompt."
@@ -90,18 +93,27 @@ def generate(
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     sampling = Sampling(max_tokens, temperature, top_p, seed, not no_cache)
-    texts = [*prompt, *(_read_prompts(file) if file else ())]
-    _require_prompts(texts)
+    prompts = {f"prompt {number}": text for number, text in enumerate(prompt, 1)}
+    prompts |= _read_prompts(file) if file else {}
+    _require_prompts(prompts)
+    texts = list(prompts.values())
     model, tokenizer = open_model(folder, step=step, device=device)
-    streams = len(texts) == 1
+    stream = _Stream(texts[0]) if len(texts) == 1 else None
     continued = continue_texts(
-        model, tokenizer, texts, sampling, batch=batch, on_text=_print if streams else None
+        model,
+        tokenizer,
+        texts,
+        sampling,
+        batch=batch,
+        on_text=stream and stream.write,
+        names=list(prompts),
     )
-    if streams:
-        _print(texts[0])
     done = []
     for made in continued:
-        _print("\n" if streams else f"{made.prompt}{made.text}\n{SEPARATOR}\n")
+        if stream:
+            stream.write("\n")
+        else:
+            _print(f"{made.prompt}{made.text}\n{SEPARATOR}\n")
         done.append(made)
     if json_file:
         content = {
@@ -113,29 +125,53 @@ def generate(
         write_atomically(json_file, msgspec.json.format(msgspec.json.encode(content)))
 
 
+class _Stream:
+    """Writes a prompt with its first new text, after the log lines of the model's first pass."""
+
+    def __init__(self, prompt: str) -> None:
+        self._prompt = prompt
+
+    def write(self, text: str) -> None:
+        """Write new text, and the prompt before the first of it."""
+        if self._prompt:
+            _print(self._prompt)
+            self._prompt = ""
+        _print(text)
+
+
 def _print(text: str) -> None:
     """Write to standard output at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
-def _read_prompts(file: Path) -> list[str]:
-    """Return the lines of a file; DataError if it cannot be read."""
+def _read_prompts(file: Path) -> dict[str, str]:
+    """Return the lines of a file that are not blank, by file and line; DataError if unreadable."""
+    content = b""
     try:
-        lines = io.StringIO(read_regular(file).decode(), newline=None)
+        content = read_regular(file)
+        lines = io.StringIO(content.decode().removeprefix(BYTE_ORDER_MARK), newline=None)
     except OSError as error:
         raise DataError(f"--prompts: {file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"--prompts: {file} is not UTF-8 at byte {error.start}") from None
-    return [line.removesuffix("\n") for line in lines]
+        line = len(io.StringIO(content[: error.start].decode() + "?", newline=None).readlines())
+        raise DataError(
+            f"--prompts: {file} is not UTF-8 at byte {error.start}, in line {line}; "
+            "convert it to UTF-8"
+        ) from None
+    return {
+        f"{file}, line {number}": line.removesuffix("\n")
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    }
 
 
-def _require_prompts(texts: Sequence[str]) -> None:
+def _require_prompts(prompts: Mapping[str, str]) -> None:
     """Raise DataError unless there are prompts, all with text."""
-    if not texts:
+    if not prompts:
         raise DataError("generate: there is no prompt; give --prompt TEXT or --prompts FILE")
-    for number, text in enumerate(texts, 1):
+    for name, text in prompts.items():
         if not text:
-            raise DataError(f"generate: prompt {number} is empty; give at least one character")
+            raise DataError(f"generate: {name} is empty; give at least one character")
         if not is_utf8(text):
-            raise DataError(f"generate: prompt {number} is not UTF-8: {text!r}")
+            raise DataError(f"generate: {name} is not UTF-8: {text!r}")

@@ -6,9 +6,13 @@ import subprocess
 import sys
 
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from manifold_hc import extras
 from manifold_hc.cli import main
+from manifold_hc.data.tokenizer import ByteTokenizer
+from manifold_hc.interop.huggingface import as_transformers
+from manifold_hc.models import Decoder
 from tests.cli.test_commands import SMALL, mhc
 from tests.conftest import generated_text
 
@@ -94,10 +98,53 @@ def test_several_prompts_in_batches_with_padding(capfd, run, tmp_path):
         assert [text["prompt"] + text["text"] for text in texts(file)] == alone
 
 
+def test_blank_lines_and_a_byte_order_mark_are_no_prompts(capfd, run, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfIt\r\n\r\n  \nShe \n\n")
+    file = tmp_path / "texts.json"
+    given = ("--prompts", tmp_path / "prompts.txt", *GREEDY, "--json", file)
+    assert mhc(capfd, "generate", run, *given)[0] == 0
+    assert [text["prompt"] for text in texts(file)] == ["It", "She "]
+
+
+def test_log_lines_of_the_first_pass_come_before_the_text(run, monkeypatch):
+    """Also for a model that writes nothing but an end."""
+    events = []
+    monkeypatch.setattr(command, "_print", events.append)
+    forward = Decoder.forward
+
+    def logging(*args, **options):
+        events.append("log")
+        return forward(*args, **options)
+
+    monkeypatch.setattr(Decoder, "forward", logging)
+    main(["generate", str(run), "--prompt", "It", "--max-tokens", "2"])
+    assert events[:2] == ["log", "It"]
+    events.clear()
+    stream = command._Stream("It")
+    stream.write("\n")
+    assert events == ["It", "\n"]
+
+
+def test_a_text_beyond_the_context_is_refused(capfd, tmp_path):
+    config = GPT2Config(vocab_size=256, n_positions=32, n_embd=16, n_head=2, n_layer=1)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    as_transformers(ByteTokenizer()).save_pretrained(tmp_path)
+    status, out, err = mhc(
+        capfd, "generate", tmp_path, "--prompt", "First Citizen", "--max-tokens", 100
+    )
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert "context length of the model is 32" in err
+    assert "use --max-tokens 19" in err
+    (tmp_path / "prompts.txt").write_text(f"It\n\n{'It was ' * 5}\n")
+    status, out, err = mhc(capfd, "generate", tmp_path, "--prompts", tmp_path / "prompts.txt")
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert "prompts.txt, line 3: has 35 tokens" in err
+
+
 def test_mistakes_end_with_one_line_and_status_2(capfd, run, tmp_path):
     (tmp_path / "empty.txt").touch()
-    (tmp_path / "blank.txt").write_text("a\n\nb\n")
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "blank.txt").write_text("\n \t\n")
+    (tmp_path / "latin.txt").write_bytes(b"a\r\nb\n\ncaf\xe9")
     prompt = ("--prompt", "a")
     for arguments, message in {
         (run,): "there is no prompt; give --prompt TEXT or --prompts FILE",
@@ -106,8 +153,8 @@ def test_mistakes_end_with_one_line_and_status_2(capfd, run, tmp_path):
         (run, "--prompts", tmp_path / "absent.txt"): "absent.txt cannot be read: No such file",
         (run, "--prompts", tmp_path): "cannot be read: is not a regular file",
         (run, "--prompts", tmp_path / "empty.txt"): "there is no prompt",
-        (run, "--prompts", tmp_path / "blank.txt"): "prompt 2 is empty",
-        (run, "--prompts", tmp_path / "latin.txt"): "latin.txt is not UTF-8 at byte 3",
+        (run, "--prompts", tmp_path / "blank.txt"): "there is no prompt",
+        (run, "--prompts", tmp_path / "latin.txt"): "latin.txt is not UTF-8 at byte 9, in line 4",
         (run, *prompt, "--temperature", -1): "temperature: must be a number from 0 on",
         (run, *prompt, "--temperature", "nan"): "temperature: must be a number from 0 on",
         (run, *prompt, "--top-p", 0): "top_p: must be above 0 and at most 1",

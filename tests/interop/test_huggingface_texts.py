@@ -3,7 +3,7 @@
 from functools import partial
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from manifold_hc.data.tokenizer import ByteTokenizer, tokenizer
 from manifold_hc.errors import CheckpointError, ConfigError
@@ -51,6 +51,10 @@ def test_bytes_have_the_same_ids_in_transformers(tmp_path):
             ids = found(text)["input_ids"]
             assert ids == list(text.encode())
             assert found.decode(ids) == text
+    assert (
+        PreTrainedTokenizerFast.from_pretrained(tmp_path)("It é")["input_ids"]
+        == made("It é")["input_ids"]
+    )
     for byte in range(256):
         assert loaded.decode([byte]) == bytes([byte]).decode(errors="replace")
     assert (loaded.eos_token_id, loaded.pad_token_id, len(loaded)) == (0, 0, 256)

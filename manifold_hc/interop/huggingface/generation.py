@@ -15,6 +15,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from manifold_hc.errors import ConfigError, DataError, require_at_least_one, require_number
+from manifold_hc.interop.huggingface.context import require_context
 
 INCOMPLETE = "\ufffd"
 """Character in place of bytes that are not UTF-8, such as the first bytes of a longer character."""
@@ -71,6 +72,7 @@ def continue_texts(
     *,
     batch: int = 8,
     on_text: Callable[[str], object] | None = None,
+    names: Sequence[str] | None = None,
 ) -> Iterator[Continuation]:
     """Continue every prompt with `model.generate`; return an iterator over the texts, in order.
 
@@ -81,10 +83,12 @@ def continue_texts(
         sampling: temperature and the like; equal seeds give equal texts for equal prompts.
         batch: number of prompts that are continued at once, padded on the left.
         on_text: gets the new text piece by piece, complete characters only; for one prompt.
+        names: names of the prompts in messages, such as file and line; their numbers by default.
 
     Raises:
-        DataError: for a prompt without tokens.
-        ConfigError: for `on_text` with several prompts, or a batch below 1.
+        DataError: for a prompt without tokens, or one that fills the context of the model.
+        ConfigError: for `on_text` with several prompts, a batch below 1, or more tokens than the
+            learned positions of the model.
 
     Example:
         >>> from manifold_hc.data.tokenizer import tokenizer
@@ -101,7 +105,14 @@ def continue_texts(
         raise ConfigError(f"batch: must be at least 1 but is {batch}")
     if on_text is not None and len(prompts) != 1:
         raise ConfigError(f"on_text: streams one prompt but there are {len(prompts)}")
-    encoded = [(prompt, _encode(tokenizer, prompt)) for prompt in prompts]
+    if names is None:
+        names = [f"prompt {number}" for number in range(1, len(prompts) + 1)]
+    encoded = [
+        (prompt, _encode(tokenizer, prompt, name))
+        for prompt, name in zip(prompts, names, strict=True)
+    ]
+    lengths = {name: len(ids) for name, (_, ids) in zip(names, encoded, strict=True)}
+    require_context(model, lengths, sampling.max_tokens)
     batches = [encoded[first : first + batch] for first in range(0, len(encoded), batch)]
     return _continue(model, tokenizer, batches, sampling, on_text)
 
@@ -187,10 +198,10 @@ class TextStreamer(BaseStreamer):
             self._on_text(text)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, name: str) -> list[int]:
     ids: list[int] = tokenizer(prompt)["input_ids"]
     if not ids:
-        raise DataError(f"prompt: {prompt!r} gives no tokens; give some text")
+        raise DataError(f"{name}: {prompt!r} gives no tokens; give some text")
     return ids
 
 
