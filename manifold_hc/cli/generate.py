@@ -105,7 +105,7 @@ def generate(
         texts,
         sampling,
         batch=batch,
-        on_text=stream and stream.write,
+        on_text=stream.write if stream else None,
         names=list(prompts),
     )
     done = []
