@@ -18,6 +18,7 @@ from manifold_hc.data import DataConfig
 from manifold_hc.data.equal_tokenizers import have_same_ids
 from manifold_hc.data.loading import tokenizer_of
 from manifold_hc.data.shards import short
+from manifold_hc.data.tokenizer import ByteTokenizer
 from manifold_hc.errors import ConfigError, DataError
 from manifold_hc.models import Decoder
 from manifold_hc.parallel import Processes
@@ -64,7 +65,8 @@ class InitialWeights:
 
         Raises:
             ConfigError: a size of the model differs, or connections that are to be loaded do.
-            DataError: the text has another tokenizer.
+            DataError: the text has another tokenizer, or that of the weights is neither known nor
+                given.
             CheckpointError: tensors are missing, unknown or of another shape.
         """
         self._require_same_sizes(config)
@@ -141,6 +143,8 @@ class InitialWeights:
     def _require_same_tokenizer(self, data: DataConfig) -> None:
         known, chosen = self.source.tokenizer, tokenizer_of(data)
         if known is None:
+            if not (data.tokenizer or chosen.source):
+                self._require_bytes()
             logger.warning(
                 "init: the tokenizer of %s is not known, only the size of its vocabulary is "
                 "checked",
@@ -152,6 +156,16 @@ class InitialWeights:
                 f"({short(known.fingerprint)}) than the text, {chosen.name} "
                 f"({short(chosen.fingerprint)}); give data.tokenizer={known.name} with texts, or "
                 "shards made with it"
+            )
+
+    def _require_bytes(self) -> None:
+        """Raise DataError unless weights without a tokenizer can be those of bytes."""
+        vocabulary = self.source.model.vocabulary
+        if self.source.unreadable or vocabulary != ByteTokenizer.vocabulary:
+            reason = self.source.unreadable or f"no tokenizer.json, model.vocabulary={vocabulary}"
+            raise DataError(
+                f"init: the tokenizer of {self.source.path} is not known ({reason}); give "
+                "data.tokenizer=FILE, or data.tokenizer=bytes for weights that were made with bytes"
             )
 
 

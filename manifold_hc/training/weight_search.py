@@ -91,12 +91,16 @@ def _run(path: Path, step: int | None) -> WeightSource:
         return _checkpoint(chosen, path)
     if not run.model_file.exists():
         raise ConfigError(f"init: {path} has no checkpoint yet; let the run save one first")
-    return FileSource(path, config.model, config.connection, *_tokenizer(path, config))
+    tokenizer, data, reason = _tokenizer(path, config)
+    return FileSource(path, config.model, config.connection, tokenizer, data, unreadable=reason)
 
 
 def _checkpoint(path: Path, run: Path) -> CheckpointSource:
     config = read_manifest(path).config
-    return CheckpointSource(path, config.model, config.connection, *_tokenizer(run, config))
+    tokenizer, data, reason = _tokenizer(run, config)
+    return CheckpointSource(
+        path, config.model, config.connection, tokenizer, data, unreadable=reason
+    )
 
 
 def _export(path: Path, content: dict[str, Any]) -> FileSource:
@@ -141,12 +145,12 @@ def _keys(section: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def _tokenizer(run: Path, config: RunConfig) -> tuple[Tokenizer | None, DataConfig]:
-    """Tokenizer of a run, None if its file is gone, and the keys of data that choose it."""
+def _tokenizer(run: Path, config: RunConfig) -> tuple[Tokenizer | None, DataConfig, str]:
+    """Tokenizer of a run, the keys of data that choose it, and the reason if it is unreadable."""
     try:
         tokenizer = run_tokenizer(run, config.data, config.model.vocabulary)
-    except DataError:
-        return None, DataConfig()
+    except DataError as error:
+        return None, DataConfig(), str(error)
     if not tokenizer.source:
-        return tokenizer, DataConfig()
-    return tokenizer, DataConfig(tokenizer=tokenizer.name, boundary=config.data.boundary)
+        return tokenizer, DataConfig(), ""
+    return tokenizer, DataConfig(tokenizer=tokenizer.name, boundary=config.data.boundary), ""

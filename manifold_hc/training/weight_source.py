@@ -3,7 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -40,6 +40,8 @@ class WeightSource(ABC):
     """Tokenizer of the text that made the weights; None if it is not known."""
     data: DataConfig
     """The keys of `data` that choose this tokenizer."""
+    unreadable: str = field(default="", kw_only=True)
+    """Reason why the tokenizer of a run cannot be read; empty if there is none."""
 
     @property
     def step(self) -> int | None:

@@ -309,15 +309,48 @@ def test_another_tokenizer_is_refused_before_the_text_is_read(text, tmp_path, bp
     assert (tmp_path / "tuned" / "tokenizer.json").read_bytes() == copy.read_bytes()
 
 
-def test_weights_without_their_tokenizer_start_with_a_warning(text, tmp_path, bpe, caplog):
-    config, source = with_tokenizer(runs.config(steps=1), bpe(280), text), tmp_path / "source"
+def test_weights_without_their_tokenizer_need_a_given_one(text, tmp_path, bpe, caplog):
+    file = bpe(280)
+    config, source = with_tokenizer(runs.config(steps=1), file, text), tmp_path / "source"
     training.run(config, source)
-    Path(config.data.tokenizer).unlink()
+    moved = file.rename(tmp_path / "moved.json")
     (source / "tokenizer.json").unlink()
     assert initial_config(source).data == DataConfig()
-    InitialWeights(find_weights(source)).require_fit(replace(config, data=DataConfig()))
-    assert f"tokenizer of {source / 'checkpoints'}" in caplog.text
-    assert "is not known" in caplog.text
+    final = shutil.copytree(source, tmp_path / "final")
+    shutil.rmtree(final / "checkpoints")
+    on_bytes = replace(config, data=DataConfig(paths=(str(text),)))
+    reason = f"is not known .*{file} cannot be read.*; give data.tokenizer=FILE"
+    for folder in (source, final):
+        with pytest.raises(DataError, match=reason):
+            training.run(on_bytes, tmp_path / "new", init=folder)
+        for name in (moved, "bytes"):
+            caplog.clear()
+            InitialWeights(find_weights(folder)).require_fit(with_tokenizer(config, name, text))
+            assert "is not known, only the size of its vocabulary is checked" in caplog.text
+
+
+def test_a_run_that_names_a_lost_tokenizer_needs_one_whatever_its_vocabulary(
+    trained, text, tmp_path
+):
+    config, folder = trained("residual")
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    file = copy / "checkpoints" / "step-00000006" / "checkpoint.json"
+    file.write_text(file.read_text().replace('"tokenizer": ""', '"tokenizer": "gone.json"'))
+    with pytest.raises(DataError, match=r"gone.json cannot be read.*; give data.tokenizer=FILE"):
+        InitialWeights(find_weights(copy)).require_fit(config)
+
+
+def test_an_export_without_a_tokenizer_is_one_of_bytes_only_with_their_vocabulary(
+    trained, export, caplog
+):
+    config, _ = trained("mhc")
+    InitialWeights(find_weights(export)).require_fit(config)
+    assert "is not known, only the size of its vocabulary is checked" in caplog.text
+    file = export / "config.json"
+    file.write_text(file.read_text().replace('"vocabulary": 256', '"vocabulary": 300'))
+    larger = replace(config, model=replace(config.model, vocabulary=300))
+    with pytest.raises(DataError, match=r"no tokenizer.json, model.vocabulary=300\); give data"):
+        InitialWeights(find_weights(export)).require_fit(larger)
 
 
 def test_an_export_brings_its_tokenizer(trained, export, tmp_path, bpe):
