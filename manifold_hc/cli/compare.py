@@ -9,10 +9,12 @@ from manifold_hc.cli.keys import override
 from manifold_hc.cli.options import (
     RunCommand,
     Wanted,
+    drop_option,
     init_option,
     initial_source,
     json_option,
     require_effect,
+    require_init,
     run_options,
 )
 from manifold_hc.cli.report import check_outputs, publish
@@ -58,6 +60,7 @@ MOST_SEEDS = 10_000
 )
 @init_option
 @click.option("--step", type=int, metavar="N", help="With --init: the checkpoint to take.")
+@drop_option
 @json_option
 def compare(
     wanted: Wanted,
@@ -66,6 +69,7 @@ def compare(
     seeds: int,
     init: Path | None,
     step: int | None,
+    drop_connections: bool,
     json_file: Path | None,
 ) -> None:
     """Train variants on the same data in the same order, and compare loss and stability.
@@ -82,8 +86,9 @@ def compare(
 
     if step is not None and init is None:
         raise ConfigError("--step: belongs to --init; give the run folder with it")
+    require_init(init, drop_connections=drop_connections)
     source = initial_source(wanted, init, step)
-    initial = None if source is None else InitialWeights(source)
+    initial = None if source is None else InitialWeights(source, drop_connections)
     config = wanted.config(
         None if source is None else source.config(),
         kinds=[text.partition(":")[0] for text in variants],

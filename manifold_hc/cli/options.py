@@ -39,6 +39,12 @@ init_option = click.option(
     "connections and tokenizer.",
 )
 
+drop_option = click.option(
+    "--drop-connections",
+    is_flag=True,
+    help="With --init: start with new connections in place of the given ones.",
+)
+
 
 def float64_device(name: str) -> str:
     """Return the device `name`; "auto" skips MPS, which has no float64 for the reference."""
@@ -143,6 +149,12 @@ def initial_source(wanted: Wanted, init: Path | None, step: int | None) -> Weigh
     if wanted.preset:
         raise ConfigError("--init: brings the sizes of the model; leave --preset out")
     return find_weights(init, step)
+
+
+def require_init(init: Path | None, *, drop_connections: bool) -> None:
+    """Raise ConfigError for --drop-connections without --init."""
+    if drop_connections and init is None:
+        raise ConfigError("--drop-connections: belongs to --init; give the weights with it")
 
 
 def run_options(function: Callable[..., None]) -> Callable[..., None]:

@@ -6,7 +6,15 @@ from pathlib import Path
 import click
 
 from manifold_hc.cli.dry_run import show_plan
-from manifold_hc.cli.options import RunCommand, Wanted, init_option, initial_source, run_options
+from manifold_hc.cli.options import (
+    RunCommand,
+    Wanted,
+    drop_option,
+    init_option,
+    initial_source,
+    require_init,
+    run_options,
+)
 from manifold_hc.cli.terminal import WIDE, command_line, console
 from manifold_hc.errors import ConfigError
 from manifold_hc.parallel import end_process, is_rank0
@@ -35,11 +43,7 @@ from manifold_hc.training.launch import Resume
     metavar="N",
     help="With --resume or --init: the checkpoint to take; default the newest.",
 )
-@click.option(
-    "--drop-connections",
-    is_flag=True,
-    help="With --init: start with new connections in place of the given ones.",
-)
+@drop_option
 @click.option(
     "--dry-run",
     is_flag=True,
@@ -64,8 +68,7 @@ def train(
     """
     if step is not None and not (resume or init):
         raise ConfigError("--step: belongs to --resume or --init; give the run folder with it")
-    if drop_connections and init is None:
-        raise ConfigError("--drop-connections: belongs to --init; give the weights with it")
+    require_init(init, drop_connections=drop_connections)
     if resume is not None:
         if init is not None:
             raise ConfigError("--init: starts a new run; --resume needs no initial weights")

@@ -132,7 +132,8 @@ def _check_same(
         raise RunFolderError(
             f"run folder: {folder} holds runs on other data; choose another with --out"
         )
-    if known and known.get("init", {}).get("sha256") != (origin or {}).get("sha256"):
+    before, now = known.get("init", {}), origin or {}
+    if known and any(before.get(key) != now.get(key) for key in ("sha256", "connections")):
         raise RunFolderError(
             f"run folder: {folder} holds runs from other initial weights; choose another with --out"
         )

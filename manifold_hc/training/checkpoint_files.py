@@ -79,8 +79,13 @@ class Manifest:
 
 
 def path_step(path: Path) -> int:
-    """Return the step in a checkpoint's name."""
-    return int(path.name.removeprefix("step-"))
+    """Return the step in a checkpoint's name; raise CheckpointError for another name."""
+    step = path.name.removeprefix("step-")
+    if not step.isdecimal():
+        raise CheckpointError(
+            f"checkpoint: {path} is not named step-N; give the run that it comes from"
+        )
+    return int(step)
 
 
 def read_manifest(path: Path) -> Manifest:

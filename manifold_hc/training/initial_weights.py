@@ -125,7 +125,7 @@ class InitialWeights:
                 raise ConfigError(
                     f"connection.{name}: is {_shown(wanted.get(name))} but the weights of "
                     f"{self.source.path} have {_shown(value)}; leave it out, or start with new "
-                    "connections: drop_connections=True in Python, --drop-connections in mhc train"
+                    "connections: drop_connections=True in Python, --drop-connections in mhc"
                 )
 
     def _warn_of_adjusted(self, config: RunConfig) -> None:

@@ -20,7 +20,13 @@ from manifold_hc.training.json_files import read_json
 from manifold_hc.training.record import COMPARISON
 from manifold_hc.training.run_tokenizer import run_tokenizer
 from manifold_hc.training.weight_files import PREFIX
-from manifold_hc.training.weight_source import CheckpointSource, FileSource, WeightSource
+from manifold_hc.training.weight_source import (
+    CHECKPOINTS,
+    CheckpointSource,
+    FileSource,
+    WeightSource,
+    with_older,
+)
 
 MODEL_TYPE = "manifold_hc"
 """`model_type` in the config.json of an export."""
@@ -45,7 +51,7 @@ def find_weights(path: str | Path, step: int | None = None) -> WeightSource:
         Path, step, model, connection, tokenizer and shapes of the weights.
 
     Raises:
-        ConfigError: the folder holds no weights, or has no choice of steps.
+        ConfigError: the folder is missing, holds no weights, or has no choice of steps.
         CheckpointError: the checkpoint is missing or damaged, or an export has other tensors.
         RunFolderError: config.json is damaged or of another version.
 
@@ -60,9 +66,11 @@ def find_weights(path: str | Path, step: int | None = None) -> WeightSource:
     """
     path = Path(path)
     if (path / MANIFEST).exists():
-        if step not in (None, path_step(path)):
+        found = _checkpoint(path, _run_of(path))
+        if step not in (None, found.step):
             raise ConfigError(f"init: {path} is one checkpoint; leave the step {step} out")
-        return _checkpoint(path, path.parent.parent)
+        return found
+    _require_folder(path)
     if (path / COMPARISON).exists():
         raise ConfigError(f"init: {path} holds several runs; give one, {path}/VARIANT/seed-N")
     if not (path / CONFIG).exists():
@@ -96,10 +104,32 @@ def _run(path: Path, step: int | None) -> WeightSource:
 
 
 def _checkpoint(path: Path, run: Path) -> CheckpointSource:
-    config = read_manifest(path).config
+    try:
+        config = read_manifest(path).config
+    except CheckpointError as error:
+        raise with_older(error, path) from None
     tokenizer, data, reason = _tokenizer(run, config)
     return CheckpointSource(
         path, config.model, config.connection, tokenizer, data, unreadable=reason
+    )
+
+
+def _run_of(checkpoint: Path) -> Path:
+    """Run folder of a checkpoint; of a copy elsewhere the copy itself, which has no tokenizer."""
+    for path in (checkpoint, checkpoint.absolute(), checkpoint.resolve()):
+        if path.parent.name == CHECKPOINTS:
+            return path.parent.parent
+    return checkpoint
+
+
+def _require_folder(path: Path) -> None:
+    if path.is_dir():
+        return
+    if path.exists():
+        raise ConfigError(f"init: {path} is a file; give the folder that holds it, {path.parent}")
+    raise ConfigError(
+        f"init: {path} does not exist; give a run folder, a checkpoint in it, or a folder that "
+        "holds an exported model"
     )
 
 

@@ -1,10 +1,11 @@
 """Weights on disk that a run can start from: a checkpoint, or safetensors files."""
 
 import hashlib
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from torch import Tensor
@@ -12,11 +13,13 @@ from torch import Tensor
 from manifold_hc.config import ConnectionConfig
 from manifold_hc.data import DataConfig
 from manifold_hc.data.tokenizer import Tokenizer
+from manifold_hc.errors import CheckpointError
 from manifold_hc.files import read_regular
 from manifold_hc.models import DecoderConfig
 from manifold_hc.parallel import Processes
 from manifold_hc.training.checkpoint_files import (
     SUMS,
+    Manifest,
     path_step,
     read_manifest,
     read_tensors,
@@ -24,6 +27,9 @@ from manifold_hc.training.checkpoint_files import (
 )
 from manifold_hc.training.config import RunConfig
 from manifold_hc.training.weight_files import WeightFiles
+
+CHECKPOINTS = "checkpoints"
+"""Name of the folder of checkpoints in a run."""
 
 
 @dataclass(frozen=True)
@@ -77,16 +83,24 @@ class CheckpointSource(WeightSource):
     @property
     def step(self) -> int:
         """Number of optimizer steps of the checkpoint."""
-        return path_step(self.path)
+        return self.manifest.step
 
     @cached_property
+    def manifest(self) -> Manifest:
+        """Description of the checkpoint; a copy of the folder may have any name."""
+        return read_manifest(self.path)
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor, by name."""
-        return read_manifest(self.path).tensors
+        return self.manifest.tensors
 
     def verify(self, processes: Processes) -> None:
         """Check the digests of all files; the ranks divide them."""
-        verify(self.path, processes)
+        try:
+            verify(self.path, processes)
+        except CheckpointError as error:
+            raise processes.on_rank0(partial(with_older, error, self.path)) from None
 
     def read(self, tensors: Mapping[str, Tensor], processes: Processes) -> None:
         """Read tensors in place; the layout of the ranks may differ from that of the checkpoint."""
@@ -95,6 +109,23 @@ class CheckpointSource(WeightSource):
     def sha256(self) -> str:
         """Return the SHA-256 of the file SHA256SUMS."""
         return hashlib.sha256(read_regular(self.path / SUMS)).hexdigest()
+
+
+def with_older(error: CheckpointError, path: Path) -> CheckpointError:
+    """Return the error of a damaged checkpoint, with the newest intact one of the run before it."""
+    if path.parent.name != CHECKPOINTS:
+        return error
+    for older in sorted(path.parent.glob("step-*"), reverse=True):
+        if older.name >= path.name or not older.name[5:].isdecimal():
+            continue
+        try:
+            verify(older)
+        except CheckpointError:
+            continue
+        run = shlex.quote(str(path.parent.parent))
+        step = path_step(older)
+        return CheckpointError(f"{error}; step {step} is intact: --init {run} --step {step}")
+    return error
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """`mhc train --init`: start from given weights."""
 
 import json
+import shutil
 
 import pytest
 
@@ -58,8 +59,8 @@ def test_refusals_come_before_the_run_folder(capfd, base, text_file, tmp_path):
         (base, ["--resume", base], "--init: starts a new run; --resume needs no initial weights"),
         (base, ["--step", 1], "has no checkpoint of step 1; there are: 2, 3"),
         (mhc_run, ["connection.kind=residual"], "connection.kind: is residual but the weights of"),
-        (mhc_run, ["connection.streams=3"], "--drop-connections in mhc train"),
-        (tmp_path / "absent", [], "absent has no weights; give a run folder"),
+        (mhc_run, ["connection.streams=3"], "--drop-connections in mhc"),
+        (tmp_path / "absent", [], "absent does not exist; give a run folder"),
     ):
         new = [] if "--resume" in arguments else ["--out", tmp_path / "new"]
         status, _, err = mhc(capfd, "train", "--init", init, "--data", text_file, *arguments, *new)
@@ -68,6 +69,14 @@ def test_refusals_come_before_the_run_folder(capfd, base, text_file, tmp_path):
         assert not (tmp_path / "new").exists()
     status, _, err = mhc(capfd, "train", "--drop-connections", "--data", text_file)
     assert (status, "belongs to --init" in err) == (2, True)
+
+
+def test_a_copied_checkpoint_needs_no_name(capfd, base, text_file, tmp_path):
+    lone = shutil.copytree(base / "checkpoints" / "step-00000002", tmp_path / "lone")
+    options = ["--data", text_file, "training.steps=1", "training.batch=2"]
+    status, _, err = mhc(capfd, "train", "--init", lone, *options, "--out", tmp_path / "new")
+    assert status == 0, err
+    assert json.loads((tmp_path / "new" / "run.json").read_text())["init"]["step"] == 2
 
 
 def test_connections_are_dropped_on_request(capfd, text_file, tmp_path):
@@ -107,3 +116,20 @@ def test_a_comparison_starts_all_variants_from_one_run(capfd, base, text_file, t
     (run / "summary.json").unlink()
     assert mhc(capfd, *from_base)[0] == 0, "an unfinished run resumes"
     assert len(losses(run)) == 2
+
+
+def test_a_comparison_drops_connections_on_request(capfd, text_file, tmp_path):
+    source, both = tmp_path / "source", tmp_path / "both"
+    assert mhc(capfd, "train", "--data", text_file, *SMALL, "--out", source)[0] == 0
+    options = ["--init", source, "--data", text_file, "training.steps=1", "training.batch=2"]
+    options += ["training.validation_batches=1", "--variant", "mhc"]
+    residual = ["--variant", "residual", "--out", both]
+    status, _, err = mhc(capfd, "compare", *options, *residual)
+    assert (status, "--drop-connections in mhc" in err, both.exists()) == (2, True, False)
+    status, _, err = mhc(capfd, "compare", *options, *residual, "--drop-connections")
+    assert status == 0, err
+    assert json.loads((both / "comparison.json").read_text())["init"]["connections"] == "new"
+    status, _, err = mhc(capfd, "compare", *options, "--out", both)
+    assert (status, "holds runs from other initial weights" in err) == (2, True)
+    status, _, err = mhc(capfd, "compare", "--data", text_file, "--drop-connections")
+    assert (status, "--drop-connections: belongs to --init" in err) == (2, True)

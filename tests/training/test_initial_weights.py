@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,9 @@ from manifold_hc import training
 from manifold_hc.config import ConnectionConfig
 from manifold_hc.data import DataConfig
 from manifold_hc.errors import CheckpointError, ConfigError, DataError, RunFolderError
+from manifold_hc.parallel import Processes
 from manifold_hc.training import CheckpointConfig, InitialWeights, check, initial_config
+from manifold_hc.training.checkpoint_files import path_step
 from manifold_hc.training.state import TrainState
 from manifold_hc.training.validation import validate
 from manifold_hc.training.weight_search import find_weights
@@ -137,6 +138,39 @@ def test_the_newest_checkpoint_is_taken_or_another_by_step_or_path(trained, tmp_
     assert find_weights(copy).step is None
     _, loss = start(trained("mhc")[0], copy)
     assert loss == last_validation(folder)
+
+
+def test_a_checkpoint_is_found_under_any_name(trained, tmp_path, monkeypatch):
+    config, folder = trained("mhc")
+    checkpoint = folder / "checkpoints" / "step-00000006"
+    lone = shutil.copytree(checkpoint, tmp_path / "lone")
+    for step in (None, 6):
+        assert find_weights(lone, step).step == 6
+    with pytest.raises(ConfigError, match="lone is one checkpoint; leave the step 3 out"):
+        find_weights(lone, 3)
+    _, loss = start(config, lone)
+    assert loss == last_validation(folder)
+    InitialWeights(find_weights(lone)).verify(Processes())
+    with pytest.raises(CheckpointError, match="lone is not named step-N; give the run that"):
+        path_step(lone)
+    monkeypatch.chdir(checkpoint)
+    assert find_weights(".").step == 6
+
+
+def test_the_tokenizer_of_a_checkpoint_is_that_of_its_own_run(text, tmp_path, bpe, monkeypatch):
+    file = bpe(280)
+    config, source = with_tokenizer(runs.config(steps=1), file, text), tmp_path / "source"
+    training.run(config, source)
+    checkpoint = source / "checkpoints" / "step-00000001"
+    (tmp_path / "link").symlink_to(checkpoint)
+    monkeypatch.chdir(source / "checkpoints")
+    for path in (checkpoint, "step-00000001", tmp_path / "link"):
+        found = find_weights(path).data.tokenizer
+        assert found == str(source / "tokenizer.json")
+    shutil.copytree(checkpoint, tmp_path / "lone")
+    shutil.copy(bpe(290), tmp_path / "tokenizer.json")
+    monkeypatch.chdir(tmp_path)
+    assert find_weights("lone").data.tokenizer == str(file)
 
 
 WEIGHTS = "model.safetensors"
@@ -269,12 +303,28 @@ def test_weights_that_are_missing_or_damaged_are_refused(trained, tmp_path):
     (tmp_path / "comparison.json").write_text("{}")
     with pytest.raises(ConfigError, match="holds several runs; give one"):
         find_weights(tmp_path)
-    with pytest.raises(ConfigError, match="absent has no weights; give a run folder"):
+    with pytest.raises(ConfigError, match="absent does not exist; give a run folder"):
         find_weights(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="empty has no weights; give a run folder"):
+        find_weights(tmp_path / "empty")
+    with pytest.raises(ConfigError, match=f"is a file; give the folder that holds it, {copy}$"):
+        find_weights(copy / WEIGHTS)
     weights = copy / "checkpoints" / "step-00000006" / "__0_0.distcp"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match=r"__0_0.distcp is truncated or altered"):
+    with pytest.raises(
+        CheckpointError, match=f"altered; step 3 is intact: --init {copy} --step 3$"
+    ):
         training.run(config, tmp_path / "new", init=copy)
+    (weights.parent / "checkpoint.json").write_text("{")
+    with pytest.raises(CheckpointError, match=f"read.*; step 3 is intact: --init {copy} --step 3$"):
+        find_weights(copy)
+    older = copy / "checkpoints" / "step-00000003" / "__0_0.distcp"
+    older.write_bytes(older.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"__0_0.distcp is truncated or altered$"):
+        training.run(config, tmp_path / "new", init=older.parent)
+    with pytest.raises(CheckpointError, match=r"checkpoint.json cannot be read: [^;]*$"):
+        find_weights(copy)
     assert not (tmp_path / "new").exists()
     (copy / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ConfigError, match="a model of type llama, not manifold_hc"):
