@@ -268,6 +268,41 @@ def test_rounding_is_noted(tmp_path):
     assert any("rounded from float32 to float16" in note for note in rounded.notes)
 
 
+def test_connections_that_are_not_floating_point_are_refused(tmp_path):
+    tensors = deepseek()
+    name = "layers.1.hc_ffn_base"
+    saved(tmp_path, tensors | {name: tensors[name].long()})
+    with pytest.raises(CheckpointError, match=rf"1 problem: {name} is int64, not floating"):
+        open_checkpoint(tmp_path)
+
+
+def test_values_that_are_not_finite_are_named(tmp_path):
+    tensors = deepseek()
+    assert open_checkpoint(saved(tmp_path, tensors)).not_finite() == []
+    tensors["layers.1.hc_ffn_fn"][3, 2] = float("nan")
+    tensors["hc_head_base"][1] = -float("inf")
+    source = open_checkpoint(saved(tmp_path, tensors))
+    faults = ["infinite values in hc_head_base", "NaN in layers.1.hc_ffn_fn"]
+    assert sorted(source.not_finite(), key=str.lower) == faults
+    with pytest.raises(
+        CheckpointError, match=r"must be finite .*NaN in layers\.1\.hc_ffn_fn.*--inex"
+    ):
+        convert(source, TRANSFORMERS)
+    done = convert(source, TRANSFORMERS, inexact=True, dtype=torch.bfloat16)
+    assert set(faults) <= set(done.notes)
+
+
+def test_a_dtype_of_too_small_a_range_is_refused(tmp_path):
+    tensors = deepseek()
+    tensors["layers.1.hc_ffn_fn"][3, 2] = 1e5
+    source = open_checkpoint(saved(tmp_path, tensors))
+    with pytest.raises(
+        CheckpointError, match=r"too large for float16: .* in model\.layers\.1\.ffn_hc\.fn"
+    ):
+        convert(source, TRANSFORMERS, dtype=torch.float16)
+    assert convert(source, TRANSFORMERS, dtype=torch.bfloat16).left_out == ()
+
+
 def test_the_layouts_state_the_presets_numbers():
     for layout in LAYOUTS.values():
         preset = PRESETS[layout.numerics]

@@ -47,6 +47,13 @@ class Checkpoint:
         stack.load_state_dict(self.native)
         return stack
 
+    def not_finite(self) -> list[str]:
+        """Describe the connections' tensors with NaN or infinite values, by name in the files.
+
+        An example is "NaN in model.layers.1.hc_ffn_fn"; the list is empty if all are finite.
+        """
+        return reading.not_finite(self.files, self.used)
+
 
 def open_checkpoint(
     path: str | Path, layout: str | None = None, overrides: Mapping[str, Any] | None = None

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from manifold_hc.config import ConnectionConfig
 from manifold_hc.errors import CheckpointError, ConfigError
+from manifold_hc.interop.layouts import reading
 from manifold_hc.interop.layouts.checkpoint import Checkpoint
 from manifold_hc.interop.layouts.layout import Layout
 from manifold_hc.interop.layouts.native import EXIT, MATRICES, parse_native, transpose_res
@@ -71,19 +72,25 @@ def convert(
         layout: Layout of the result.
         dtype: Of the connections' tensors; None for the source's.
         connections_only: True to leave other tensors out where they cannot be kept.
-        inexact: True to convert although the library computes another function; it is noted, and an
-            exit that the library has no place for is left out.
+        inexact: True to convert although the library computes another function, or values are not
+            finite; it is noted, and an exit that the library has no place for is left out.
 
     Returns:
         The tensors, and notes on the parts of the model that they do not hold.
 
     Raises:
-        CheckpointError: If the layout has no place for the parameters, or its library computes
-            another function with them.
+        CheckpointError: If the layout has no place for the parameters, its library computes
+            another function with them, or values are not finite.
         ConfigError: If other tensors cannot be kept and `connections_only` is False.
     """
     require_matrices(source, layout)
     config, native = adapt(source, layout)
+    faults = source.not_finite()
+    if faults and not inexact:
+        raise CheckpointError(
+            f"{source.files.path}: connections must be finite but there are {'; '.join(faults)}; "
+            "--inexact copies them all the same"
+        )
     problems = list(obstacles(config, layout))
     if problems and not inexact:
         raise CheckpointError(
@@ -98,7 +105,17 @@ def convert(
     connections = layout.from_native(native, prefix)
     if dtype is not None:
         connections = {name: tensor.to(dtype) for name, tensor in connections.items()}
-    notes = (*problems, *_notes(source, layout, config), *_dtypes(source.native, connections))
+        if not faults and (large := reading.not_finite(connections, connections)):
+            raise CheckpointError(
+                f"{source.files.path}: values are too large for {_names([dtype])}: "
+                f"{'; '.join(large)}; choose a dtype of a larger range"
+            )
+    notes = (
+        *problems,
+        *faults,
+        *_notes(source, layout, config),
+        *_dtypes(source.native, connections),
+    )
     return Conversion(source, layout, config, connections, kept, dropped, notes)
 
 

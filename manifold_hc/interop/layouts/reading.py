@@ -51,11 +51,13 @@ class Problems:
     """Tensors that look like a connection's and have no place."""
     shapes: list[str] = field(default_factory=list)
     """Tensors with another shape than wanted."""
+    dtypes: list[str] = field(default_factory=list)
+    """Tensors that are not floating point."""
 
     @property
     def all(self) -> list[str]:
         """Every problem, as text."""
-        return [*self.missing, *self.extra, *self.shapes]
+        return [*self.missing, *self.extra, *self.shapes, *self.dtypes]
 
 
 def find(names: Names, given: Iterable[str]) -> Found:
@@ -138,6 +140,8 @@ def compare(
         problems.missing.append(f"{name} {list(shape)} is missing{hint}")
     folds = {names.fold_place(place.sublayer): place for place in want}
     for place, name in found.places.items():
+        if not (dtype := tensors[name].dtype).is_floating_point:
+            problems.dtypes.append(f"{name} is {str(dtype).removeprefix('torch.')}, not floating")
         if place in want:
             continue
         if place not in folds:
@@ -168,6 +172,22 @@ def shape_difference(shape: Shape, want: Shape) -> str:
     if shape == want[::-1]:
         return f"is {list(shape)}, the transpose of {list(want)}"
     return f"is {list(shape)}, not {list(want)}"
+
+
+def not_finite(tensors: Mapping[str, Tensor], names: Iterable[str]) -> list[str]:
+    """Describe the tensors with NaN or infinite values, such as "NaN in layers.1.hc_ffn_fn"."""
+    faults = []
+    for name in names:
+        value = tensors[name]
+        value = value.float() if value.dtype.itemsize == 1 else value  # float8 has no tests
+        kinds = [
+            kind
+            for kind, test in (("NaN", torch.isnan), ("infinite values", torch.isinf))
+            if bool(test(value).any())
+        ]
+        if kinds:
+            faults.append(f"{' and '.join(kinds)} in {name}")
+    return faults
 
 
 def _meant(
