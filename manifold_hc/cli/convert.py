@@ -18,6 +18,7 @@ from manifold_hc.errors import ConfigError
 from manifold_hc.numerics import ExitName, NumericsName
 
 if TYPE_CHECKING:
+    from manifold_hc.config import ConnectionConfig
     from manifold_hc.interop.layouts import Conversion
 
 HUGGINGFACE = "huggingface"
@@ -177,11 +178,15 @@ def _export(source: Path, target: Path) -> None:
 
 
 def _print_conversion(done: "Conversion") -> None:
-    source, config = done.source, done.config
+    source = done.source
     rows = [
         ("layout", f"{source.layout.name} -> {done.layout.name}"),
-        ("numerics", f"{config.numerics}, {config.constraint}, exit {config.exit_rule}"),
-        ("sizes", f"{config.n} streams, {source.channels} channels, {source.sublayers} sublayers"),
+        ("source numerics", _numerics(source.config)),
+        ("target numerics", _numerics(done.config)),
+        (
+            "sizes",
+            f"{done.config.n} streams, {source.channels} channels, {source.sublayers} sublayers",
+        ),
         ("tensors", f"{len(source.used)} used, {len(done.connections)} written"),
         ("kept as they are", _grouped(done.kept)),
         ("left out", _grouped((*done.left_out, *source.files.left_out))),
@@ -191,6 +196,17 @@ def _print_conversion(done: "Conversion") -> None:
     for name, text in rows:
         table.add_row(name, escape(text))
     console().print(table)
+
+
+def _numerics(config: "ConnectionConfig") -> str:
+    """Return the numerics of a configuration, with the epsilons that it takes from its preset."""
+    from manifold_hc.numerics import preset
+
+    used = preset(config.numerics, norm_eps=config.norm_eps, hc_eps=config.hc_eps)
+    return (
+        f"{config.numerics}, {config.constraint}, {config.iterations} iterations, "
+        f"norm_eps {used.norm_eps:g}, hc_eps {used.hc_eps:g}, exit {config.exit_rule}"
+    )
 
 
 def _grouped(names: Iterable[str]) -> str:

@@ -5,6 +5,7 @@ safetensors and torch files are mapped into memory: a tensor is read when it is 
 
 import json
 import pickle
+import re
 import warnings
 import zipfile
 from collections import Counter
@@ -28,6 +29,9 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 CHECKPOINT = "checkpoint.json"
 """File that a checkpoint of this package has."""
+
+GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
+"""Function or class that a pickle asks for, in the error of `torch.load`."""
 
 NESTED = ("model", "state_dict", "model_state_dict", "module")
 """Keys under which training programs put the tensors of a torch file."""
@@ -175,10 +179,11 @@ def load_torch_file(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         with warnings.catch_warnings(action="ignore"):  # of pickles that are then refused
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
+        found = GLOBAL.search(str(error))
+        reason = f"asks for {found[1]}" if found else "holds other operations, or is damaged"
         raise CheckpointError(
             f"{path}: is refused, because a pickle can run any code and this one needs more than "
-            f"tensors: {reason}; ask its author for a safetensors file"
+            f"tensors: it {reason}; ask its author for a safetensors file"
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise _unreadable(

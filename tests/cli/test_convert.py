@@ -60,12 +60,47 @@ def test_other_tensors_of_the_family_are_copied(capfd, tmp_path, deepseek):
 def test_hyperparameters_and_dtype(capfd, tmp_path, deepseek):
     target = tmp_path / "x.safetensors"
     arguments = ["--to", "tile_kernels", "--connections-only", "--dtype", "float64", "iterations=5"]
+    message = "iterations is 20 in the files, not 5; leave out the values that the files give"
+    assert message in refused(capfd, deepseek, target, *arguments)
+    (deepseek / "config.json").unlink()
     status, out, _ = mhc(capfd, "convert", deepseek, target, *arguments)
     assert status == 0
     assert "iterations is 5, not tile_kernels's 10: tile_kernels needs it to be set" in out
     assert "connections are float64" in out
     assert {tensor.dtype for tensor in load_file(target).values()} == {torch.float64}
     assert open_checkpoint(target).config.iterations == 5
+
+
+def test_a_file_without_its_exit_is_converted_again(capfd, tmp_path, deepseek):
+    first, second = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    arguments = ["--to", "megatron", "--connections-only", "--inexact"]
+    status, out, _ = mhc(capfd, "convert", deepseek, first, *arguments)
+    assert status == 0
+    iterations = "sinkhorn, 20 iterations"
+    for part in (
+        f"deepseek_v4, {iterations}, norm_eps 1e-06, hc_eps 1e-06, exit learned",
+        f"paper, {iterations}, norm_eps 1e-06, hc_eps 0, exit mean",
+        "hc_eps is 1e-06, not megatron's 0: megatron has no setting for it",
+        "its exit is mean, not learned",
+    ):
+        assert part in " ".join(out.split()), part
+    status, out, _ = mhc(capfd, "convert", first, second, "--to", "manifold")
+    assert status == 0
+    assert load_file(second).keys() == {
+        f"connections.{sublayer}.maps.{one}"
+        for sublayer in (0, 1)
+        for one in ("phi", "alpha", "bias")
+    }
+
+
+def test_nan_is_refused_or_noted(capfd, tmp_path, deepseek):
+    tensors = load_file(deepseek / "model.safetensors")
+    tensors["layers.0.hc_ffn_fn"][2, 3] = float("nan")
+    save_file(tensors, deepseek / "model.safetensors")
+    arguments = [deepseek, tmp_path / "x.safetensors", "--to", "transformers"]
+    assert "NaN in layers.0.hc_ffn_fn; --inexact copies" in refused(capfd, *arguments)
+    status, out, _ = mhc(capfd, "convert", *arguments, "--inexact")
+    assert (status, "note              NaN in layers.0.hc_ffn_fn" in out) == (0, True)
 
 
 def without(tensors, name):

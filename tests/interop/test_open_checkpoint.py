@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import manifold_hc as mhc
 from manifold_hc.errors import CheckpointError, ConfigError, RunFolderError
-from manifold_hc.interop.layouts import LAYOUTS, convert, open_checkpoint
+from manifold_hc.interop.layouts import LAYOUTS, convert, open_checkpoint, settings
 from manifold_hc.numerics import PRESETS
 from tests.interop.layout_models import branches, filled, random_stack
 
@@ -72,8 +72,43 @@ def test_hyperparameters_of_config_json(tmp_path):
     config = found.config
     assert (config.iterations, config.hc_eps, config.norm_eps) == (12, 1e-5, 1e-4)
     assert found.assumed == ()
-    chosen = open_checkpoint(tmp_path, overrides={"iterations": 3, "hc_eps": None}).config
-    assert (chosen.iterations, chosen.hc_eps) == (3, 1e-5)
+    equal = {"iterations": 12, "hc_eps": None, "norm_eps": 1e-4, "streams": 4}
+    assert open_checkpoint(tmp_path, overrides=equal).config == config
+
+
+CONTRADICTIONS = (
+    ("iterations", 12, 5),
+    ("hc_eps", 1e-5, 1e-3),
+    ("norm_eps", 1e-4, 1e-6),
+    ("exit", "learned", "mean"),
+    ("constraint", "sinkhorn", "sinkhorn_columns"),
+    ("single_pass", False, True),
+)
+"""Field, value in the files and another value; config.json has the first three."""
+
+
+@pytest.mark.parametrize(("name", "written", "given"), CONTRADICTIONS)
+def test_a_value_that_contradicts_the_files_is_refused(tmp_path, name, written, given):
+    saved(tmp_path, deepseek(), hc_sinkhorn_iters=12, hc_eps=1e-5, rms_norm_eps=1e-4)
+    source = open_checkpoint(tmp_path)
+    message = f"{name} is {written!r} in the files, not {given!r}"
+    if name in ("iterations", "hc_eps", "norm_eps"):
+        with pytest.raises(ConfigError, match=message):
+            open_checkpoint(tmp_path, overrides={name: given})
+    done = convert(source, TRANSFORMERS)
+    saved(tmp_path, done.connections, done.metadata)
+    with pytest.raises(ConfigError, match=message):
+        open_checkpoint(tmp_path, overrides={name: given})
+    assert open_checkpoint(tmp_path, overrides={name: written}).config == source.config
+
+
+def test_equal_values_and_those_of_no_file_are_taken(tmp_path):
+    """The paper has no hc_eps, which is 0."""
+    stack = random_stack(MANIFOLD)
+    saved(tmp_path, stack.state_dict(), metadata_of(stack.config, 5))
+    assert open_checkpoint(tmp_path, overrides={"hc_eps": 0.0}).config == stack.config
+    chosen = open_checkpoint(tmp_path, overrides={"backend": "reference"}).config
+    assert chosen == replace(stack.config, backend="reference")
 
 
 def test_config_json_knows_of_layers_and_streams_that_are_not_there(tmp_path):
@@ -186,9 +221,7 @@ def test_other_connections_of_this_package(tmp_path, kind):
 
 
 def metadata_of(config, channels):
-    from manifold_hc.interop.layouts.settings import metadata_of
-
-    return metadata_of(MANIFOLD, config, channels)
+    return settings.metadata_of(MANIFOLD, config, channels)
 
 
 def test_a_paper_model_becomes_a_deepseek_model_with_the_same_output(tmp_path):
@@ -229,6 +262,43 @@ def test_what_a_library_cannot_compute_is_refused_or_noted(tmp_path):
     assert set(LAYOUTS["liger"].to_native(done.connections)) == {
         name for name in with_head.native if not name.startswith("exit.")
     }
+
+
+@pytest.mark.parametrize("name", ["liger", "megatron"])
+def test_a_file_without_its_exit_is_read_again(tmp_path, name):
+    source = open_checkpoint(saved(tmp_path, deepseek()))
+    done = convert(source, LAYOUTS[name], inexact=True)
+    assert "its exit is" in " ".join(done.notes)
+    assert "the learned exit is left out: the metadata of the file says mean" in done.notes
+    again = open_checkpoint(saved(tmp_path, done.connections, done.metadata))
+    assert (again.config, again.config.exit_rule) == (done.config, "mean")
+    assert set(again.native) == {one for one in source.native if not one.startswith("exit.")}
+    with pytest.raises(CheckpointError, match=r"hc_head_fn \[4, 20\] is missing"):
+        V4.to_native(V4.from_native(again.native))
+
+
+@pytest.mark.parametrize("name", ["liger", "megatron"])
+def test_a_learned_exit_without_its_tensors_is_named(tmp_path, name):
+    layout = LAYOUTS[name]
+    config = replace(layout.config(4), exit="learned")
+    stack = random_stack(layout)
+    metadata = settings.metadata_of(layout, config, 5)
+    saved(tmp_path, layout.from_native(stack.state_dict()), metadata)
+    message = rf"{name}: must hold exit\.phi, .* with exit learned but has no such tensors"
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path)
+    saved(tmp_path, layout.from_native(stack.state_dict()))
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path, name, {"exit": "learned"})
+
+
+def test_every_epsilon_of_the_source_is_noted(tmp_path):
+    source = open_checkpoint(saved(tmp_path, deepseek()))
+    done = convert(source, LAYOUTS["megatron"], inexact=True)
+    assert done.config.hc_eps is None
+    note = "hc_eps is 1e-06, not megatron's 0: megatron has no setting for it"
+    assert note in done.notes
+    assert "its constraint is sinkhorn_columns, not sinkhorn" in done.notes
 
 
 def test_epsilons_without_a_setting_are_noted(tmp_path):

@@ -67,7 +67,7 @@ def open_checkpoint(
     Args:
         path: A safetensors file, a torch file, a folder with a model, or a run folder.
         layout: Name of the layout; None to find it by the tensors' names.
-        overrides: Fields of `ConnectionConfig`, which win over the files.
+        overrides: Fields of `ConnectionConfig` that the files do not give.
 
     Returns:
         The connections, with the names of all other tensors.
@@ -75,7 +75,8 @@ def open_checkpoint(
     Raises:
         CheckpointError: For tensors that are missing, left over, transposed or renamed, each named;
             and for damaged files.
-        ConfigError: For a path without tensors, an unknown layout, or invalid overrides.
+        ConfigError: For a path without tensors, an unknown layout, and overrides that are invalid
+            or contradict the files.
 
     Example:
         >>> import tempfile, manifold_hc as mhc

@@ -25,7 +25,8 @@ class Conversion:
     layout: Layout
     """Layout of the tensors."""
     config: ConnectionConfig
-    """Configuration of ours that computes the same as the source, with these parameters."""
+    """Configuration of ours that computes the same as the source, with these parameters; without
+    those of an exit that the layout has no place for, the layout's first exit takes its place."""
     connections: dict[str, Tensor]
     """Tensors of the connections."""
     kept: tuple[str, ...]
@@ -100,6 +101,7 @@ def convert(
     dropped = _exit_names(source) if layout.names.exit is None else ()
     if dropped:
         native = {name: value for name, value in native.items() if not name.startswith("exit.")}
+        config = replace(config, exit=layout.exits[0])
     kept = _kept(source, layout, connections_only)
     prefix = source.prefix if kept or layout is source.layout else None
     connections = layout.from_native(native, prefix)
@@ -201,7 +203,9 @@ def _notes(source: Checkpoint, layout: Layout, config: ConnectionConfig) -> Iter
         yield f"no file gives {values}: taken from the layout {source.layout.name}"
     if layout.name == "manifold":
         return
-    actual = numerics_of(config)
+    if config.exit_rule != source.config.exit_rule:
+        yield f"the learned exit is left out: the metadata of the file says {config.exit_rule}"
+    actual = numerics_of(source.config)
     for name, value, default in (
         ("iterations", config.iterations, layout.iterations),
         ("norm_eps", actual.norm_eps, layout.norm_eps),

@@ -206,6 +206,12 @@ class Layout:
     def require(self, found: Found, tensors: Mapping[str, Tensor], sizes: Sizes) -> None:
         """Raise CheckpointError, which names every problem, unless all tensors fit the sizes."""
         shapes = native_shapes(sizes.config, sizes.channels, sizes.sublayers)
+        if placeless := [name for name in shapes if not self.holds(name)]:
+            raise CheckpointError(
+                f"{self.name}: must hold {', '.join(placeless[:3])} for {sizes.config.kind} "
+                f"connections with exit {sizes.config.exit_rule} but has no such tensors; it takes "
+                f"{self.holdings()}"
+            )
         problems = reading.compare(self.names, found, tensors, shapes).all
         if problems:
             count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"

@@ -12,6 +12,7 @@ from manifold_hc.interop.layouts.layout import Layout
 from manifold_hc.interop.layouts.names import LAYER_DIGITS
 from manifold_hc.interop.layouts.native import MATRICES
 from manifold_hc.interop.tensor_files import TensorFiles
+from manifold_hc.numerics import preset
 
 METADATA = "manifold_hc"
 """Key of our entry in the metadata of a safetensors file."""
@@ -28,6 +29,9 @@ FROM_CONFIG = {
 
 MODEL_TYPES = {"glm5_next": "glm5"}
 """Model types of transformers whose preset is not the layout's."""
+
+FREE = ("alpha", "phi_std", "backend", "fuse_boundaries")
+"""Fields that change no function of trained connections: initial values and the backend."""
 
 UNSEEN = ("iterations", "norm_eps", "hc_eps")
 """Fields that no shape shows, and that a layout has defaults for."""
@@ -81,9 +85,10 @@ class Settings:
 
 
 def gather(files: TensorFiles, overrides: Mapping[str, Any]) -> Settings:
-    """Return the hyperparameters of a model's files; `overrides` wins over the files.
+    """Return the hyperparameters of a model's files, and `overrides` for those they do not give.
 
-    Raises ConfigError for a field that does not exist, CheckpointError for damaged metadata.
+    Raises ConfigError for a field that does not exist or a value that contradicts the files,
+    CheckpointError for damaged metadata.
     """
     if unknown := [name for name in overrides if name not in FIELDS]:
         close = get_close_matches(unknown[0], FIELDS, n=1)
@@ -93,14 +98,15 @@ def gather(files: TensorFiles, overrides: Mapping[str, Any]) -> Settings:
     if METADATA in files.metadata:
         return _from_metadata(files, given)
     if "connection" in files.config:
-        base = build_config(files, files.config["connection"])
-        return Settings(base, given, channels=_size(files.config.get("model"), "channels"))
+        channels = _size(files.config.get("model"), "channels")
+        return _of_this_package(files, files.config["connection"], given, channels)
     text = files.config.get("text_config", files.config)
     if not isinstance(text, Mapping):
         raise CheckpointError(f"{files.path}: text_config of config.json must be an object")
     read = {ours: text[theirs] for theirs, ours in FROM_CONFIG.items() if theirs in text}
     if (preset := MODEL_TYPES.get(str(text.get("model_type")).removesuffix("_text"))) is not None:
         read["numerics"] = preset
+    _require_agreement(files, read, given)
     layers = _size(text, "num_hidden_layers")
     if layers is not None and layers >= 10**LAYER_DIGITS:
         raise CheckpointError(f"{files.path}: config.json has {shown(layers)} layers")
@@ -113,7 +119,52 @@ def _from_metadata(files: TensorFiles, given: Mapping[str, Any]) -> Settings:
         layout, channels, connection = entry["layout"], entry["channels"], entry["connection"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{files.path}: has damaged metadata: {error!r}") from None
-    return Settings(build_config(files, connection), given, channels=channels, layout=layout)
+    return _of_this_package(files, connection, given, channels, layout)
+
+
+def resolved(config: ConnectionConfig) -> dict[str, Any]:
+    """Return the fields of a configuration, with the preset's values in place of None."""
+    numerics = preset(config.numerics, norm_eps=config.norm_eps, hc_eps=config.hc_eps)
+    return asdict(config) | {
+        "norm_eps": numerics.norm_eps,
+        "hc_eps": numerics.hc_eps,
+        "exit": config.exit_rule,
+        "single_pass": config.is_single_pass,
+    }
+
+
+def _require_agreement(
+    files: TensorFiles, written: Mapping[str, Any], given: Mapping[str, Any]
+) -> None:
+    """Raise ConfigError for a given value that is not the one in the files."""
+    wrong = [
+        f"{name} is {_short(written[name])} in the files, not {_short(value)}"
+        for name, value in given.items()
+        if name in written and name not in FREE and written[name] != value
+    ]
+    if wrong:
+        raise ConfigError(
+            f"{files.path}: {'; '.join(wrong)}; leave out the values that the files give"
+        )
+
+
+def _short(value: Any) -> str:
+    """Format a value that may come from a file, in at most 40 characters."""
+    return shown(value) if isinstance(value, int) else repr(value)[:40]
+
+
+def _of_this_package(
+    files: TensorFiles,
+    connection: Any,
+    given: Mapping[str, Any],
+    channels: int | None = None,
+    layout: str | None = None,
+) -> Settings:
+    """Return the settings of files that hold the whole configuration as JSON."""
+    base = build_config(files, connection)
+    _require_agreement(files, resolved(base), given)
+    known = {name: value for name, value in given.items() if name in FREE}
+    return Settings(base, known, channels=channels, layout=layout)
 
 
 def build_config(files: TensorFiles, connection: Any) -> ConnectionConfig:
