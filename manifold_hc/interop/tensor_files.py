@@ -33,6 +33,9 @@ CHECKPOINT = "checkpoint.json"
 GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 """Function or class that a pickle asks for, in the error of `torch.load`."""
 
+ADAPTER = "retrofit.json"
+"""Record of an adapter of this package, with the configuration of its connections."""
+
 NESTED = ("model", "state_dict", "model_state_dict", "module")
 """Keys under which training programs put the tensors of a torch file."""
 
@@ -48,7 +51,7 @@ class TensorFiles(Mapping[str, Tensor]):
     metadata: Mapping[str, str] = field(default_factory=dict)
     """Metadata of a safetensors file."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    """Content of the folder's config.json."""
+    """Content of the folder's config.json, or of an adapter's record."""
     left_out: tuple[str, ...] = ()
     """Entries of a torch file that are no tensors of the model, such as an optimizer's state."""
 
@@ -110,7 +113,7 @@ def open_tensors(path: Path) -> TensorFiles:
         return _open_folder(path)
     if not path.exists():
         raise ConfigError(f"{path}: does not exist; give a file or a folder with tensors")
-    config = read_config(path.parent / "config.json")
+    config = read_config(path.parent / "config.json") or read_config(path.parent / ADAPTER)
     if _is_safetensors(path):
         file = SafeTensors(path)
         return TensorFiles(path, file, file.metadata, config)
@@ -121,6 +124,7 @@ def open_tensors(path: Path) -> TensorFiles:
 def _open_folder(folder: Path) -> TensorFiles:
     config = read_config(folder / "config.json")
     is_run = "connection" in config and "model_type" not in config  # of transformers, an export
+    config = config or read_config(folder / ADAPTER)
     if is_run or (folder / CHECKPOINT).exists():
         from manifold_hc.interop.run_tensors import open_run  # imports the trainer
 

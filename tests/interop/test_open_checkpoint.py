@@ -204,6 +204,47 @@ def test_a_run_exported_for_transformers(tmp_path):
     assert (found.config, found.prefix, found.assumed) == (stack.config, "decoder.stack.", ())
 
 
+def converted(stack, each=2):
+    """Names of a converted model: every block has its part, with the numbers of the whole stack."""
+    named = {}
+    for name, tensor in stack.state_dict().items():
+        last = len(stack.connections) - 1
+        sublayer = last if name.startswith("exit.") else int(name.split(".")[1])
+        named[f"model.layers.{sublayer // each}.hc_stack.{name}"] = tensor
+    return named
+
+
+@pytest.mark.parametrize("record", ["config.json", "retrofit.json"])
+def test_a_converted_model_and_its_adapter(tmp_path, record):
+    stack = random_stack(MANIFOLD, 3, sublayers=6, iterations=6, exit="learned")
+    others = {"model.layers.0.mlp.weight": torch.ones(5, 5)}
+    saved(tmp_path, converted(stack) | others)
+    values = {"connection": {"kind": "mhc", "streams": 3, "iterations": 6, "exit": "learned"}}
+    if record == "config.json":
+        values["model_type"] = "manifold_hc_retrofit"
+        values["num_hidden_layers"] = 3
+    (tmp_path / record).write_text(json.dumps(values))
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        found = open_checkpoint(path)
+        assert (found.sublayers, found.assumed, found.other) == (6, (), tuple(others))
+        assert (found.config.iterations, found.config.exit_rule) == (6, "learned")
+        h, work = torch.randn(3, 5), branches(6)
+        assert torch.equal(found.stack()(h, work), stack(h, work))
+    assert convert(found, MANIFOLD).connections.keys() == stack.state_dict().keys()
+
+
+def test_two_tensors_of_one_place_are_named(tmp_path):
+    """Two converted stacks, such as those of an encoder and a decoder."""
+    tensors = converted(random_stack(MANIFOLD))
+    name = "encoder.layers.0.hc_stack.connections.1.maps.bias"
+    saved(tmp_path, tensors | {name: torch.ones(24)})
+    message = (
+        r"1 problem: \S+connections\.1\.maps\.bias has the place of \S+connections\.1\.maps\.bias"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["hc", "static", "permutation"])
 def test_other_connections_of_this_package(tmp_path, kind):
     """HC, static maps and other constraints have a place in our own layout alone."""
@@ -342,7 +383,7 @@ def test_connections_that_are_not_floating_point_are_refused(tmp_path):
     tensors = deepseek()
     name = "layers.1.hc_ffn_base"
     saved(tmp_path, tensors | {name: tensors[name].long()})
-    with pytest.raises(CheckpointError, match=rf"1 problem: {name} is int64, not floating"):
+    with pytest.raises(CheckpointError, match=rf"1 problem: {name} is int64, not floating point"):
         open_checkpoint(tmp_path)
 
 

@@ -67,6 +67,8 @@ class Names:
     """True if the n*n rows of phi and bias are ours transposed."""
     aliases: tuple[tuple[str, str], ...] = ()
     """Parts of names behind a prefix that is not the layout's own, each with the usual part."""
+    module: str = ""
+    """Module that holds a block's part of the connections: all before its name is left out."""
     marker: str = ""
     """Pattern of names that look like a connection's."""
 
@@ -74,6 +76,8 @@ class Names:
         """Return prefix and place of a tensor; None if the name is no connection's."""
         for alias, part in self.aliases:
             name = name.replace(alias, part)
+        if self.module:
+            name = re.sub(rf"(?:[^.]+\.)*{self.module}\.", "", name)
         for pattern, index, fields in self._patterns:
             if match := pattern.fullmatch(name):
                 layer = EXIT if index == EXIT else int(match["layer"])

@@ -27,6 +27,8 @@ class Found:
     """Their names."""
     strays: tuple[str, ...]
     """Names with a place but another prefix."""
+    doubles: dict[str, str]
+    """Names whose place another tensor has, each with that one's name."""
     other: tuple[str, ...]
     """Names without a place: branches, embeddings, norms, multi-token prediction."""
 
@@ -72,9 +74,15 @@ def find(names: Names, given: Iterable[str]) -> Found:
             placed.append((name, *found))
     counts = Counter(prefix for _, prefix, _ in placed)
     prefix = max(counts, key=lambda text: (counts[text], -len(text))) if counts else names.prefix
+    places: dict[Place, str] = {}
+    doubles = {}
+    for name, first, place in placed:
+        if first == prefix and places.setdefault(place, name) != name:
+            doubles[name] = places[place]
     return Found(
         prefix=prefix,
-        places={place: name for name, first, place in placed if first == prefix},
+        places=places,
+        doubles=doubles,
         strays=tuple(name for name, first, _ in placed if first != prefix),
         other=tuple(other),
     )
@@ -126,6 +134,8 @@ def compare(
     """Compare the tensors that are there with those of the native parameters `shapes`."""
     want = wanted(names, shapes)
     problems, left = Problems(), [*found.strays, *found.other]
+    for name, other in found.doubles.items():
+        problems.extra.append(f"{name} has the place of {other}")
     for place, shape in want.items():
         if place in found.places:
             name = found.places[place]
@@ -141,7 +151,9 @@ def compare(
     folds = {names.fold_place(place.sublayer): place for place in want}
     for place, name in found.places.items():
         if not (dtype := tensors[name].dtype).is_floating_point:
-            problems.dtypes.append(f"{name} is {str(dtype).removeprefix('torch.')}, not floating")
+            problems.dtypes.append(
+                f"{name} is {str(dtype).removeprefix('torch.')}, not floating point"
+            )
         if place in want:
             continue
         if place not in folds:

@@ -31,13 +31,16 @@ def _scalars(shape: tuple[int, ...]) -> tuple[Field, ...]:
 
 MANIFOLD = Layout(
     name="manifold",
-    source="this package: `Stack.state_dict()`, run folders",
+    source="this package: `Stack.state_dict()`, run folders, converted models and adapters",
     family="manifold",
     names=Names(
         sublayers=("connections.{layer}.maps.{field}",),
         fields=OWN,
         exit="exit.{field}",
         exit_fields=OWN,
+        # A converted model has layers.0.hc_stack.connections.1, with the number of the sublayer
+        # among all.
+        module="hc_stack",
         marker=r"(^|\.)connections\.|\.maps\.",
     ),
     order=ROWS_LAST,
