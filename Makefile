@@ -12,6 +12,8 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 # CPU builds of PyTorch bring no Triton for its interpreter: the one that builds for GPUs pin.
 TRITON ?= $(if $(filter torch==2.13.0,$(TORCH)),triton==3.7.1 ; platform_system == 'Linux')
+# Its PyTorch reference is compared in the tests and needs none of its dependencies, which need CUDA.
+TILE_KERNELS := tile-kernels==1.0.0
 TEST_DATA ?=
 ARGS ?=
 
@@ -80,6 +82,7 @@ clean:  ## remove .venv and caches; runs stay
 
 .venv/ready-to-develop: .venv/torch pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[dev]' $(if $(TRITON),"$(TRITON)")
+	$(BIN)/pip install --quiet --no-deps $(TILE_KERNELS)
 	touch $@ .venv/ready
 
 .PHONY: help demo quick test test-torch test-distributed kernels drill check golden wheel clean
