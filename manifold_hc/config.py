@@ -37,7 +37,7 @@ class ConnectionConfig:
         phi_std: Standard deviation of the initial projection phi.
         disable: Maps replaced by constants, as in the paper's Table 1: pre 1/n, post 1, res
             identity.
-        exit: Reduction of the streams at the end: mean, sum, learned or pre; None for the kind's.
+        exit: Reduction of the streams at the end: mean, sum, learned, pre; None for the preset's.
         single_pass: True if a sublayer reads with the `pre` of the one before (V4.1); None for the
             preset's.
         backend: Backend that computes the connection: auto, reference, cpu or triton.
@@ -76,7 +76,7 @@ class ConnectionConfig:
     disable: tuple[Part, ...] = ()
     """Maps replaced by constants, as in the paper's Table 1: pre 1/n, post 1, res identity."""
     exit: ExitName | None = None
-    """Reduction of the streams at the end: mean, sum, learned or pre; None for the kind's."""
+    """Reduction of the streams at the end: mean, sum, learned, pre; None for the preset's."""
     single_pass: bool | None = None
     """True if a sublayer reads with the `pre` of the one before (V4.1); None for the preset's."""
     backend: str = "auto"
@@ -164,7 +164,7 @@ class ConnectionConfig:
 
     @property
     def exit_rule(self) -> ExitName:
-        """Reduction of the streams after the last sublayer: the field, or the default it names."""
+        """Reduction of the streams at the end: the field, or the default of kind and preset."""
         if self.exit is not None:
             return self.exit
         if self.kind == "mhc":

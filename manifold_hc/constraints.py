@@ -54,8 +54,8 @@ def sinkhorn_columns(
     """Sinkhorn-Knopp in the other order: rows of `res` first, columns last.
 
     Column sums are then exact and the truncation error is in the row sums, so the forward gain is
-    not 1. Megatron-Core and Liger-Kernel compute this one. Equals the transpose of `sinkhorn` on
-    transposed logits; the logits are laid out as there.
+    not 1. Megatron-LM's main branch and Liger-Kernel compute this one. Equals the transpose of
+    `sinkhorn` on transposed logits; the logits are laid out as there.
     """
     return sinkhorn(logits.mT, iterations, numerics).mT.contiguous()
 
