@@ -5,13 +5,17 @@ import glob
 import logging
 import os
 import secrets
+import shutil
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 
 import platformdirs
+
+from manifold_hc.errors import ManifoldError
 
 logger = logging.getLogger("manifold_hc")
 
@@ -116,6 +120,25 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             error.filename = str(path)
+        raise
+
+
+@contextmanager
+def becoming(out: Path, temporary: Path, operation: str) -> Iterator[None]:
+    """Rename the folder `temporary` to `out`, which may be an empty folder, once it is filled.
+
+    An error in the body removes it. Raises ManifoldError, which begins with `operation`, if a file
+    or folder cannot be written.
+    """
+    try:
+        yield
+        if out.is_dir():
+            out.rmdir()
+        temporary.rename(out)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise ManifoldError(f"{operation}: {out} cannot be written: {error.strerror}") from None
         raise
 
 

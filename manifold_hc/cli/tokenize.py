@@ -14,8 +14,8 @@ from rich.table import Table
 from manifold_hc.cli.options import json_option
 from manifold_hc.cli.terminal import console
 from manifold_hc.data.shard_writer import SHARD_TOKENS
-from manifold_hc.errors import DataError, ManifoldError, RunFolderError
-from manifold_hc.files import write_atomically
+from manifold_hc.errors import DataError, RunFolderError
+from manifold_hc.files import becoming, write_atomically
 
 logger = logging.getLogger("manifold_hc")
 
@@ -135,13 +135,5 @@ def _new_folder(out: Path) -> Iterator[Path]:
         raise RunFolderError(
             f"tokenize: {out} cannot be made ({error.strerror}); choose another with --out"
         ) from None
-    try:
+    with becoming(out, unfinished, "tokenize"):
         yield unfinished
-        if out.is_dir():
-            out.rmdir()
-        unfinished.rename(out)
-    except BaseException as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise ManifoldError(f"tokenize: {out} cannot be written: {error.strerror}") from None
-        raise

@@ -1,10 +1,10 @@
 """Export of a run as a folder of transformers."""
 
 import secrets
-import shutil
 from pathlib import Path
 
-from manifold_hc.errors import ConfigError, ManifoldError, RunFolderError
+from manifold_hc.errors import ConfigError, RunFolderError
+from manifold_hc.files import becoming
 from manifold_hc.interop.huggingface.opening import wrap
 from manifold_hc.interop.huggingface.tokenizers import as_transformers
 from manifold_hc.interop.loading import load
@@ -46,16 +46,8 @@ def export(run: str | Path | Loaded, folder: str | Path, *, step: int | None = N
     loaded = run if isinstance(run, Loaded) else load(run, step=step)
     wrapped, tokenizer = wrap(loaded), as_transformers(loaded.tokenizer)
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
-    try:
+    with becoming(out, temporary, "export"):
         temporary.mkdir(parents=True)
         wrapped.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        if out.is_dir():
-            out.rmdir()
-        temporary.rename(out)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise ManifoldError(f"export: {out} cannot be written: {error.strerror}") from None
-        raise
     return out
